@@ -1,0 +1,59 @@
+"""Choosing which weights to remove, as a combinatorial optimisation problem with interchangeable solvers.
+
+import solvers
+problem = solvers.load_problem("block.npz", n_prune=20, objective="joint")
+solution = solvers.solve(problem, "branch_bound", time_limit=60.0)
+print(solution.objective, solution.bound, solution.status)
+"""
+
+from __future__ import annotations
+
+from solvers.errors import (
+    BackendError,
+    CapabilityError,
+    CBSError,
+    OptionError,
+    ProblemError,
+    SingularHessianError,
+    UnknownNameError,
+)
+from solvers.problem import Objective, ProblemArrays, QuadraticBlock, SelectionProblem
+from solvers.refit import Refit, refit
+from solvers.registry import available_solvers, describe, make_solver
+from solvers.solution import Proposal, Reason, Solution, Status, TracePoint
+from solvers.solver import Capability, Context, Deadline, Solver, option
+from solvers.solving import solve
+from solvers.storage import load_block, load_problem, save_block
+
+__all__ = [
+    "BackendError",
+    "CBSError",
+    "Capability",
+    "CapabilityError",
+    "Context",
+    "Deadline",
+    "Objective",
+    "OptionError",
+    "ProblemArrays",
+    "ProblemError",
+    "Proposal",
+    "QuadraticBlock",
+    "Reason",
+    "Refit",
+    "SelectionProblem",
+    "SingularHessianError",
+    "Solution",
+    "Solver",
+    "Status",
+    "TracePoint",
+    "UnknownNameError",
+    "available_solvers",
+    "describe",
+    "load_block",
+    "load_problem",
+    "make_solver",
+    "option",
+    "refit",
+    "save_block",
+    "solve",
+]

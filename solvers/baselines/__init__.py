@@ -1,0 +1,1 @@
+"""Selection rules that look at each weight once."""

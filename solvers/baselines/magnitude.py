@@ -1,0 +1,26 @@
+"""Magnitude pruning: remove the weights with the smallest |w_i| (Han et al., 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.baselines.ranking import prune_smallest
+from solvers.problem import SelectionProblem
+from solvers.solution import Proposal
+from solvers.solver import Capability, Context, Solver
+
+
+@dataclass(frozen=True)
+class MagnitudeSolver(Solver):
+    """Global magnitude pruning; ties go to the lower index."""
+
+    name = "magnitude"
+    summary = "remove the weights with the smallest |w|"
+    reference = "Han et al., Learning both weights and connections, NeurIPS 2015"
+    capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Ignores H and g altogether; declared for every problem because it is a baseline for every problem."""
+        return Proposal(prune_smallest(np.abs(problem.weights), problem.n_prune))

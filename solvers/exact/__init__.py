@@ -1,0 +1,1 @@
+"""Backends that prove optimality, given the time."""

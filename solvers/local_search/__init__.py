@@ -1,0 +1,1 @@
+"""Heuristics that swap removed and kept weights."""

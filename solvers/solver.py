@@ -1,0 +1,183 @@
+"""The interface every backend implements: one class, one file, declared capabilities, validated options.
+
+A backend is a frozen dataclass deriving from `Solver`. Its fields are its options; declare them with
+`option` so that they are documented, validated and can be given as ``name[option=value]``:
+
+    @dataclass(frozen=True)
+    class Greedy(Solver):
+        name = "greedy"
+        summary = "remove the cheapest weight, again and again"
+        capabilities = frozenset({Capability.SELECTION, Capability.GLOBAL_BUDGET})
+
+        window: int = option(10, "candidates looked at per step", minimum=1)
+
+        def run(self, problem, context):
+            ...
+            return Proposal(pruned)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+
+from solvers.errors import OptionError
+from solvers.problem import Mask, SelectionProblem
+from solvers.solution import Proposal, TracePoint
+
+CalibrationLoss = Callable[[Mask], float]
+
+
+class Capability(str, Enum):
+    """What a backend can do; what is not declared is refused by `solvers.solve` before work starts."""
+
+    SELECTION = "selection"
+    JOINT = "joint"
+    GLOBAL_BUDGET = "global_budget"
+    """Several blocks may share n_prune."""
+    LINEAR_TERM = "linear_term"
+    """The gradient of the problem is taken into account."""
+    BOUND = "bound"
+    """Returns a lower bound."""
+    EXACT = "exact"
+    """Proves optimality, given the time."""
+    WARM_START = "warm_start"
+    TIME_LIMIT = "time_limit"
+    RANDOMISED = "randomised"
+    """The result depends on the seed."""
+    CALIBRATION = "calibration"
+    """Can pick among its masks by the calibration loss."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """A documented, validated option of a solver; bounds are inclusive."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+class Deadline:
+    """A wall-clock limit counted from its creation; `None` never expires."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._start = time.monotonic()
+        self.limit = math.inf if seconds is None else float(seconds)
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def remaining(self) -> float:
+        """Seconds left, never negative; inf without a limit."""
+        return max(0.0, self.limit - self.elapsed())
+
+    def expired(self) -> bool:
+        """Whether the limit has passed."""
+        return self.elapsed() >= self.limit
+
+
+@dataclass
+class Context:
+    """What a backend is given beside the problem.
+
+    Attributes
+    ----------
+    seed : int
+    deadline : Deadline
+    start : numpy bool (n,) or None
+        A feasible mask to start from.
+    calibration_loss : callable or None
+        Loss of the network under a mask (training data, never test data); for backends that pick among
+        several masks.
+    trace : list of TracePoint
+    """
+
+    seed: int = 0
+    deadline: Deadline = field(default_factory=Deadline)
+    start: Mask | None = None
+    calibration_loss: CalibrationLoss | None = None
+    trace: list[TracePoint] = field(default_factory=list)
+
+    def rng(self) -> np.random.Generator:
+        """A fresh generator for the seed: the same stream at every call."""
+        return np.random.default_rng(self.seed)
+
+    def record(self, objective: float, bound: float = -math.inf) -> None:
+        """Append a point to the trace."""
+        self.trace.append(TracePoint(self.deadline.elapsed(), float(objective), float(bound)))
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """Base class of all backends. See the module's docstring for how to write one."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    capabilities: ClassVar[frozenset[Capability]]
+    max_weights: ClassVar[int | None] = None
+    """Largest n that is accepted; None for any."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Modules that must be importable."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            self._check_option(spec, getattr(self, spec.name))
+
+    def _check_option(self, spec: dataclasses.Field[Any], value: Any) -> None:
+        meta = spec.metadata
+        what = f"{self.name}: option {spec.name}={value!r}"
+        choices = meta.get("choices")
+        if choices is not None and value not in choices:
+            raise OptionError(f"{what} must be one of {', '.join(map(str, choices))}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return
+        if isinstance(value, float) and math.isnan(value):
+            raise OptionError(f"{what} must be a number")
+        low, high = meta.get("minimum"), meta.get("maximum")
+        if low is not None and value < low:
+            raise OptionError(f"{what} must be at least {low:g}")
+        if high is not None and value > high:
+            raise OptionError(f"{what} must be at most {high:g}")
+
+    @abstractmethod
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Choose the weights to remove.
+
+        Called with 0 < n_prune < n and only for problems the declared capabilities cover. Must return a mask
+        with exactly n_prune True, and only a bound that is proven. Check ``context.deadline`` where
+        `Capability.TIME_LIMIT` is declared, and return the best mask so far when it has expired.
+        """
+
+    @property
+    def spec(self) -> str:
+        """The solver with its options that differ from the defaults, as the registry parses it."""
+        changed = [
+            f"{f.name}={_format(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default and not isinstance(getattr(self, f.name), np.ndarray)
+        ]
+        return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,71 @@
+"""The framework's own judgement of what a backend returned.
+
+A backend proposes a support and claims a bound. Here the objective, the refit and the status are computed
+from the support alone, so that no backend can report a number that is not true.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from solvers.errors import BackendError
+from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.refit import Refit, refit
+from solvers.solution import Proposal, Status
+
+#: Relative gap at which a mask counts as proven optimal.
+OPTIMALITY_TOLERANCE = 1e-6
+#: Absolute tolerances are this fraction of the problem's scale (½ Σ H_ii w_i² + Σ |g_i w_i|).
+SCALE_TOLERANCE = 1e-12
+
+
+def check_support(problem: SelectionProblem, proposal: Proposal, solver: str) -> Mask:
+    """The proposed mask, made read-only; raises BackendError if it is not a feasible one."""
+    pruned = proposal.pruned
+    if not isinstance(pruned, np.ndarray) or pruned.dtype != np.bool_ or pruned.shape != (problem.n,):
+        shape = getattr(pruned, "shape", None)
+        raise BackendError(
+            f"solver {solver!r} returned a mask of type {type(pruned).__name__} and shape {shape}; "
+            f"it must be numpy bool of shape ({problem.n},)"
+        )
+    count = int(pruned.sum())
+    if count != problem.n_prune:
+        raise BackendError(f"solver {solver!r} removed {count} weights; the problem asks for exactly {problem.n_prune}")
+    own = pruned.copy()
+    own.flags.writeable = False
+    return own
+
+
+def evaluate(problem: SelectionProblem, pruned: Mask, with_refit: bool) -> tuple[float, Refit | None]:
+    """(objective, refit) of a mask; the refit is made whenever the objective is the joint one."""
+    if problem.objective is Objective.JOINT:
+        result = refit(problem, pruned)
+        return result.value, result
+    return problem.selection_value(pruned), refit(problem, pruned) if with_refit else None
+
+
+def certify(problem: SelectionProblem, objective: float, bound: float, solver: str) -> tuple[float, float, Status]:
+    """(bound, gap, status) from a claimed bound.
+
+    Raises
+    ------
+    BackendError
+        If the claimed bound is nan or lies above the objective beyond rounding: it is then wrong.
+    """
+    if math.isnan(bound):
+        raise BackendError(f"solver {solver!r} returned a bound that is not a number")
+    tiny = max(SCALE_TOLERANCE * problem.scale, np.finfo(np.float64).tiny)
+    tolerance = OPTIMALITY_TOLERANCE * abs(objective) + tiny
+    if bound > objective + tolerance:
+        raise BackendError(
+            f"solver {solver!r} claims the lower bound {bound!r} for a mask whose objective is {objective!r}; "
+            "the bound is wrong"
+        )
+    bound = min(bound, objective)
+    if bound == objective:
+        return bound, 0.0, Status.OPTIMAL
+    gap = (objective - bound) / max(abs(objective), tiny) if math.isfinite(bound) else math.inf
+    proven = math.isfinite(bound) and objective - bound <= tolerance
+    return bound, gap, Status.OPTIMAL if proven else Status.FEASIBLE
