@@ -1,0 +1,22 @@
+"""A small perceptron on scikit-learn's digits: runs anywhere in seconds, with no data on disk."""
+
+from __future__ import annotations
+
+from experiments.catalog.experiment import Experiment
+from experiments.models import DigitsMLP
+from experiments.training import Recipe
+
+DIGITS = Experiment(
+    name="digits-mlp",
+    summary="64-32-16-10 perceptron, scikit-learn's 8x8 digits, 2,720 weights; embedded",
+    model=DigitsMLP,
+    dataset="digits",
+    checkpoint="digits_mlp.safetensors",
+    recipe=Recipe(epochs=40, batch_size=32, learning_rate=0.05, weight_decay=5e-4),
+    train_on_demand=True,
+    sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    fisher_samples=1_000,
+    fisher_batch=1,
+    damping=1e-4,
+    blocks="one",
+)

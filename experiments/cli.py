@@ -1,0 +1,100 @@
+"""What the commands share: options which take several values, errors as one line, the choice of device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+
+import torch
+import typer
+from rich.console import Console
+
+from solvers.errors import CBSError, OptionError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def expand_values(arguments: Sequence[str], options: Collection[str]) -> list[str]:
+    """Repeat an option before each of its values: ``--seed 0 1`` becomes ``--seed 0 --seed 1``.
+
+    Click gives an option a fixed number of values; our lists are as long as the user likes. A value ends the
+    list where the next option begins; a negative number is a value.
+
+    Parameters
+    ----------
+    arguments
+        As given on the command line.
+    options
+        Long names of the options which take several values.
+    """
+    expanded: list[str] = []
+    current: str | None = None
+    fresh = False
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return [*expanded, *arguments[i:]]
+        if argument.startswith("-") and not _is_number(argument):
+            name, equals, _ = argument.partition("=")
+            current = name if name in options else None
+            fresh = current is not None and not equals
+            expanded.append(argument)
+        elif current is not None and not fresh:
+            expanded += [current, argument]
+        else:
+            expanded.append(argument)
+            fresh = False
+    return expanded
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises
+    ------
+    OptionError
+        Not a device, or one which this machine or build of torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"--device {name!r} is not a device; choose auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"--device {name!r} is not supported; choose auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name!r} was asked for, but torch sees no CUDA device here; choose cpu or auto")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise OptionError(f"--device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def run_app(app: typer.Typer, several: Collection[str] = (), arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 when done, 2 with one line on bad input, 130 when interrupted.
+
+    Parameters
+    ----------
+    several
+        Options which take several values, see `expand_values`.
+    arguments
+        Instead of ``sys.argv[1:]``.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(expand_values(given, several))
+    except CBSError as error:
+        Console(stderr=True).print(f"error: {' '.join(str(error).split())}", style="red", markup=False,
+                                   highlight=False, soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted", style="yellow")
+        sys.exit(EXIT_INTERRUPTED)

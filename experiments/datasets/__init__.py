@@ -1,0 +1,8 @@
+"""Data sets: MNIST and CIFAR-10 from parquet files as the Hugging Face hub serves them, and embedded digits."""
+
+from __future__ import annotations
+
+from experiments.datasets.images import Batches, Dataset, ImageSet
+from experiments.datasets.load import DATASETS, load_dataset
+
+__all__ = ["DATASETS", "Batches", "Dataset", "ImageSet", "load_dataset"]

@@ -1,0 +1,50 @@
+"""Download a data set with the ``datasets`` library."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from experiments.datasets.parquet import Source, decode_table, how_to_get
+from solvers.errors import DataError
+
+
+def download(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 ``(N, C, H, W)`` and labels int64 ``(N,)`` of a split, from the hub or its local cache.
+
+    Raises
+    ------
+    DataError
+        The library is missing, or the download failed for whatever reason; the message says what would help.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"downloading {source.repository} needs the `datasets` library ({error}); "
+                        f"`pip install datasets`, or {how_to_get(source)}") from error
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(source.repository, split=split)
+            # Bytes, not pictures: decoding is ours, the same for files on disk.
+            table = loaded.cast_column(source.image_column, datasets.Image(decode=False)).data.table
+    # The library raises whatever its many layers raise (requests, httpx, fsspec, pyarrow, its own).
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"no --data-dir given, and downloading {source.repository} failed: {reason}; "
+                        f"{how_to_get(source)}") from error
+    return decode_table(source, table, source.repository)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the hub's retry messages away from our one-line errors."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,132 @@
+"""The trained network of an experiment: found beside the data or in the cache, else trained.
+
+Which of these was used is always said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from experiments.batchnorm import has_batch_norm, reestimate
+from experiments.cache import cache_dir
+from experiments.catalog.experiment import Experiment
+from experiments.checkpoints import load_checkpoint, save_checkpoint
+from experiments.datasets.images import Dataset
+from experiments.training import Epoch, train, train_to_file
+from solvers.errors import CheckpointError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A trained network in eval mode and, in words, where its weights came from."""
+
+    model: nn.Module
+    origin: str
+
+
+def cached_checkpoint(experiment: Experiment) -> Path:
+    """Where the experiment's own training puts its weights."""
+    return cache_dir() / "checkpoints" / experiment.checkpoint
+
+
+def find_checkpoint(experiment: Experiment, data_dir: Path | None) -> Path | None:
+    """The trained weights in a folder ``checkpoints`` beside the data's folder, else those in the cache, else None."""
+    candidates = []
+    if data_dir is not None:
+        # `data_dir` may be the folder of all data sets or that of one.
+        above = data_dir.expanduser().resolve()
+        candidates = [folder / "checkpoints" / experiment.checkpoint for folder in (above.parent, above.parent.parent)]
+    candidates.append(cached_checkpoint(experiment))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def load_network(experiment: Experiment, dataset: Dataset, *, checkpoint: Path | None = None,
+                 data_dir: Path | None = None, device: torch.device | str = "cpu",
+                 say: Say = lambda message: None) -> Network:
+    """Load, or train, the network of an experiment; stale batch-norm statistics are estimated anew.
+
+    Parameters
+    ----------
+    checkpoint
+        File to load; None looks beside ``data_dir`` and in the cache, then trains where that is quick.
+    say
+        Called with a line about whatever is done.
+
+    Raises
+    ------
+    CheckpointError
+        A file is unreadable or not this network's, or there is none and training takes too long to start unasked.
+    """
+    if checkpoint is None:
+        checkpoint = find_checkpoint(experiment, data_dir)
+    if checkpoint is None and not experiment.train_on_demand:
+        raise CheckpointError(
+            f"no checkpoint of {experiment.name}: give --checkpoint FILE, or put {experiment.checkpoint} into a "
+            f"folder checkpoints/ beside the data, or train one with "
+            f"`python -m experiments.train {experiment.name} --data-dir DIR`")
+    torch.manual_seed(experiment.recipe.seed)
+    model = experiment.model().to(device)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+        origin = str(checkpoint)
+        say(f"weights: {checkpoint}")
+        if experiment.stale_batch_norm and has_batch_norm(model):
+            _fresh_statistics(model, dataset, checkpoint, device, say)
+    else:
+        origin = train_experiment(experiment, model, dataset, device=device, say=say)
+    model.eval()
+    return Network(model, origin)
+
+
+def train_experiment(experiment: Experiment, model: nn.Module, dataset: Dataset, *, path: Path | None = None,
+                     device: torch.device | str = "cpu", say: Say = lambda message: None) -> str:
+    """Train an experiment's network into a file, the cache's by default; returns where the weights are, in words."""
+    recipe = experiment.recipe
+    target = path or cached_checkpoint(experiment)
+    say(f"training {experiment.name} for {recipe.epochs} epochs into {target}")
+    every = max(1, recipe.epochs // 10) if len(dataset.train) < 5_000 else 1
+
+    def report(epoch: Epoch) -> None:
+        if epoch.number % every == 0:
+            say(f"epoch {epoch.number}/{epoch.total}: training loss {epoch.loss:.4f}, {epoch.seconds:.1f} s")
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        train_to_file(model, dataset.train, recipe, target, device=device, report=report)
+    except OSError as error:
+        if path is not None:
+            raise
+        say(f"cannot write {target} ({error}); training without keeping the weights")
+        train(model, dataset.train, recipe, device=device, report=report)
+        return "trained for this run"
+    return str(target)
+
+
+def _fresh_statistics(model: nn.Module, dataset: Dataset, checkpoint: Path, device: torch.device | str,
+                      say: Say) -> None:
+    """Batch-norm statistics estimated anew, kept in the cache under the checkpoint's and the data's contents."""
+    stamp = hashlib.sha256(checkpoint.read_bytes())
+    stamp.update(dataset.train.labels.numpy().tobytes())
+    path = cache_dir() / "batchnorm" / f"{checkpoint.stem}-{stamp.hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        try:
+            load_checkpoint(model, path)
+        except CheckpointError as error:
+            say(f"{error}; estimating the batch-norm statistics again")
+        else:
+            say(f"batch-norm statistics: estimated earlier, kept in {path}")
+            return
+    say("batch-norm statistics: estimating with one augmented pass over the training set")
+    reestimate(model, dataset.train, device=device)
+    try:
+        save_checkpoint(model, path, note="batch-norm statistics estimated anew")
+    except OSError as error:
+        say(f"cannot keep them in {path} ({error})")
