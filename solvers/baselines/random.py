@@ -1,0 +1,34 @@
+"""Random pruning: every mask with n_prune removed weights is equally likely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.problem import SelectionProblem
+from solvers.solution import Proposal
+from solvers.solver import Capability, Context, Solver
+
+
+@dataclass(frozen=True)
+class RandomSolver(Solver):
+    """A uniformly random mask: the floor under every comparison."""
+
+    name = "random"
+    summary = "remove weights at random"
+    capabilities = frozenset(
+        {
+            Capability.SELECTION,
+            Capability.JOINT,
+            Capability.GLOBAL_BUDGET,
+            Capability.LINEAR_TERM,
+            Capability.RANDOMISED,
+        }
+    )
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Ignores everything but the budget and the seed."""
+        pruned = np.zeros(problem.n, dtype=bool)
+        pruned[context.rng().permutation(problem.n)[: problem.n_prune]] = True
+        return Proposal(pruned)
