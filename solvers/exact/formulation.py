@@ -1,0 +1,296 @@
+"""The two models, written once; every MIQP backend translates this and nothing else.
+
+With H d₀ = −g, c = w + d₀ (for the joint objective; c = w and a linear term for the selection objective), x_i = 1
+where weight i is removed, and a splitting H = H₀ + D, D = diag(d) ≥ 0, H₀ = B₀ᵀB₀ ⪰ 0:
+
+* selection   min ½‖z‖² + ½ Σ d_i w_i² x_i − Σ g_i w_i x_i,          z = −B₀ (w∘x)
+* joint       min ½‖z‖² + ½ Σ d_i (s_i + c_i² x_i) − ½ d₀ᵀH d₀,      z = B₀ (p − c∘x),  p_i² ≤ s_i (1 − x_i)
+
+both with Σ x = n_prune. p = v − c on the kept weights and 0 on the removed ones, so the joint model is the selection
+model plus a change of the kept weights, and every term is non-negative. Three things make these models tractable:
+
+* the factored z instead of xᵀQx: outer approximation then cuts in few dimensions, one term z_j² ≤ t_j each;
+* the diagonal part is exact on binaries (x² = x), and in the joint model a perspective (Günlük & Linderoth, 2010) that
+  forbids p_i ≠ 0 on removed weights without any big-M;
+* removing weight i costs at least ½ c_i² / (H⁻¹)_ii whatever else is done (joint ≤ selection), so weights for which
+  this exceeds an incumbent are fixed as kept, and |p_i| ≤ sqrt(2 U (H⁻¹)_ii) is a valid bound.
+
+Values are scaled so that the incumbent is `TARGET` before they reach a solver, which makes its absolute
+tolerances relative ones. See `Model.safe_bound` for what is subtracted from a claimed bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from solvers.errors import ProblemError
+from solvers.exact.incumbent import local_optimum
+from solvers.problem import Array, Mask, Objective, ProblemArrays, SelectionProblem
+from solvers.solution import Proposal, Reason
+from solvers.solver import Context
+
+#: The incumbent's value in the units the solvers see.
+TARGET = 100.0
+#: Feasibility and integrality tolerance asked of the solvers.
+FEASIBILITY = 1e-9
+#: Singular values below this fraction of the largest count as zero.
+_RANK = 1e-13
+#: A gradient counts as outside the range of H when this fraction of it is (as in `solvers.refit`).
+_OUTSIDE = 1e-6
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Square:
+    """CBS with the square completed: ½‖root·v − target‖² + constant, over v with v_P = 0.
+
+    Attributes
+    ----------
+    root : (m, n), m ≤ n
+        Triangular factor of H.
+    centre : (n,)
+        c = w + d₀, the unconstrained minimiser.
+    target : (m,)
+        root·c
+    constant : float
+        −½ d₀ᵀ H d₀
+    """
+
+    root: Array
+    centre: Array
+    target: Array
+    constant: float
+
+
+def hessian_root(arrays: ProblemArrays) -> Array:
+    """R (m, n) with RᵀR = H and m ≤ n, without forming H."""
+    damped = arrays.damping > 0
+    stacked = np.vstack([arrays.factor, np.diag(np.sqrt(arrays.damping))[damped]])
+    return np.linalg.qr(stacked, mode="r") if stacked.shape[0] > stacked.shape[1] else stacked
+
+
+def complete_square(arrays: ProblemArrays) -> Square | None:
+    """The joint objective as best-subset regression; None where it is unbounded below for some mask."""
+    root = hessian_root(arrays)
+    gradient = arrays.gradient
+    if not gradient.any():
+        return Square(root, arrays.weights, root @ arrays.weights, 0.0)
+    left, singular, right = np.linalg.svd(root, full_matrices=False)
+    keep = singular > _RANK * max(float(singular[0]), np.finfo(float).tiny)
+    left, singular, right = left[:, keep], singular[keep], right[keep]
+    inner = right @ gradient
+    if np.linalg.norm(gradient - right.T @ inner) > _OUTSIDE * np.linalg.norm(gradient):
+        return None
+    image = -left @ (inner / singular)
+    step = -right.T @ (inner / singular**2)
+    constant = -0.5 * float(image @ image)
+    return Square(root, arrays.weights + step, root @ arrays.weights + image, constant)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A mixed-integer second-order cone model in solver units, n weights of which `free` may be removed.
+
+    Variables: x (f,) binary, p (f or n,) free, z (m,) free. With `joint` False there is no p.
+
+        minimise   Σ_j z_j² + linear·x + Σ_i curvature_i · p_i² / (1 − x_i)
+        subject to Σ x = n_prune,   z = columns @ x + changes @ p,   p_i = 0 where x_i = 1
+
+    Attributes
+    ----------
+    free : int (f,)
+        Indices of the weights that may be removed; the others are kept in every better mask.
+    columns : (m, f)
+    linear : (f,)
+    changes : (m, n)
+        For the joint model, over all n weights (those that are never removed may change too).
+    curvature : (n,)
+        Zero where the perspective has nothing to work with; the backend then needs an indicator.
+    change_limit : (n,)
+        |p_i| ≤ change_limit_i in every mask that is as good as the incumbent; inf where none is known.
+    scale : float
+        Solver units per unit of the objective.
+    constant : float
+        objective = solver value / scale + constant
+    incumbent : numpy bool (n,)
+        A good mask, and
+    incumbent_value : float
+        its objective.
+    """
+
+    problem: SelectionProblem
+    joint: bool
+    free: Ints
+    columns: Array
+    linear: Array
+    changes: Array
+    curvature: Array
+    change_limit: Array
+    scale: float
+    constant: float
+    incumbent: Mask
+    incumbent_value: float
+
+    @property
+    def n_rows(self) -> int:
+        """Number of z."""
+        return int(self.columns.shape[0])
+
+    @property
+    def start(self) -> Array:
+        """The incumbent as values of x, float64 (f,)."""
+        return self.incumbent[self.free].astype(np.float64)
+
+    def mask(self, x: npt.ArrayLike) -> Mask:
+        """The mask of a solver's x (f,): the n_prune largest, so that rounding noise cannot change the count."""
+        values = np.asarray(x, dtype=np.float64)
+        pruned = np.zeros(self.problem.n, dtype=bool)
+        pruned[self.free[np.argsort(-values, kind="stable")[: self.problem.n_prune]]] = True
+        return pruned
+
+    def margin(self) -> float:
+        """What the tolerances of a solver may hide, in solver units.
+
+        Each of the m terms z_j² ≤ t_j may be violated by the feasibility tolerance τ, each z_j may be off by τ at
+        the slope 2|z_j|, and each x_i may be off an integer by τ at the slope 2 zᵀb_i + |linear_i|; with Σ z² at most
+        TARGET + |linear part| this adds up to the figure below. The change p enters z like x does. Rounding in
+        the solver's own data is at the level of 1e-15 of the largest coefficients and is added too.
+        """
+        height = math.sqrt(TARGET + float(np.abs(self.linear).clip(max=TARGET).sum()))
+        column_norms = np.linalg.norm(self.columns, axis=0)
+        slope = 2.0 * height * (float(column_norms.sum()) + self.n_rows) + float(np.abs(self.linear).sum())
+        tolerance = FEASIBILITY * (self.n_rows + TARGET + slope)
+        rounding = 1e-15 * (float((column_norms**2).sum()) + float(np.abs(self.linear).sum()))
+        return tolerance + rounding
+
+    def safe_bound(self, claimed: float) -> float:
+        """A lower bound on the objective from a dual bound in solver units; −inf stays −inf."""
+        if not math.isfinite(claimed):
+            return -math.inf if claimed < 0 or math.isnan(claimed) else self.incumbent_value
+        return (claimed - self.margin()) / self.scale + self.constant
+
+    def proposal(
+        self, x: npt.ArrayLike | None, claimed: float, reason: Reason, context: Context, **statistics: float
+    ) -> Proposal:
+        """The better of the solver's mask and the incumbent, with the safe bound.
+
+        Where the claimed bound exceeds the value of the best mask (as it may within the tolerances), the bound is that
+        value less the margin. Fixing weights removed only masks worse than the incumbent, so the bound holds for all.
+        """
+        masks = [self.incumbent] if x is None else [self.mask(x), self.incumbent]
+        values = [self.problem.value(mask) for mask in masks]
+        best = int(np.argmin(values))
+        bound = min(self.safe_bound(claimed), values[best])
+        context.record(values[best], bound)
+        return Proposal(masks[best], bound=bound, reason=reason, statistics=statistics)
+
+
+def _split(root: Array) -> tuple[Array, Array]:
+    """(B₀ (m, n), d (n,)) with H = B₀ᵀB₀ + diag(d): the largest d in proportion to diag(H) that leaves H₀ ⪰ 0."""
+    n = root.shape[1]
+    norms = np.linalg.norm(root, axis=0)
+    if root.shape[0] < n or not norms.all():
+        return root, np.zeros(n)
+    smallest = float(np.linalg.svd(root / norms, compute_uv=False)[-1]) ** 2
+    # Rounding in H is of the order n·eps of its diagonal; stay clear of it so that H₀ is certainly PSD.
+    share = smallest - 4 * n * np.finfo(float).eps
+    if share <= 0:
+        return root, np.zeros(n)
+    normalised = (root / norms).T @ (root / norms)
+    values, vectors = np.linalg.eigh(normalised - share * np.eye(n))
+    base = (np.sqrt(values.clip(min=0.0))[:, None] * vectors.T) * norms
+    return base, share * norms**2
+
+
+def build(problem: SelectionProblem, context: Context) -> Model:
+    """The model of a problem, its incumbent and its scaling.
+
+    Raises
+    ------
+    ProblemError
+        If the joint objective is unbounded below (λ = 0 and g outside the range of H).
+    """
+    arrays = problem.arrays()
+    joint = problem.objective is Objective.JOINT
+    square = complete_square(arrays)
+    if joint and square is None:
+        raise ProblemError(
+            "the joint objective is unbounded below: H is singular and the gradient leaves its range; use a damping > 0"
+        )
+    incumbent = local_optimum(problem, arrays, context)
+    value = problem.value(incumbent)
+    context.record(value)
+    root = hessian_root(arrays)
+    base, diagonal = _split(root)
+    inverse = _inverse_diagonal(root)
+    constant = square.constant if joint and square is not None else 0.0
+    free = np.arange(problem.n)
+    if square is not None:
+        # ½ c_i²/(H⁻¹)_ii + constant bounds every mask that removes i, under either objective.
+        least = 0.5 * square.centre**2 / inverse + square.constant
+        slack = 1e-6 * abs(value) + 1e-9 * problem.scale
+        free = np.flatnonzero((least <= value + slack) | incumbent)
+    centre = square.centre if joint and square is not None else arrays.weights
+    height = value - constant
+    scale = TARGET / _unit(problem, height, arrays, joint)
+    factor = math.sqrt(0.5 * scale)
+    linear = 0.5 * diagonal * centre**2
+    if not joint:
+        linear = linear - arrays.gradient * arrays.weights
+    columns = -(base * centre)[:, free] * factor
+    if joint:
+        # In units where every column of the full root has length one, so that p is of the size of z.
+        norms = np.linalg.norm(root, axis=0)
+        units = np.where(norms > 0, 1.0 / np.where(norms > 0, norms, 1.0), 1.0)
+        changes = base * units
+        curvature = diagonal * units**2
+        limit = np.sqrt(2.0 * max(height, 0.0) * inverse) * factor * norms * (1 + 1e-6) + 1e-6
+    else:
+        changes, curvature, limit = np.zeros((base.shape[0], 0)), np.zeros(0), np.zeros(0)
+    return Model(
+        problem=problem,
+        joint=joint,
+        free=free,
+        columns=columns,
+        linear=linear[free] * scale,
+        changes=changes,
+        curvature=curvature,
+        change_limit=limit,
+        scale=scale,
+        constant=constant,
+        incumbent=incumbent,
+        incumbent_value=value,
+    )
+
+
+def _unit(problem: SelectionProblem, height: float, arrays: ProblemArrays, joint: bool) -> float:
+    """The size of the optimum that tolerances should be relative to; never below 1e-10 of the problem's scale."""
+    size = abs(height)
+    if not joint:
+        # With a linear term the value may vanish by cancellation; its parts do not.
+        size = max(size, 1e-3 * float(np.sort(np.abs(arrays.gradient * arrays.weights))[: problem.n_prune].sum()))
+    return max(size, 1e-10 * problem.scale, 1e-290)
+
+
+def _inverse_diagonal(root: Array) -> Array:
+    """An upper estimate of diag(H⁻¹), float64 (n,); inf where H is singular."""
+    n = root.shape[1]
+    if root.shape[0] < n:
+        return np.full(n, np.inf)
+    triangular = np.linalg.qr(root, mode="r")
+    norms = np.linalg.norm(triangular, axis=0)
+    if not norms.all():
+        return np.full(n, np.inf)
+    scaled = triangular / norms
+    condition = float(np.linalg.cond(scaled))
+    if not math.isfinite(condition) or condition > 1e12:
+        return np.full(n, np.inf)
+    inverse = scipy.linalg.solve_triangular(scaled, np.eye(n))
+    relative = 1.0 + 1e-14 * n * condition
+    return np.asarray(np.sum(inverse**2, axis=1) / norms**2 * relative, dtype=np.float64)
