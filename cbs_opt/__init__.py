@@ -1,0 +1,1 @@
+"""Prune networks with the combinatorial brain surgeon."""

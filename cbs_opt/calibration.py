@@ -1,0 +1,409 @@
+"""Calibration data: the training samples from which gradients and calibration losses are computed.
+
+Samples are read once, stacked in memory and numbered, so that everything later is a matter of indices. A batch is
+
+* a pair ``(x, y)``: the network is called as ``model(x)``, or ``model(**x)`` where x is a dict, and the loss as
+  ``loss_fn(output, y)``;
+* a dict: the network is called as ``model(**inputs)`` with the entries that its ``forward`` names (all of them if it
+  takes ``**kwargs``), and the loss as ``loss_fn(output, batch)`` with the whole dict.
+
+Each tensor of a batch has the samples along its first dimension. ``loss_fn`` must return the mean over the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+
+from solvers.errors import DataError, OptionError
+
+#: A tensor, or tensors in tuples, lists and dicts.
+Tree = Union[Tensor, tuple["Tree", ...], list["Tree"], dict[str, "Tree"]]
+LossFunction = Callable[[Any, Any], Tensor]
+Index = npt.NDArray[np.int64]
+
+#: Samples per batch where a data set comes without batches.
+_DEFAULT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How calibration data are read.
+
+    Attributes
+    ----------
+    n_samples : int, optional
+        Keep this many samples; None keeps all.
+    order : {"random", "first"}
+        Which ones: drawn without replacement under `seed`, or the first.
+    seed : int
+    check_passes : bool
+        Read the data twice and compare. A result cannot be repeated with data that differ from pass to pass.
+    """
+
+    n_samples: int | None = None
+    order: str = "random"
+    seed: int = 0
+    check_passes: bool = True
+
+    def __post_init__(self) -> None:
+        n = self.n_samples
+        if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
+            raise OptionError(f"n_samples must be a positive integer or None, not {n!r}")
+        if self.order not in ("random", "first"):
+            raise OptionError(f"order must be 'random' or 'first', not {self.order!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """Samples stacked in memory.
+
+    Attributes
+    ----------
+    inputs : tensor or dict of tensors
+        What the network is given; for dict batches the whole batch.
+    targets : tree of tensors, or None for dict batches
+    n : int
+        Number of samples N; the first dimension of every tensor.
+    """
+
+    inputs: Tree
+    targets: Tree | None
+    n: int
+
+    @classmethod
+    def read(cls, data: object, options: CalibrationOptions | None = None) -> CalibrationData:
+        """Read calibration data; see the module's docstring for what a batch is.
+
+        Parameters
+        ----------
+        data : CalibrationData, DataLoader, Dataset, (x, y) tensors, or iterable of batches
+            Without shuffling or random augmentation.
+        options : CalibrationOptions, optional
+
+        Raises
+        ------
+        DataError
+            If the data are empty, have NaN or infinite values, no tensors, shapes that do not fit, are a one-shot
+            iterator, differ between passes, or hold fewer samples than asked for.
+        """
+        options = options or CalibrationOptions()
+        if isinstance(data, CalibrationData):
+            return data._limited(options)
+        if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in data):
+            # Tensors in memory cannot differ between passes.
+            return _stack(iter([_as_batch(data)]))._limited(options)
+        chosen = _choose_directly(data, options)
+        if chosen is not None:
+            return chosen
+        return _read_batches(_repeatable(data, options), options)
+
+    def batch(self, index: Index | Tensor | slice, device: torch.device | str) -> tuple[Tree, Tree | None]:
+        """(inputs, targets) of some samples on a device."""
+        where = torch.from_numpy(index) if isinstance(index, np.ndarray) else index
+        pick: Callable[[Tensor], Tensor] = lambda t: t[where].to(device)  # noqa: E731
+        return map_tree(pick, self.inputs), None if self.targets is None else map_tree(pick, self.targets)
+
+    def draw(self, n_rows: int, batch_size: int, seed: int) -> Index:
+        """Sample numbers of `n_rows` mini-batches, int64 (n_rows, batch_size).
+
+        Batches are consecutive pieces of random permutations of all samples, one permutation after the other, so a
+        sample recurs only after every other one has been used (a batch across two permutations may hold it twice).
+        """
+        generator = np.random.default_rng(seed)
+        needed = n_rows * batch_size
+        passes = [generator.permutation(self.n) for _ in range(-(-needed // self.n))]
+        return np.concatenate(passes)[:needed].reshape(n_rows, batch_size).astype(np.int64)
+
+    def cast(self, dtype: torch.dtype) -> CalibrationData:
+        """The same data with floating inputs in the dtype of the network."""
+        convert: Callable[[Tensor], Tensor] = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+        return CalibrationData(map_tree(convert, self.inputs), self.targets, self.n)
+
+    def _limited(self, options: CalibrationOptions) -> CalibrationData:
+        if options.n_samples is None or options.n_samples == self.n:
+            return self
+        index = _choice(self.n, options)
+        inputs, targets = self.batch(index, "cpu")
+        return CalibrationData(inputs, targets, len(index))
+
+
+class Forward:
+    """How a network is called on a batch and its loss taken; see the module's docstring.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Only the signature of its ``forward`` is looked at.
+    loss_fn : callable
+        (output, target or dict batch) → mean loss, a scalar.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        self.loss_fn = loss_fn
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self.names = None if takes_all else frozenset(parameters)
+
+    def output(self, call: Callable[..., Any], inputs: Tree, targets: Tree | None) -> Any:
+        """The network's output; `call` is the network."""
+        if not isinstance(inputs, dict):
+            return call(inputs)
+        if targets is not None or self.names is None:
+            return call(**inputs)
+        named = {key: value for key, value in inputs.items() if key in self.names}
+        if not named:
+            raise DataError(
+                f"no entry of the dict batch ({', '.join(inputs)}) is an argument of the network's forward "
+                f"({', '.join(sorted(self.names))}); rename the entries or pass (dict, target) pairs"
+            )
+        return call(**named)
+
+    def loss(self, output: Any, inputs: Tree, targets: Tree | None) -> Tensor:
+        """The loss of an output."""
+        return self.loss_fn(output, inputs if targets is None else targets)
+
+
+def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tree(function, value) for value in tree)
+    raise DataError(f"expected tensors in tuples, lists or dicts, found {type(tree).__name__}")
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}[{key!r}]")
+    elif isinstance(tree, (tuple, list)):
+        for key, value in enumerate(tree):
+            yield from leaves(value, f"{path}[{key}]")
+
+
+Batch = tuple[Tree, Union[Tree, None], int]
+
+
+def _as_batch(batch: Any, number: int = 0) -> Batch:
+    """(inputs, targets or None, samples) of one raw batch, checked."""
+    if isinstance(batch, Mapping):
+        inputs, targets = _to_tensors(dict(batch), f"batch {number}"), None
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs = _to_tensors(batch[0], f"batch {number}: inputs")
+        targets = _to_tensors(batch[1], f"batch {number}: targets")
+    else:
+        what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise DataError(f"batch {number} is a {what}; expected a pair (x, y) or a dict of tensors")
+    size = None
+    for path, tensor in leaves((inputs,) if targets is None else (inputs, targets)):
+        where = f"batch {number}{path}"
+        if tensor.ndim == 0:
+            raise DataError(f"{where} is a scalar; every tensor needs the samples along its first dimension")
+        if size is None:
+            size = int(tensor.shape[0])
+        elif size != tensor.shape[0]:
+            raise DataError(f"{where} has {tensor.shape[0]} samples, the rest of the batch {size}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = [int(i) for i in (~torch.isfinite(tensor)).nonzero()[0]]
+            raise DataError(f"{where}{bad} is {float(tensor[tuple(bad)])}; remove samples that are not finite")
+    if size is None:
+        raise DataError(f"batch {number} holds no tensor")
+    return inputs, targets, size
+
+
+def _to_tensors(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            raise DataError(f"{where} is an array of objects; expected numbers")
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Mapping):
+        return {str(key): _to_tensors(entry, f"{where}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_tensors(entry, f"{where}[{i}]") for i, entry in enumerate(value))
+    raise DataError(f"{where} is a {type(value).__name__}; expected tensors or numpy arrays")
+
+
+def _stack(batches: Iterator[Batch]) -> CalibrationData:
+    """Concatenate batches."""
+    parts = [batch for batch in batches if batch[2]]
+    if not parts:
+        raise DataError("the calibration data are empty; pass at least one batch of training samples")
+    first = parts[0]
+    if any((part[1] is None) != (first[1] is None) for part in parts):
+        raise DataError("some batches are dicts and some are (x, y) pairs; use one form")
+    try:
+        inputs = _concatenate([part[0] for part in parts])
+        targets = None if first[1] is None else _concatenate([part[1] for part in parts])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise DataError(f"batches of the calibration data do not fit together ({error}); pad them to one shape") from error
+    return CalibrationData(inputs, targets, sum(part[2] for part in parts))
+
+
+def _concatenate(trees: list[Any]) -> Any:
+    first = trees[0]
+    if isinstance(first, Tensor):
+        return torch.cat(trees) if len(trees) > 1 else first
+    if isinstance(first, dict):
+        return {key: _concatenate([tree[key] for tree in trees]) for key in first}
+    return type(first)(_concatenate(list(entries)) for entries in zip(*trees, strict=True))
+
+
+def _repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
+    """Data as an iterable of batches that can be read more than once, or once if that is what was asked for."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size=_DEFAULT_BATCH)
+    if not isinstance(data, Iterable):
+        raise DataError(f"calibration data must be an iterable of batches, a DataLoader or a Dataset, not {type(data).__name__}")
+    if isinstance(data, Iterator) and options.check_passes:
+        raise DataError(
+            f"the calibration data are a one-shot {type(data).__name__} and cannot be read twice; pass a list, a "
+            "DataLoader or CalibrationData, or switch the check off with check_passes=False"
+        )
+    return data
+
+
+def _choose_directly(data: object, options: CalibrationOptions) -> CalibrationData | None:
+    """A random choice from an indexable data set, without reading the rest; None where that is not possible."""
+    collate: Callable[[list[Any]], Any]
+    if isinstance(data, DataLoader):
+        dataset, collate = data.dataset, data.collate_fn
+        if not isinstance(data.sampler, SequentialSampler) or data.batch_size is None:
+            return None
+    elif isinstance(data, Dataset):
+        dataset, collate = data, torch.utils.data.default_collate
+    else:
+        return None
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return None
+    total = len(dataset)
+    if options.n_samples is None or 2 * options.n_samples > total or options.order != "random":
+        return None
+    index = _choice(total, options)
+    pieces = [index[i : i + _DEFAULT_BATCH] for i in range(0, len(index), _DEFAULT_BATCH)]
+
+    def batches() -> Iterator[Batch]:
+        for number, piece in enumerate(pieces):
+            yield _as_batch(collate([dataset[int(i)] for i in piece]), number)
+
+    first = _stack(batches())
+    if options.check_passes:
+        _compare(_digests(batches()), _digests(iter([_slice(first, a, b) for a, b in _ranges(pieces)])))
+    return first
+
+
+def _ranges(pieces: list[Index]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for piece in pieces:
+        yield start, start + len(piece)
+        start += len(piece)
+
+
+def _slice(data: CalibrationData, start: int, stop: int) -> Batch:
+    inputs, targets = data.batch(slice(start, stop), "cpu")
+    return inputs, targets, stop - start
+
+
+def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> CalibrationData:
+    """One pass that keeps what is wanted and, unless switched off, a second one that compares."""
+    limit = options.n_samples
+    first_only = limit if options.order == "first" else None
+
+    def batches() -> Iterator[Batch]:
+        left = first_only
+        for number, raw in enumerate(data):
+            batch = _as_batch(raw, number)
+            if left is not None and batch[2] > left:
+                batch = _cut(batch, np.arange(left))
+            if left is not None:
+                left -= batch[2]
+            yield batch
+            if left == 0:
+                return
+
+    if limit is None or first_only is not None or not options.check_passes:
+        kept = list(batches())
+        if options.check_passes:
+            _compare(_digests(iter(kept)), _digests(batches()))
+        return _stack(iter(kept))._limited(options)
+    # Only the sample numbers are known after the first pass; the second one picks the samples.
+    sizes: list[int] = []
+    before: list[bytes] = []
+    for batch in batches():
+        sizes.append(batch[2])
+        before.append(_digest(batch))
+    wanted = _choice(sum(sizes), options)
+    ordered = np.sort(wanted)
+    after: list[bytes] = []
+    picked: list[Batch] = []
+    start = 0
+    for batch in batches():
+        after.append(_digest(batch))
+        inside = ordered[(ordered >= start) & (ordered < start + batch[2])] - start
+        picked.append(_cut(batch, inside))
+        start += batch[2]
+    _compare(before, after)
+    stacked = _stack(iter(picked))
+    inputs, targets = stacked.batch(np.searchsorted(ordered, wanted).astype(np.int64), "cpu")
+    return CalibrationData(inputs, targets, len(wanted))
+
+
+def _choice(total: int, options: CalibrationOptions) -> Index:
+    """Numbers of the samples to keep."""
+    limit = options.n_samples
+    assert limit is not None
+    if limit > total:
+        raise DataError(f"{limit} calibration samples are asked for, the data hold {total}; ask for fewer or pass more data")
+    if options.order == "first":
+        return np.arange(limit, dtype=np.int64)
+    return np.random.default_rng(options.seed).permutation(total)[:limit].astype(np.int64)
+
+
+def _cut(batch: Batch, index: Index) -> Batch:
+    where = torch.from_numpy(index)
+    pick: Callable[[Tensor], Tensor] = lambda t: t[where]  # noqa: E731
+    inputs, targets, _ = batch
+    return map_tree(pick, inputs), None if targets is None else map_tree(pick, targets), len(index)
+
+
+def _digest(batch: Batch) -> bytes:
+    """A hash of the contents of a batch."""
+    found = hashlib.blake2b(digest_size=16)
+    for path, tensor in leaves((batch[0], batch[1])):
+        found.update(f"{path}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def _digests(batches: Iterator[Batch]) -> list[bytes]:
+    return [_digest(batch) for batch in batches]
+
+
+def _compare(first: list[bytes], second: list[bytes]) -> None:
+    """Raise DataError unless two passes gave the same batches."""
+    remedy = (
+        "switch shuffling (DataLoader(shuffle=False)) and random augmentation off, pass CalibrationData, or accept "
+        "results that cannot be repeated with check_passes=False"
+    )
+    if len(first) != len(second):
+        raise DataError(f"the calibration data gave {len(first)} batches on one pass and {len(second)} on the next; {remedy}")
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        if one != other:
+            raise DataError(f"batch {number} of the calibration data differs between two passes; {remedy}")

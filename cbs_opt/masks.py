@@ -1,0 +1,328 @@
+"""Pruning masks: weights that are zero and stay zero.
+
+A mask is a parametrization (`torch.nn.utils.parametrize`) that multiplies a stored weight by 0 or 1. Unlike the masks
+of `torch.nn.utils.prune` it survives ``copy.deepcopy``, and the network's state dict keeps its usual names: the entry
+``fc1.weight`` holds the masked weight, so it loads into a plain network too. Gradients of removed weights are exactly
+zero, so no optimiser brings them back. In every mask here True (or 1) means *kept*, as in `torch.nn.utils.prune`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
+
+from solvers.errors import ModelError
+
+
+class PruningMask(nn.Module):
+    """w ↦ w where `mask` is True, else 0.
+
+    Parameters
+    ----------
+    mask : bool tensor of the weight's shape, True = kept.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        # Not persistent: the state dict shows the mask as zeros in the weight.
+        self.register_buffer("mask", mask.detach().clone().bool(), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # where, not a product: a NaN under the mask must not leak out.
+        return torch.where(self.mask, weight, 0.0)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is stored when the weight is assigned: zeros under the mask."""
+        return torch.where(self.mask, weight, 0.0)
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Mask weights of a network, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : mapping of str to bool tensor
+        By qualified name of the weight's module (``"fc1"``) or of the weight (``"fc1.weight"``); True = kept. A weight
+        that other modules share is masked in all of them. A mask that is there already is replaced.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    ModelError
+        If a name does not exist, a shape does not fit or the weight already has another parametrization.
+    """
+    prepared = [(name, *_locate(model, name), _as_mask(name, mask)) for name, mask in masks.items()]
+    for name, module, attribute, mask in prepared:
+        shape = tuple(getattr(module, attribute).shape)
+        if tuple(mask.shape) != shape:
+            raise ModelError(f"mask of {name!r} has shape {tuple(mask.shape)}, the weight {shape}; they must be the same")
+    for _, module, attribute, mask in prepared:
+        for holder, key in _sharing(model, _stored(module, attribute)):
+            _mask_one(holder, key, mask)
+    return model
+
+
+def read_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of a network by module name (``"fc1"``; ``"layer.attribute"`` for attributes but ``weight``).
+
+    Returns
+    -------
+    dict of str to bool tensor
+        True = kept; copies. Empty for a network without masks.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, mask in _masks_of(module).items():
+            key = name if attribute == "weight" else f"{name}.{attribute}"
+            found[key] = mask.mask.clone()
+    return found
+
+
+def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
+    """Masks that keep what is not zero, for each Linear and convolution with a zero weight.
+
+    For a network whose pruned weights were loaded from a state dict: ``apply_masks(model, masks_from_zeros(model))``.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            kept = module.weight.detach() != 0
+            if not bool(kept.all()):
+                found[name] = kept
+    return found
+
+
+def remove_masks(model: nn.Module) -> nn.Module:
+    """Make masks permanent, in place: plain weights with zeros, no parametrization. Returns `model`."""
+    for module in list(model.modules()):
+        for attribute in list(_masks_of(module)):
+            shared = _stored(module, attribute)
+            with torch.no_grad():
+                shared.copy_(getattr(module, attribute))
+            _own_class(module)
+            # Not leave_parametrized=True: that would make a new parameter and untie shared weights.
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            _remove_hooks(module, attribute)
+    return model
+
+
+def from_torch_prune(model: nn.Module) -> nn.Module:
+    """A copy of a network with its `torch.nn.utils.prune` masks turned into parametrizations.
+
+    The copy has plain parameter names again; `model` is not changed.
+
+    Raises
+    ------
+    ModelError
+        If the network carries no such mask.
+    """
+    masks: dict[str, Tensor] = {}
+    saved: list[tuple[nn.Module, str, Any]] = []
+    for name, module in model.named_modules():
+        for key in [k for k in module._parameters if k.endswith("_orig")]:
+            attribute = key[: -len("_orig")]
+            if f"{attribute}_mask" not in module._buffers:
+                continue
+            kept = module._buffers[f"{attribute}_mask"]
+            assert kept is not None
+            masks[f"{name}.{attribute}" if name else attribute] = kept.detach().bool().clone()
+            # The product that prune leaves behind belongs to a graph, which deepcopy refuses.
+            saved.append((module, attribute, module.__dict__.pop(attribute, None)))
+    if not masks:
+        raise ModelError(f"{type(model).__name__} carries no torch.nn.utils.prune mask; there is nothing to convert")
+    try:
+        converted = copy.deepcopy(model)
+    finally:
+        for module, attribute, value in saved:
+            if value is not None:
+                module.__dict__[attribute] = value
+    for full in masks:
+        name, _, attribute = full.rpartition(".")
+        module = converted.get_submodule(name)
+        parameter = module._parameters.pop(f"{attribute}_orig")
+        del module._buffers[f"{attribute}_mask"]
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == attribute:
+                del module._forward_pre_hooks[handle]
+        module.register_parameter(attribute, parameter)
+    return apply_masks(converted, masks)
+
+
+def to_torch_prune(model: nn.Module) -> nn.Module:
+    """A copy of a masked network with `torch.nn.utils.prune` masks instead; `model` is not changed.
+
+    Raises
+    ------
+    ModelError
+        If the network carries no mask.
+    """
+    if not any(_masks_of(module) for module in model.modules()):
+        raise ModelError(f"{type(model).__name__} carries no pruning mask; there is nothing to convert")
+    converted = copy.deepcopy(model)
+    masks = {
+        (module, attribute): mask.mask.clone()
+        for module in converted.modules()
+        for attribute, mask in _masks_of(module).items()
+    }
+    remove_masks(converted)
+    for (module, attribute), mask in masks.items():
+        torch_prune.custom_from_mask(module, attribute, mask.to(getattr(module, attribute).dtype))
+    return converted
+
+
+def _masks_of(module: nn.Module) -> dict[str, PruningMask]:
+    """The masks of one module by attribute."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    found = {}
+    for attribute, chain in lists.items():
+        assert isinstance(chain, parametrize.ParametrizationList)
+        if len(chain) == 1 and isinstance(chain[0], PruningMask):
+            found[attribute] = chain[0]
+    return found
+
+
+def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module and attribute of ``"fc1"`` or ``"fc1.weight"``."""
+    modules = dict(model.named_modules())
+    if name in modules and isinstance(getattr(modules[name], "weight", None), Tensor):
+        return modules[name], "weight"
+    owner, _, attribute = name.rpartition(".")
+    if owner in modules and isinstance(getattr(modules[owner], attribute, None), Tensor):
+        return modules[owner], attribute
+    known = ", ".join(n for n, m in modules.items() if isinstance(getattr(m, "weight", None), Tensor))
+    raise ModelError(f"the network has no weight {name!r} to mask; it has {known}")
+
+
+def _as_mask(name: str, mask: Tensor) -> Tensor:
+    tensor = torch.as_tensor(mask)
+    if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ModelError(f"mask of {name!r} is {tensor.dtype} with values other than 0 and 1; pass a bool tensor")
+    return tensor.bool()
+
+
+def _stored(module: nn.Module, attribute: str) -> Tensor:
+    """The parameter behind an attribute."""
+    if parametrize.is_parametrized(module, attribute):
+        chain = module.parametrizations[attribute]  # type: ignore[index]
+        return chain.original  # type: ignore[no-any-return]
+    value = getattr(module, attribute)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _sharing(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) that holds this parameter object."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        names = set(module._parameters)
+        if parametrize.is_parametrized(module):
+            names |= set(module.parametrizations)  # type: ignore[arg-type]
+        for attribute in sorted(names):
+            if getattr(module, attribute, None) is not None and _stored(module, attribute) is parameter:
+                found.append((module, attribute))
+    return found
+
+
+def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
+    current = _masks_of(module).get(attribute)
+    stored = _stored(module, attribute)
+    mask = mask.to(stored.device)
+    if current is not None:
+        current.mask.copy_(mask)
+        with torch.no_grad():
+            stored.masked_fill_(~mask, 0.0)
+        return
+    if parametrize.is_parametrized(module, attribute):
+        raise ModelError(
+            f"attribute {attribute!r} of a {type(module).__name__} already has a parametrization that is not a mask; "
+            "make it permanent with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    _own_class(module)
+    parametrize.register_parametrization(module, attribute, PruningMask(mask))
+    _add_hooks(module, attribute)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch makes one class per parametrized module and changes it when parametrizations come and go, but a deep copy
+    shares it with its original, which would then change too.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
+class _StateNames:
+    """State-dict hooks of one masked attribute: it is saved and loaded under its usual name."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def _keys(self, prefix: str) -> tuple[str, str]:
+        return prefix + self.attribute, f"{prefix}parametrizations.{self.attribute}.original"
+
+
+class _SaveUnderOwnName(_StateNames):
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        plain, inner = self._keys(prefix)
+        if inner in state:
+            original = state.pop(inner)
+            state[plain] = torch.where(_masks_of(module)[self.attribute].mask, original, 0.0)
+
+
+class _LoadUnderOwnName(_StateNames):
+    def __call__(
+        self,
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        plain, inner = self._keys(prefix)
+        if plain not in state:
+            return
+        value = state.pop(plain)
+        mask = _masks_of(module)[self.attribute].mask
+        if tuple(value.shape) == tuple(mask.shape) and bool((value[~mask.to(value.device)] != 0).any()):
+            errors.append(
+                f"{plain!r} has non-zero values where this network's mask has removed the weight; load it into a "
+                "network without masks (cbs_opt.remove_masks) or apply its own masks first"
+            )
+        state[inner] = value
+
+
+def _add_hooks(module: nn.Module, attribute: str) -> None:
+    module.register_state_dict_post_hook(_SaveUnderOwnName(attribute))
+    module.register_load_state_dict_pre_hook(_LoadUnderOwnName(attribute))
+
+
+def _remove_hooks(module: nn.Module, attribute: str) -> None:
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            actual = getattr(hook, "hook", hook)
+            if isinstance(actual, _StateNames) and actual.attribute == attribute:
+                del hooks[key]
