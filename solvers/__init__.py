@@ -18,7 +18,7 @@ from solvers.errors import (
     UnknownNameError,
 )
 from solvers.problem import Objective, ProblemArrays, QuadraticBlock, SelectionProblem
-from solvers.refit import Refit, refit
+from solvers.refit import Refit
 from solvers.registry import available_solvers, describe, make_solver
 from solvers.solution import Proposal, Reason, Solution, Status, TracePoint
 from solvers.solver import Capability, Context, Deadline, Solver, option
@@ -53,7 +53,6 @@ __all__ = [
     "load_problem",
     "make_solver",
     "option",
-    "refit",
     "save_block",
     "solve",
 ]

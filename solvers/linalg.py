@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from solvers import matvec
 from solvers.errors import SingularHessianError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def project(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A x for A (r, n) in float32 or float64 and x (n,) or (n, m); float64, accumulated in float64."""
     if factor.dtype == torch.float64:
         return factor @ x
+    if matvec.supported(factor, x):
+        return matvec.project(factor, x)
     total = torch.zeros((factor.shape[0], *x.shape[1:]), dtype=torch.float64, device=factor.device)
     for chunk in column_chunks(factor):
         total += factor[:, chunk].double() @ x[chunk]
@@ -47,6 +50,8 @@ def back_project(factor: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Aᵀ z for A (r, n) in float32 or float64 and z (r,) or (r, m); float64, accumulated in float64."""
     if factor.dtype == torch.float64:
         return factor.T @ z
+    if matvec.supported(factor, z):
+        return matvec.back_project(factor, z)
     return torch.cat([factor[:, chunk].double().T @ z for chunk in column_chunks(factor)])
 
 
@@ -58,6 +63,19 @@ def gram_of(factor: torch.Tensor) -> torch.Tensor:
         part = factor[:, chunk].double()
         total.addmm_(part, part.T)
     return total
+
+
+def lower_gram(rows: torch.Tensor, panel: int = 1024) -> torch.Tensor:
+    """The lower triangle of M Mᵀ in the dtype of M (m, k), by panels: half the work of the full product.
+
+    What lies above the diagonal panels is zero; a Cholesky factorisation reads only the lower triangle.
+    """
+    size = rows.shape[0]
+    out = torch.zeros((size, size), dtype=rows.dtype, device=rows.device)
+    for start in range(0, size, panel):
+        stop = min(start + panel, size)
+        torch.mm(rows[start:stop], rows[:stop].T, out=out[start:stop, :stop])
+    return out
 
 
 def cholesky(matrix: torch.Tensor, what: str) -> torch.Tensor:

@@ -191,6 +191,10 @@ class QuadraticBlock:
         """Where the factor lies."""
         return self.factor.device
 
+    def tensor_of(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """A copy of a numpy array (a mask, a vector) on this block's device."""
+        return torch.tensor(array, device=self.device)
+
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """A x for x of shape (n,) or (n, m); float64, accumulated in float64."""
         return linalg.project(self.factor, x)
@@ -349,7 +353,7 @@ class SelectionProblem:
         """H x over all blocks, float64 (n,)."""
         parts = []
         for block, where in zip(self.blocks, self.slices, strict=True):
-            part = torch.as_tensor(x[where], dtype=torch.float64, device=block.device)
+            part = block.tensor_of(x[where])
             parts.append(block.multiply(part).cpu().numpy())
         return np.concatenate(parts)
 
@@ -396,7 +400,7 @@ class SelectionProblem:
         """CBS-S of a mask, float64; the mask may remove any number of weights."""
         total = 0.0
         for block, where in zip(self.blocks, self.slices, strict=True):
-            mask = torch.as_tensor(pruned[where], device=block.device)
+            mask = block.tensor_of(pruned[where])
             x = torch.where(mask, block.weights, 0.0)
             value = 0.5 * block.project(x).square().sum() + 0.5 * block.damping * x.square().sum()
             if block.gradient is not None:
