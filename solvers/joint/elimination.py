@@ -1,0 +1,204 @@
+"""Backward elimination over all blocks of a problem under one budget: what `obs` and the staged pruning run.
+
+Every block offers its next removals with their costs, and the cheapest over all blocks are taken. A block with
+many kept weights (`_Large`) is ranked through its r × r kept system, anew in each round. Once a block is small
+enough to hold H_SS it is eliminated one weight at a time down to nothing (`_Path`); blocks do not interact, so
+its order does not depend on the others, and the greedy choice over blocks is a merge of the orders by the running
+maximum of their costs.
+
+In a round of a large block the weights first ranked are corrected for one another: the elimination is run one at
+a time within the cheapest `pool` weights, all others being re-optimised exactly (`KeptSystem.reduced`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from solvers.joint.path import eliminate_dense
+from solvers.joint.woodbury import KeptSystem, dense_problem, effective_damping
+from solvers.problem import Mask, QuadraticBlock, SelectionProblem
+from solvers.solution import Reason
+from solvers.solver import Deadline
+
+
+@dataclass(frozen=True)
+class EliminationPlan:
+    """How finely to eliminate.
+
+    Attributes
+    ----------
+    chunks : int
+        Rounds, in geometric progression of the kept weights, until blocks are small enough for exact elimination.
+    exact_below : int
+        Blocks with at most this many kept weights are eliminated one weight at a time (memory 16·s² bytes).
+    pool : int
+        Weights per round among which interactions are corrected exactly; 0 for none. A round removes at most half
+        of its pool one at a time; a larger share goes by its single costs first.
+    frozen_zeros : bool
+        Weights that are zero already go first and are never put back (staged pruning). Otherwise they are as free
+        as all others: the joint objective may well give them a value again.
+    """
+
+    chunks: int = 20
+    exact_below: int = 3000
+    pool: int = 2000
+    frozen_zeros: bool = False
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """What was removed: mask (n,), why it stopped, repairs, rounds taken."""
+
+    pruned: Mask
+    reason: Reason
+    repairs: tuple[str, ...]
+    rounds: int
+
+
+class _Path:
+    """A block eliminated one weight at a time, beforehand; `level` is the running maximum of the costs."""
+
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, damping: float, most: int) -> None:
+        index = kept.nonzero().squeeze(1)
+        count = min(most, int(index.numel()))
+        order, costs = eliminate_dense(dense_problem(block, index, damping), count, block.name)
+        self._order = index[order].cpu().numpy()
+        self._level = costs.cummax(0).values.cpu().numpy() if count else costs.cpu().numpy()
+        self._taken = 0
+        self.n_kept = int(index.numel())
+
+    def offer(self) -> np.ndarray:
+        """Costs of the removals to come, in order (non-decreasing)."""
+        return self._level[self._taken :]
+
+    def take(self, count: int) -> np.ndarray:
+        """Remove the first `count` of the last offer; their positions in the block."""
+        taken = self._order[self._taken : self._taken + count]
+        self._taken += count
+        self.n_kept -= count
+        return taken
+
+
+class _Large:
+    """A block ranked through its kept system."""
+
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, damping: float) -> None:
+        self.system = KeptSystem(block, kept, damping)
+
+    @property
+    def n_kept(self) -> int:
+        """|S|."""
+        return self.system.n_kept
+
+    def rank(self) -> np.ndarray:
+        """Cost of each kept weight alone, ascending."""
+        index, costs = self.system.removal_costs()
+        self._costs, order = costs.sort(stable=True)
+        self._index = index[order]
+        return self._costs.cpu().numpy()
+
+    def refine(self, count: int) -> np.ndarray:
+        """Costs, as a running maximum, of removing the `count` first ranked one at a time."""
+        pool = self._index[:count]
+        order, costs = eliminate_dense(self.system.reduced(pool), count, self.system.block.name)
+        self._index = pool[order]
+        self._costs = costs.cummax(0).values
+        return self._costs.cpu().numpy()
+
+    def take(self, count: int) -> np.ndarray:
+        """Remove the first `count` of the last offer; their positions in the block."""
+        taken = self._index[:count]
+        self.system.change(removed=taken)
+        return taken.cpu().numpy()
+
+
+def _cheapest(offers: list[np.ndarray], count: int) -> list[int]:
+    """How many of each ascending offer are among the `count` cheapest of all (ties to the earlier block)."""
+    values = np.concatenate(offers)
+    owner = np.repeat(np.arange(len(offers)), [offer.size for offer in offers])
+    chosen = owner[np.argsort(values, kind="stable")[:count]]
+    return np.bincount(chosen, minlength=len(offers)).tolist()
+
+
+def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadline | None = None) -> Elimination:
+    """Remove exactly ``problem.n_prune`` weights by backward elimination with refit.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        One or several blocks, with or without gradients; judged by the joint objective whatever its own is.
+    plan : EliminationPlan
+    deadline : Deadline, optional
+        When it expires, the rest goes in one round by single costs.
+
+    Returns
+    -------
+    Elimination
+
+    Raises
+    ------
+    SingularHessianError
+        If H cannot be factorised even so; the message has the remedy.
+    """
+    deadline = deadline or Deadline()
+    pruned = np.zeros(problem.n, dtype=bool)
+    if plan.frozen_zeros:
+        zeros = np.flatnonzero(problem.weights == 0.0)
+        pruned[zeros[: problem.n_prune]] = True
+    left = problem.n_prune - int(pruned.sum())
+    repairs: list[str] = []
+    dampings: list[float] = []
+    for block in problem.blocks:
+        damping, repair = effective_damping(block)
+        dampings.append(damping)
+        if repair:
+            repairs.append(repair)
+    members: list[_Path | _Large | None] = [None] * len(problem.blocks)
+    kept_by = [torch.from_numpy(~pruned[where]).to(b.device) for b, where in zip(problem.blocks, problem.slices, strict=True)]
+    start = problem.n - int(pruned.sum())
+    goal = max(problem.n_kept, 1)
+    floor = max(goal, sum(min(int(k.sum()), plan.exact_below) for k in kept_by))
+    ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0
+    rounds, reason = 0, Reason.COMPLETED
+    while left > 0:
+        for index, (block, member) in enumerate(zip(problem.blocks, members, strict=True)):
+            if isinstance(member, _Path):
+                continue
+            n_kept = int(kept_by[index].sum()) if member is None else member.n_kept
+            kept = kept_by[index] if member is None else member.system.kept
+            if n_kept <= plan.exact_below:
+                members[index] = _Path(block, kept, dampings[index], left)
+            elif member is None:
+                members[index] = _Large(block, kept, dampings[index])
+        now = problem.n_kept + left
+        all_paths = all(isinstance(member, _Path) for member in members)
+        hurried = deadline.expired() and not all_paths
+        if hurried:
+            reason = Reason.TIME_LIMIT
+        rounds += 1
+        share = left
+        if not all_paths and not hurried:
+            share = min(left, max(1, now - math.floor(now * ratio)))
+        taken = _take_round(members, share, 0 if hurried else plan.pool)
+        for where, part in zip(problem.slices, taken, strict=True):
+            pruned[where.start + part] = True
+        left -= sum(part.size for part in taken)
+    return Elimination(pruned, reason, tuple(repairs), rounds)
+
+
+def _take_round(members: list[_Path | _Large | None], share: int, pool: int) -> list[np.ndarray]:
+    """Remove `share` weights over all blocks; positions removed in each."""
+    offers = [m.rank() if isinstance(m, _Large) else m.offer() for m in members]
+    if 2 * share <= pool:
+        # Interactions among the cheapest are resolved one removal at a time before the share is cut.
+        counts = _cheapest(offers, pool)
+        offers = [
+            m.refine(count) if isinstance(m, _Large) and count else offer[:count]
+            for m, offer, count in zip(members, offers, counts, strict=True)
+        ]
+    counts = _cheapest(offers, share)
+    return [m.take(count) for m, count in zip(members, counts, strict=True)]

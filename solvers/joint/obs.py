@@ -1,0 +1,50 @@
+"""`obs`: backward elimination which re-optimises the kept weights while it removes.
+
+With S the kept weights and v their refit, removing i costs v_i²/(2[H_SS⁻¹]_ii) once the others have been
+re-optimised. Weights go in rounds that shrink geometrically with the kept set; each round refits, ranks all kept
+weights through the r × r Woodbury system K_S = λI + A_SA_Sᵀ,
+
+    [H_SS⁻¹]_ii = (1 − a_iᵀK_S⁻¹a_i)/λ ,      v = u + A_Sᵀ K_S⁻¹ (Aw − A_S u_S) on S,   u = w − g/λ ,
+
+and resolves the interactions among the cheapest exactly. Once H_SS itself fits, weights go one at a time.
+
+Source: Hassibi and Stork, *Optimal Brain Surgeon*, NeurIPS 1993; Frantar, Singh and Alistarh, *Optimal Brain
+Compression*, NeurIPS 2022; Yu et al., *The Combinatorial Brain Surgeon*, ICML 2022, for the model and the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from solvers.joint.elimination import EliminationPlan, eliminate
+from solvers.problem import SelectionProblem
+from solvers.solution import Proposal
+from solvers.solver import Capability, Context, Solver, option
+
+
+@dataclass(frozen=True)
+class OptimalBrainSurgeonSolver(Solver):
+    """Backward elimination with refit, under one budget over all blocks."""
+
+    name = "obs"
+    summary = "backward elimination that refits while it removes (optimal brain surgeon at scale)"
+    reference = "Hassibi and Stork, NeurIPS 1993; Frantar et al., Optimal Brain Compression, NeurIPS 2022"
+    capabilities = frozenset(
+        {Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM, Capability.TIME_LIMIT}
+    )
+
+    chunks: int = option(20, "rounds before blocks are small enough for one-at-a-time elimination", minimum=1)
+    exact_below: int = option(3000, "kept weights of a block from which on weights go one at a time", minimum=1)
+    pool: int = option(2000, "cheapest weights of a round whose interactions are resolved exactly; 0 = none", minimum=0)
+    frozen_zeros: bool = option(False, "weights that are zero already go first and stay out (staged pruning)")
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Eliminate until exactly ``n_prune`` are gone."""
+        plan = EliminationPlan(self.chunks, self.exact_below, self.pool, self.frozen_zeros)
+        result = eliminate(problem, plan, context.deadline)
+        return Proposal(
+            result.pruned,
+            reason=result.reason,
+            repairs=result.repairs,
+            statistics={"rounds": float(result.rounds)},
+        )

@@ -1,0 +1,85 @@
+"""Backward elimination on a dense joint problem, one weight at a time, with its costs.
+
+For minimise ½ vᵀHv − cᵀv with all weights in, N = H⁻¹ and v = Nc. Removing i costs v_i²/(2N_ii); afterwards
+
+    v ← v − N_:i v_i / N_ii ,      N ← N − N_:i N_i: / N_ii .
+
+The rank-one changes of N are kept aside and applied by the block, so that s removals cost O(s³) at the speed of a
+matrix product, although each choice is exact.
+
+Source: Hassibi and Stork, *Second order derivatives for network pruning: Optimal Brain Surgeon*, NeurIPS 1993.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from solvers import linalg
+from solvers.errors import SingularHessianError
+from solvers.joint.woodbury import ReducedProblem
+
+_DELAY = 48
+
+
+def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove `count` weights one after another, always the cheapest.
+
+    Parameters
+    ----------
+    problem : ReducedProblem of q weights
+    count : int ≤ q
+    name : str
+        Of the block, for messages.
+
+    Returns
+    -------
+    order : int64 tensor (count,)
+        Positions in the order of removal.
+    costs : float64 tensor (count,)
+        What each removal adds to the objective.
+
+    Raises
+    ------
+    SingularHessianError
+        If H is singular to float64.
+    """
+    factor = linalg.cholesky(problem.hessian, f"block {name!r}: H of {problem.hessian.shape[0]} kept weights")
+    inverse = torch.cholesky_inverse(factor)
+    value = torch.cholesky_solve(problem.linear.unsqueeze(1), factor).squeeze(1)
+    least = 1.0 / problem.hessian.diagonal()
+    diagonal = torch.maximum(inverse.diagonal(), least)
+    alive = torch.arange(value.shape[0], device=value.device)
+    order: list[torch.Tensor] = []
+    costs: list[torch.Tensor] = []
+    done = 0
+    while done < count:
+        steps = min(_DELAY, count - done)
+        aside = torch.zeros((steps, alive.shape[0]), dtype=torch.float64, device=value.device)
+        gone = torch.zeros(alive.shape[0], dtype=torch.bool, device=value.device)
+        for step in range(steps):
+            score = value.square() / diagonal
+            score[gone] = math.inf
+            pick = score.argmin().view(1)
+            column = inverse.index_select(0, pick).squeeze(0)
+            if step:
+                column = column - aside[:step].index_select(1, pick).squeeze(1) @ aside[:step]
+            scaled = column / torch.maximum(column.index_select(0, pick), least.index_select(0, pick)).sqrt()
+            aside[step] = scaled
+            order.append(alive.index_select(0, pick))
+            costs.append(0.5 * score.index_select(0, pick))
+            value = value - scaled * (value.index_select(0, pick) / scaled.index_select(0, pick))
+            diagonal = torch.maximum(diagonal - scaled.square(), least)
+            gone.index_fill_(0, pick, True)
+        done += steps
+        if done < count:
+            left = (~gone).nonzero().squeeze(1)
+            aside = aside.index_select(1, left)
+            inverse = inverse.index_select(0, left).index_select(1, left)
+            inverse.addmm_(aside.T, aside, alpha=-1.0)
+            alive, value, diagonal, least = (x.index_select(0, left) for x in (alive, value, diagonal, least))
+    result, spent = torch.cat(order), torch.cat(costs)
+    if not bool(torch.isfinite(spent).all()):
+        raise SingularHessianError(f"block {name!r}: the elimination met a singular H; use a larger damping")
+    return result, spent
