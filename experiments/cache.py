@@ -7,12 +7,13 @@ time, not correctness, and is reported through ``warnings``.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+import platformdirs
 
 VARIABLE = "CBS_OPT_CACHE"
 
@@ -24,15 +25,7 @@ class CacheWarning(UserWarning):
 def cache_dir() -> Path:
     """Folder for cached files: ``$CBS_OPT_CACHE``, else ``cbs_opt`` in the user's cache folder. Not created."""
     chosen = os.environ.get(VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "cbs_opt"
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("cbs_opt", appauthor=False))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

@@ -33,8 +33,8 @@ class Recipe:
         As usual; the step falls to zero along a half cosine, after a linear rise over the first ``warmup`` epochs.
     augment
         Random crop (padding 4) and horizontal flip.
-    label_smoothing
-        Of the cross-entropy which is trained (never of one which is reported).
+    bfloat16
+        Multiply in bfloat16 (weights and sums stay float32): faster where the processor has it.
     """
 
     epochs: int
@@ -44,7 +44,7 @@ class Recipe:
     weight_decay: float = 5e-4
     warmup: float = 1.0
     augment: bool = False
-    label_smoothing: float = 0.0
+    bfloat16: bool = False
     seed: int = 0
 
 
@@ -97,7 +97,8 @@ def train(model: nn.Module, samples: ImageSet, recipe: Recipe, *, state_path: Pa
                 images = crop_and_flip(images, generator)
             x = samples.normalise(images).to(device, memory_format=torch.channels_last)
             y = samples.labels[indices].to(device)
-            loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
+                loss = F.cross_entropy(model(x), y)
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             rate = _rate(recipe, epoch + step / per_epoch)
             with torch.no_grad():

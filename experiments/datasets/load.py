@@ -69,8 +69,11 @@ def _cached(source: Source, split: str, files: list[Path]) -> tuple[np.ndarray, 
         if images.dtype == np.uint8 and images.shape == (len(labels), *source.shape) and labels.dtype == np.int64:
             return images, labels
         raise ValueError(f"unexpected arrays {images.dtype} {images.shape}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
+    except PermissionError as error:
+        warnings.warn(f"cannot read the cache file {path} ({error}); decoding the images again",
+                      CacheWarning, stacklevel=2)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         warnings.warn(f"the cache file {path} is damaged ({error}); decoding the images again",
                       CacheWarning, stacklevel=2)

@@ -1,0 +1,103 @@
+"""Accuracy against sparsity as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from solvers.errors import OutputError
+
+#: Colour-blind safe (Okabe and Ito, 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a plot: a label and, by sparsity, the accuracies (%) measured there, one per seed."""
+
+    label: str
+    points: Mapping[float, Sequence[float]]
+    quoted: bool = False
+
+
+def series_of(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
+    """Rows of one experiment grouped by solver and update, in order of appearance."""
+    groups: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        label = row_label(row)
+        groups.setdefault(label, {}).setdefault(float(row["sparsity"]), []).append(float(row["accuracy"]))
+    return [Series(label, dict(sorted(points.items()))) for label, points in groups.items()]
+
+
+def row_label(row: Mapping[str, Any]) -> str:
+    """Solver, update and stages of a row in words."""
+    label = str(row["solver"])
+    if row.get("update", "none") != "none":
+        label += f" + {row['update']}"
+    if int(row.get("stages") or 1) > 1:
+        label += f", {row['stages']} stages"
+    return label
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for a single value)."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(np.mean(values)), error
+
+
+def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float | None = None) -> None:
+    """Draw the mean accuracy over seeds, with standard errors, against the sparsity.
+
+    Parameters
+    ----------
+    series
+        Measured lines are solid; quoted ones are dotted, without markers.
+    dense
+        Accuracy of the dense network, a thin horizontal line.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    # The object interface needs no display and leaves the caller's pyplot state alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if dense is not None:
+        axes.axhline(dense, color="0.6", linewidth=0.8)
+        axes.annotate(f"dense {dense:.2f}", (0.01, dense), xycoords=("axes fraction", "data"), color="0.4",
+                      fontsize=8, va="bottom")
+    measured = [s for s in series if not s.quoted]
+    for i, line in enumerate(measured):
+        means, errors = zip(*(mean_and_error(v) for v in line.points.values()), strict=True)
+        axes.errorbar(_steps(line.points), means, yerr=errors if any(errors) else None, label=line.label, capsize=2,
+                      color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.4)
+    for i, line in enumerate(s for s in series if s.quoted):
+        means = [mean_and_error(v)[0] for v in line.points.values()]
+        colour = COLOURS[-1 - i % len(COLOURS)]
+        axes.plot(_steps(line.points), means, ":", color=colour, linewidth=1.1, label=line.label)
+    everything = sorted({s for line in series for s in line.points})
+    axes.set_xticks(_steps(everything), [f"{100 * s:g}" for s in everything])
+    axes.set_xlabel("sparsity (%), scaled by the logarithm of the weights kept")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"cannot write the plot {path} ({error.strerror or error})") from error
+
+
+def _steps(sparsities: Any) -> list[float]:
+    """Abscissae: -log of the share kept, so that 90, 95 and 98 % do not crowd together."""
+    return [-float(np.log(1.0 - s)) for s in sparsities]

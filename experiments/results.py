@@ -1,0 +1,189 @@
+"""``results.jsonl``: one line of JSON per finished row, appended at once, never rewritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from solvers.errors import OutputError
+
+FILE_NAME = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything which decides what a row shows; rows of equal settings are the same measurement.
+
+    Attributes
+    ----------
+    sparsity
+        As asked for; ``n_kept`` of the row says what it came to.
+    weights
+        Digest of the dense network's weights.
+    device
+        Its type: a GPU rounds differently and takes another time.
+    """
+
+    experiment: str
+    solver: str
+    update: str
+    update_scale: float
+    sparsity: float
+    sparsity_rounding: str
+    seed: int
+    objective_kind: str
+    fisher_samples: int
+    fisher_batch: int
+    damping: float
+    blocks: str
+    first_order: bool
+    stages: int
+    allocation: str | None
+    time_limit: float | None
+    weights: str
+    device: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Digest of the settings."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a row shows: accuracies in percent of the test set, losses in nats, times in seconds.
+
+    ``train_loss`` is taken on the same sample of the training set for every row of an experiment. Objectives are
+    those of the dense network's quadratic model (of the last stage's, where there are several).
+    """
+
+    n_weights: int
+    n_kept: int
+    accuracy: float
+    train_loss: float
+    dense_accuracy: float
+    objective: float | None
+    refit_objective: float | None
+    bound: float | None
+    gap: float | None
+    status: str
+    seconds_gradients: float
+    seconds_solve: float
+    seconds_update: float
+    repairs: tuple[str, ...] = ()
+
+
+def row_of(settings: Settings, measured: Measured) -> dict[str, Any]:
+    """A row ready for JSON: settings, figures (None for what is not finite), versions and the settings' key."""
+    figures = {f.name: _plain(getattr(measured, f.name)) for f in fields(measured)}
+    return {**asdict(settings), **figures, "versions": versions(), "key": settings.key}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("cbs-opt", "torch", "numpy", "scipy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class ResultsFile:
+    """The results of an output folder.
+
+    Parameters
+    ----------
+    folder
+        Made if need be, and tried out at once: a run of an hour must not end with "permission denied".
+
+    Raises
+    ------
+    OutputError
+        The folder cannot be made or written, or the file in it is not ours.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser()
+        self.path = self.folder / FILE_NAME
+        self._check_writable()
+        self.rows, self.dropped = self._read()
+
+    def _check_writable(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+            if self.path.exists() and not os.access(self.path, os.R_OK | os.W_OK):
+                raise PermissionError(13, "Permission denied", str(self.path))
+            if self.path.is_dir():
+                raise IsADirectoryError(21, "Is a directory", str(self.path))
+        except OSError as error:
+            raise OutputError(f"cannot write in --output-dir {self.folder} ({error.strerror or error}); "
+                              "give a folder which can be written") from error
+
+    def _read(self) -> tuple[list[dict[str, Any]], bool]:
+        """Rows on disk, and whether a last line cut off by a crash was dropped."""
+        if not self.path.exists():
+            return [], False
+        raw = self.path.read_bytes()
+        complete, newline, rest = raw.rpartition(b"\n")
+        rows = []
+        for number, line in enumerate((complete + newline).splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                raise OutputError(f"line {number} of {self.path} is not a row of results ({error}); "
+                                  "repair it, or give another --output-dir") from error
+            rows.append(row)
+        if rest:
+            # A row is written with its newline, so what follows the last newline was cut off.
+            with self.path.open("r+b") as stream:
+                stream.truncate(len(complete) + len(newline))
+        return rows, bool(rest)
+
+    def find(self, settings: Settings) -> dict[str, Any] | None:
+        """The newest row of these settings."""
+        key = settings.key
+        return next((row for row in reversed(self.rows) if row.get("key") == key), None)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; when this returns it is on disk.
+
+        Raises
+        ------
+        OutputError
+            The disk is full, or the file has become unwritable.
+        """
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(line.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot append to {self.path} ({error.strerror or error})") from error
+        self.rows.append(row)

@@ -1,0 +1,75 @@
+"""Evaluation and batch-norm statistics against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from experiments.batchnorm import has_batch_norm, reestimate
+from experiments.datasets.images import ImageSet, crop_and_flip
+from experiments.evaluation import evaluate
+
+
+@pytest.fixture
+def samples() -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (37, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.randint(0, 4, (37,), generator=generator), (0.4,) * 3, (0.2,) * 3)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 37, 100])
+def test_accuracy_and_loss_do_not_depend_on_the_batch(samples: ImageSet, batch_size: int) -> None:
+    model = network().eval()
+    x, y = samples.batch(slice(None))
+    with torch.no_grad():
+        logits = model(x)
+    result = evaluate(model, samples, batch_size=batch_size)
+    assert result.accuracy == pytest.approx(100 * float((logits.argmax(1) == y).double().mean()))
+    assert result.loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
+    assert result.n_samples == 37
+
+
+def test_the_mode_is_put_back_and_statistics_are_not_touched(samples: ImageSet) -> None:
+    model = network().train()
+    before = model[1].running_mean.clone()
+    evaluate(model, samples)
+    assert model.training and torch.equal(model[1].running_mean, before)
+
+
+def test_statistics_are_the_mean_over_batches(samples: ImageSet) -> None:
+    model = network().eval()
+    seen: list[tuple[int, int]] = []
+    reestimate(model, samples, seed=4, batch_size=10, progress=lambda done, total: seen.append((done, total)))
+    generator = torch.Generator().manual_seed(4)
+    means, variances = [], []
+    for indices in torch.randperm(37, generator=generator).split(10):
+        with torch.no_grad():
+            z = model[0](samples.normalise(crop_and_flip(samples.images[indices], generator)))
+        means.append(z.mean((0, 2, 3)))
+        variances.append(z.var((0, 2, 3), unbiased=True))
+    torch.testing.assert_close(model[1].running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, torch.stack(variances).mean(0), rtol=1e-4, atol=1e-5)
+    assert seen[-1] == (4, 4) and not model.training and model[1].momentum == 0.1
+
+
+def test_the_same_seed_gives_the_same_statistics(samples: ImageSet) -> None:
+    one, two, three = network().eval(), network().eval(), network().eval()
+    reestimate(one, samples, seed=4)
+    two(samples.batch(slice(None))[0])
+    reestimate(two, samples, seed=4)
+    reestimate(three, samples, seed=5)
+    assert torch.equal(one[1].running_var, two[1].running_var)
+    assert not torch.equal(one[1].running_var, three[1].running_var)
+
+
+def test_nothing_to_do_without_batch_norm(samples: ImageSet) -> None:
+    model = nn.Linear(3, 3)
+    assert not has_batch_norm(model) and has_batch_norm(network())
+    reestimate(model, samples)
