@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from solvers.joint.path import eliminate_dense
@@ -71,11 +73,11 @@ class _Path:
         self._taken = 0
         self.n_kept = int(index.numel())
 
-    def offer(self) -> np.ndarray:
+    def offer(self) -> npt.NDArray[Any]:
         """Costs of the removals to come, in order (non-decreasing)."""
         return self._level[self._taken :]
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> npt.NDArray[Any]:
         """Remove the first `count` of the last offer; their positions in the block."""
         taken = self._order[self._taken : self._taken + count]
         self._taken += count
@@ -94,14 +96,14 @@ class _Large:
         """|S|."""
         return self.system.n_kept
 
-    def rank(self) -> np.ndarray:
+    def rank(self) -> npt.NDArray[Any]:
         """Cost of each kept weight alone, ascending."""
         index, costs = self.system.removal_costs()
         self._costs, order = costs.sort(stable=True)
         self._index = index[order]
         return self._costs.cpu().numpy()
 
-    def refine(self, count: int) -> np.ndarray:
+    def refine(self, count: int) -> npt.NDArray[Any]:
         """Costs, as a running maximum, of removing the `count` first ranked one at a time."""
         pool = self._index[:count]
         order, costs = eliminate_dense(self.system.reduced(pool), count, self.system.block.name)
@@ -109,19 +111,19 @@ class _Large:
         self._costs = costs.cummax(0).values
         return self._costs.cpu().numpy()
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> npt.NDArray[Any]:
         """Remove the first `count` of the last offer; their positions in the block."""
         taken = self._index[:count]
         self.system.change(removed=taken)
         return taken.cpu().numpy()
 
 
-def _cheapest(offers: list[np.ndarray], count: int) -> list[int]:
+def _cheapest(offers: list[npt.NDArray[Any]], count: int) -> list[int]:
     """How many of each ascending offer are among the `count` cheapest of all (ties to the earlier block)."""
     values = np.concatenate(offers)
     owner = np.repeat(np.arange(len(offers)), [offer.size for offer in offers])
     chosen = owner[np.argsort(values, kind="stable")[:count]]
-    return np.bincount(chosen, minlength=len(offers)).tolist()
+    return [int(c) for c in np.bincount(chosen, minlength=len(offers))]
 
 
 def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadline | None = None) -> Elimination:
@@ -157,40 +159,35 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         dampings.append(damping)
         if repair:
             repairs.append(repair)
-    members: list[_Path | _Large | None] = [None] * len(problem.blocks)
-    kept_by = [torch.from_numpy(~pruned[where]).to(b.device) for b, where in zip(problem.blocks, problem.slices, strict=True)]
+    members: list[_Path | _Large] = []
+    for block, where, damping in zip(problem.blocks, problem.slices, dampings, strict=True):
+        kept = block.tensor_of(~pruned[where])
+        small = int(kept.sum()) <= plan.exact_below
+        members.append(_Path(block, kept, damping, left) if small else _Large(block, kept, damping))
     start = problem.n - int(pruned.sum())
-    goal = max(problem.n_kept, 1)
-    floor = max(goal, sum(min(int(k.sum()), plan.exact_below) for k in kept_by))
+    floor = max(problem.n_kept, sum(min(member.n_kept, plan.exact_below) for member in members), 1)
     ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0
     rounds, reason = 0, Reason.COMPLETED
     while left > 0:
-        for index, (block, member) in enumerate(zip(problem.blocks, members, strict=True)):
-            if isinstance(member, _Path):
-                continue
-            n_kept = int(kept_by[index].sum()) if member is None else member.n_kept
-            kept = kept_by[index] if member is None else member.system.kept
-            if n_kept <= plan.exact_below:
-                members[index] = _Path(block, kept, dampings[index], left)
-            elif member is None:
-                members[index] = _Large(block, kept, dampings[index])
+        for index, (block, member, damping) in enumerate(zip(problem.blocks, members, dampings, strict=True)):
+            if isinstance(member, _Large) and member.n_kept <= plan.exact_below:
+                members[index] = _Path(block, member.system.kept, damping, left)
         now = problem.n_kept + left
-        all_paths = all(isinstance(member, _Path) for member in members)
-        hurried = deadline.expired() and not all_paths
-        if hurried:
-            reason = Reason.TIME_LIMIT
+        share, pool = left, plan.pool
+        if any(isinstance(member, _Large) for member in members):
+            if deadline.expired():
+                reason, pool = Reason.TIME_LIMIT, 0
+            else:
+                share = min(left, max(1, now - math.floor(now * ratio)))
         rounds += 1
-        share = left
-        if not all_paths and not hurried:
-            share = min(left, max(1, now - math.floor(now * ratio)))
-        taken = _take_round(members, share, 0 if hurried else plan.pool)
+        taken = _take_round(members, share, pool)
         for where, part in zip(problem.slices, taken, strict=True):
             pruned[where.start + part] = True
         left -= sum(part.size for part in taken)
     return Elimination(pruned, reason, tuple(repairs), rounds)
 
 
-def _take_round(members: list[_Path | _Large | None], share: int, pool: int) -> list[np.ndarray]:
+def _take_round(members: list[_Path | _Large], share: int, pool: int) -> list[npt.NDArray[Any]]:
     """Remove `share` weights over all blocks; positions removed in each."""
     offers = [m.rank() if isinstance(m, _Large) else m.offer() for m in members]
     if 2 * share <= pool:

@@ -122,7 +122,7 @@ class KeptSystem:
         """A_Q A_Qᵀ in float64, products in the working precision over few columns at a time."""
         rows = self.block.n_rows
         total = torch.zeros((rows, rows), dtype=torch.float64, device=self.block.device)
-        for part in index.split(max(1, min(4096, linalg.CHUNK_ENTRIES // rows))):
+        for part in torch.split(index, max(1, min(4096, linalg.CHUNK_ENTRIES // rows))):
             columns = self.block.factor.index_select(1, part).to(self.dtype)
             total += columns @ columns.T
         return total
@@ -156,7 +156,7 @@ class KeptSystem:
         self.factorise()
         factor = self._factor.to(self.dtype)
         values, shrinks = [], []
-        for part in index.split(max(1, linalg.CHUNK_ENTRIES // self.block.n_rows)):
+        for part in torch.split(index, max(1, linalg.CHUNK_ENTRIES // self.block.n_rows)):
             columns = self._gather(part)
             values.append(self.centre[part] + columns.double().T @ self._dual)
             half = torch.linalg.solve_triangular(factor, columns.to(self.dtype), upper=False)
