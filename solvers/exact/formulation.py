@@ -28,8 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from solvers.errors import ProblemError
+from solvers.errors import BackendError, ProblemError
 from solvers.exact.incumbent import local_optimum
+from solvers.exact.splitting import optimal_diagonal
 from solvers.problem import Array, Mask, Objective, ProblemArrays, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Context
@@ -191,20 +192,34 @@ class Model:
         return Proposal(masks[best], bound=bound, reason=reason, statistics=statistics)
 
 
-def _split(root: Array) -> tuple[Array, Array]:
-    """(B₀ (m, n), d (n,)) with H = B₀ᵀB₀ + diag(d): the largest d in proportion to diag(H) that leaves H₀ ⪰ 0."""
+def _split(root: Array, square: Square | None, n_kept: int, unit: float) -> tuple[Array, Array]:
+    """(B₀ (m, n), d (n,)) with H = B₀ᵀB₀ + diag(d), H₀ ⪰ 0.
+
+    The tightest d for the joint model (`solvers.exact.splitting`), the largest in proportion to diag(H) for the
+    selection model (`square` None), zero where H is singular.
+    """
     n = root.shape[1]
     norms = np.linalg.norm(root, axis=0)
     if root.shape[0] < n or not norms.all():
         return root, np.zeros(n)
-    smallest = float(np.linalg.svd(root / norms, compute_uv=False)[-1]) ** 2
+    scaled = root / norms
     # Rounding in H is of the order n·eps of its diagonal; stay clear of it so that H₀ is certainly PSD.
-    share = smallest - 4 * n * np.finfo(float).eps
-    if share <= 0:
+    noise = 4 * n * np.finfo(float).eps
+    smallest = float(np.linalg.svd(scaled, compute_uv=False)[-1]) ** 2
+    if smallest <= 100 * noise:
         return root, np.zeros(n)
-    normalised = (root / norms).T @ (root / norms)
-    values, vectors = np.linalg.eigh(normalised - share * np.eye(n))
-    base = (np.sqrt(values.clip(min=0.0))[:, None] * vectors.T) * norms
+    correlation = scaled.T @ scaled
+    if square is None:
+        share = np.full(n, smallest - noise)
+    else:
+        share, _ = optimal_diagonal(correlation, square.centre * norms, n_kept, unit)
+        share = (share - noise).clip(min=0.0)
+    values, vectors = np.linalg.eigh(correlation - np.diag(share))
+    if values[0] < -noise:
+        raise BackendError(f"the splitting of H left the eigenvalue {values[0]:.1e}; report this problem")
+    values = values.clip(min=0.0)
+    positive = values > 0.0
+    base = (np.sqrt(values[positive])[:, None] * vectors.T[positive]) * norms
     return base, share * norms**2
 
 
@@ -227,7 +242,6 @@ def build(problem: SelectionProblem, context: Context) -> Model:
     value = problem.value(incumbent)
     context.record(value)
     root = hessian_root(arrays)
-    base, diagonal = _split(root)
     inverse = _inverse_diagonal(root)
     constant = square.constant if joint and square is not None else 0.0
     free = np.arange(problem.n)
@@ -238,7 +252,9 @@ def build(problem: SelectionProblem, context: Context) -> Model:
         free = np.flatnonzero((least <= value + slack) | incumbent)
     centre = square.centre if joint and square is not None else arrays.weights
     height = value - constant
-    scale = TARGET / _unit(problem, height, arrays, joint)
+    unit = _unit(problem, height, arrays, joint)
+    base, diagonal = _split(root, square if joint else None, problem.n_kept, unit)
+    scale = TARGET / unit
     factor = math.sqrt(0.5 * scale)
     linear = 0.5 * diagonal * centre**2
     if not joint:

@@ -1,0 +1,137 @@
+"""MathOpt with GSCIP (OR-Tools' build of SCIP) on the models of `solvers.exact.formulation`.
+
+Each square gets its own epigraph, z_j² ≤ t_j, and each perspective its own rotated cone, p_i² ≤ s_i (1 − x_i); SCIP
+outer-approximates them one by one. Where no diagonal can be split off H, an indicator x_i = 1 ⇒ p_i = 0 takes the
+place of the perspective.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from solvers.errors import BackendError
+from solvers.exact.formulation import FEASIBILITY, Model, build
+from solvers.problem import SelectionProblem
+from solvers.solution import Proposal, Reason
+from solvers.solver import Capability, Context, Solver, option
+
+
+@dataclass(frozen=True)
+class OrtoolsMiqpSolver(Solver):
+    """OR-Tools MathOpt, GSCIP."""
+
+    name = "ortools_miqp"
+    summary = "mixed-integer conic model in OR-Tools' SCIP"
+    reference = "Bestuzheva et al., The SCIP Optimization Suite 8.0, 2021; Guenluek and Linderoth, Math. Program. 2010"
+    capabilities = frozenset(
+        {
+            Capability.SELECTION,
+            Capability.JOINT,
+            Capability.GLOBAL_BUDGET,
+            Capability.LINEAR_TERM,
+            Capability.BOUND,
+            Capability.EXACT,
+            Capability.WARM_START,
+            Capability.TIME_LIMIT,
+        }
+    )
+    max_weights = 1000
+    requires = ("ortools",)
+
+    isolated: bool = option(False, "run in a child process that is killed when it overstays the time limit")
+    log: bool = option(False, "print the log of SCIP")
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """The incumbent and safe bound of GSCIP."""
+        if self.isolated:
+            from solvers.exact.isolation import run_isolated
+
+            return run_isolated(self, problem, context)
+        model = build(problem, context)
+        if context.deadline.expired():
+            return model.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
+        return _solve(model, context, self.log)
+
+
+def _solve(model: Model, context: Context, log: bool) -> Proposal:
+    from ortools.math_opt.python import mathopt
+
+    program = mathopt.Model(name="cbs")
+    x, start = _assemble(program, model)
+    remaining = context.deadline.remaining()
+    parameters = mathopt.SolveParameters(
+        time_limit=None if math.isinf(remaining) else datetime.timedelta(seconds=remaining),
+        relative_gap_tolerance=0.0,
+        absolute_gap_tolerance=0.0,
+        random_seed=context.seed % (2**31 - 1),
+        threads=1,
+        enable_output=log,
+    )
+    parameters.gscip.real_params["numerics/feastol"] = FEASIBILITY
+    parameters.gscip.real_params["numerics/dualfeastol"] = FEASIBILITY
+    hints = mathopt.ModelSolveParameters(solution_hints=[mathopt.SolutionHint(variable_values=start)])
+    try:
+        result = mathopt.solve(program, mathopt.SolverType.GSCIP, params=parameters, model_params=hints)
+    except Exception as error:
+        # MathOpt's own error path may raise an unrelated AttributeError (google/or-tools #4606).
+        raise BackendError(f"MathOpt/GSCIP failed: {type(error).__name__}: {error}") from error
+    ended = result.termination.reason
+    reasons = mathopt.TerminationReason
+    if ended in (reasons.UNBOUNDED, reasons.INFEASIBLE_OR_UNBOUNDED, reasons.NUMERICAL_ERROR, reasons.OTHER_ERROR):
+        raise BackendError(f"MathOpt/GSCIP ended with {ended.value}: {result.termination.detail or 'no detail'}")
+    values = None
+    if ended is not reasons.INFEASIBLE and result.has_primal_feasible_solution():
+        found = result.variable_values()
+        values = np.array([found[variable] for variable in x])
+    claimed = float(result.termination.objective_bounds.dual_bound)
+    if ended is reasons.INFEASIBLE:
+        raise BackendError("MathOpt/GSCIP calls the model infeasible, which always has a solution; its tolerances failed")
+    reason = Reason.COMPLETED if ended is reasons.OPTIMAL else Reason.TIME_LIMIT
+    return model.proposal(values, claimed, reason, context, nodes=float(result.solve_stats.node_count))
+
+
+def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
+    """Fill the MathOpt model; (the x, the incumbent as a hint)."""
+    x = [program.add_binary_variable(name=f"x{i}") for i in range(model.free.size)]
+    cost = [(variable, float(c)) for variable, c in zip(x, model.linear, strict=True)]
+    hint = dict(zip(x, model.start.tolist(), strict=True))
+    row = program.add_linear_constraint(lb=model.problem.n_prune, ub=model.problem.n_prune)
+    for variable in x:
+        row.set_coefficient(variable, 1.0)
+    changes = [program.add_variable(lb=-limit, ub=limit, name=f"p{i}") for i, limit in enumerate(model.change_limit)]
+    position = {int(weight): at for at, weight in enumerate(model.free)}
+    for i, change in enumerate(changes):
+        at = position.get(i)
+        curvature = float(model.curvature[i])
+        limit = float(model.change_limit[i])
+        if at is not None and math.isfinite(limit):
+            # A perspective alone lets p_i reach the square root of the tolerance where x_i = 1.
+            program.add_linear_constraint(change + limit * x[at] <= limit)
+            program.add_linear_constraint(change - limit * x[at] >= -limit)
+        elif at is not None:
+            program.add_indicator_constraint(indicator=x[at], implied_constraint=change == 0.0)
+        if curvature > 0:
+            epigraph = program.add_variable(lb=0.0, name=f"s{i}")
+            cost.append((epigraph, 1.0))
+            side = epigraph if at is None else epigraph - epigraph * x[at]
+            program.add_quadratic_constraint(curvature * change * change - side <= 0.0)
+    for j in range(model.n_rows):
+        z = program.add_variable(name=f"z{j}")
+        t = program.add_variable(lb=0.0, name=f"t{j}")
+        cost.append((t, 1.0))
+        row = program.add_linear_constraint(lb=0.0, ub=0.0)
+        row.set_coefficient(z, -1.0)
+        for variable, value in zip(x, model.columns[j], strict=True):
+            if value:
+                row.set_coefficient(variable, float(value))
+        for variable, value in zip(changes, model.changes[j], strict=False):
+            if value:
+                row.set_coefficient(variable, float(value))
+        program.add_quadratic_constraint(z * z - t <= 0.0)
+    program.minimize(sum(c * variable for variable, c in cost if c))
+    return x, hint
