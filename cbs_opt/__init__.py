@@ -1,1 +1,88 @@
-"""Prune networks with the combinatorial brain surgeon."""
+"""Prune networks with the combinatorial brain surgeon.
+
+import cbs_opt
+result = cbs_opt.prune(model, data, loss_fn, sparsity=0.9, solver="greedy_ls", update="combinatorial")
+result.model, result.masks
+print(result.report)
+"""
+
+from __future__ import annotations
+
+from cbs_opt.blocks import BlockSpec, Partition, Structure
+from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward
+from cbs_opt.devices import resolve_device
+from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
+from cbs_opt.gradients import GradientMethod, GradientSample, sample_gradients
+from cbs_opt.layers import Layer, PrunableLayers, find_layers
+from cbs_opt.masks import (
+    PruningMask,
+    apply_masks,
+    from_torch_prune,
+    masks_from_zeros,
+    read_masks,
+    remove_masks,
+    to_torch_prune,
+)
+from cbs_opt.prepared import Prepared, PruneResult, prepare
+from cbs_opt.prune import prune
+from cbs_opt.report import LayerReport, PruneReport
+from cbs_opt.update import Update, Updated, update_weights
+from solvers.errors import (
+    BackendError,
+    CapabilityError,
+    CBSError,
+    CheckpointError,
+    DataError,
+    ModelError,
+    OptionError,
+    OutputError,
+    ProblemError,
+    SingularHessianError,
+    UnknownNameError,
+)
+
+__all__ = [
+    "BackendError",
+    "BlockSpec",
+    "CBSError",
+    "CalibrationData",
+    "CalibrationOptions",
+    "CapabilityError",
+    "CheckpointError",
+    "DataError",
+    "FisherBlocks",
+    "FisherOptions",
+    "Forward",
+    "GradientMethod",
+    "GradientSample",
+    "Layer",
+    "LayerReport",
+    "ModelError",
+    "OptionError",
+    "OutputError",
+    "Partition",
+    "Prepared",
+    "ProblemError",
+    "PrunableLayers",
+    "PruneReport",
+    "PruneResult",
+    "PruningMask",
+    "SingularHessianError",
+    "Structure",
+    "UnknownNameError",
+    "Update",
+    "Updated",
+    "apply_masks",
+    "build_blocks",
+    "find_layers",
+    "from_torch_prune",
+    "masks_from_zeros",
+    "prepare",
+    "prune",
+    "read_masks",
+    "remove_masks",
+    "resolve_device",
+    "sample_gradients",
+    "to_torch_prune",
+    "update_weights",
+]

@@ -196,7 +196,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from leaves(value, f"{path}[{key}]")
 
 
-Batch = tuple[Tree, Union[Tree, None], int]
+Batch = tuple[Tree, Tree | None, int]
 
 
 def _as_batch(batch: Any, number: int = 0) -> Batch:
@@ -252,7 +252,9 @@ def _stack(batches: Iterator[Batch]) -> CalibrationData:
         inputs = _concatenate([part[0] for part in parts])
         targets = None if first[1] is None else _concatenate([part[1] for part in parts])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise DataError(f"batches of the calibration data do not fit together ({error}); pad them to one shape") from error
+        raise DataError(
+            f"batches of the calibration data do not fit together ({error}); pad them to one shape"
+        ) from error
     return CalibrationData(inputs, targets, sum(part[2] for part in parts))
 
 
@@ -270,7 +272,9 @@ def _repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size=_DEFAULT_BATCH)
     if not isinstance(data, Iterable):
-        raise DataError(f"calibration data must be an iterable of batches, a DataLoader or a Dataset, not {type(data).__name__}")
+        raise DataError(
+            f"calibration data must be an iterable of batches, a DataLoader or a Dataset, not {type(data).__name__}"
+        )
     if isinstance(data, Iterator) and options.check_passes:
         raise DataError(
             f"the calibration data are a one-shot {type(data).__name__} and cannot be read twice; pass a list, a "
@@ -369,7 +373,9 @@ def _choice(total: int, options: CalibrationOptions) -> Index:
     limit = options.n_samples
     assert limit is not None
     if limit > total:
-        raise DataError(f"{limit} calibration samples are asked for, the data hold {total}; ask for fewer or pass more data")
+        raise DataError(
+            f"{limit} calibration samples are asked for, the data hold {total}; ask for fewer or pass more data"
+        )
     if options.order == "first":
         return np.arange(limit, dtype=np.int64)
     return np.random.default_rng(options.seed).permutation(total)[:limit].astype(np.int64)
@@ -403,7 +409,9 @@ def _compare(first: list[bytes], second: list[bytes]) -> None:
         "results that cannot be repeated with check_passes=False"
     )
     if len(first) != len(second):
-        raise DataError(f"the calibration data gave {len(first)} batches on one pass and {len(second)} on the next; {remedy}")
+        raise DataError(
+            f"the calibration data gave {len(first)} batches on one pass and {len(second)} on the next; {remedy}"
+        )
     for number, (one, other) in enumerate(zip(first, second, strict=True)):
         if one != other:
             raise DataError(f"batch {number} of the calibration data differs between two passes; {remedy}")

@@ -145,7 +145,7 @@ def sample_gradients(
         For an unknown dtype or budget, or a factor that does not fit into memory.
     """
     started = time.perf_counter()
-    chosen = _parse_method(method)
+    chosen = parse_method(method)
     place = torch.device(device)
     rows, size = index.shape
     factor = _allocate(rows, layers.n, dtype, place, out)
@@ -219,7 +219,12 @@ Engine = Callable[[nn.Module, PrunableLayers, Forward, Tree, "Tree | None", Tens
 
 
 def _vmap_rows(
-    model: nn.Module, layers: PrunableLayers, forward: Forward, inputs: Tree, targets: Tree | None, out: Tensor,
+    model: nn.Module,
+    layers: PrunableLayers,
+    forward: Forward,
+    inputs: Tree,
+    targets: Tree | None,
+    out: Tensor,
     scale: float,
 ) -> Tensor:
     """Rows by torch.func; arguments and result as in `outer_product_rows`."""
@@ -237,7 +242,12 @@ def _vmap_rows(
 
 
 def _loop_rows(
-    model: nn.Module, layers: PrunableLayers, forward: Forward, inputs: Tree, targets: Tree | None, out: Tensor,
+    model: nn.Module,
+    layers: PrunableLayers,
+    forward: Forward,
+    inputs: Tree,
+    targets: Tree | None,
+    out: Tensor,
     scale: float,
 ) -> Tensor:
     """Rows by plain autograd, one at a time; arguments and result as in `outer_product_rows`."""
@@ -274,8 +284,14 @@ _NAMES = {engine: method.value for method, engine in _ENGINES.items()}
 
 
 def _choose(
-    method: GradientMethod, model: nn.Module, layers: PrunableLayers, data: CalibrationData, forward: Forward,
-    index: Index, device: torch.device, notes: list[str],
+    method: GradientMethod,
+    model: nn.Module,
+    layers: PrunableLayers,
+    data: CalibrationData,
+    forward: Forward,
+    index: Index,
+    device: torch.device,
+    notes: list[str],
 ) -> Engine:
     """The method asked for, or the first that applies, compared with autograd on two rows."""
     if method is GradientMethod.LOOP:
@@ -290,14 +306,20 @@ def _choose(
         if problem is None:
             return _ENGINES[candidate]
         if method is not GradientMethod.AUTO:
-            raise ModelError(f"gradient method {method.value!r} does not apply to this network: {problem}; use method='auto'")
+            raise ModelError(
+                f"gradient method {method.value!r} does not apply to this network: {problem}; use method='auto'"
+            )
         notes.append(f"gradient method {candidate.value!r} does not apply: {problem}")
     return _loop_rows
 
 
 def _compare(
-    method: GradientMethod, model: nn.Module, layers: PrunableLayers, forward: Forward,
-    rows: tuple[Tree, Tree | None], expected: Tensor,
+    method: GradientMethod,
+    model: nn.Module,
+    layers: PrunableLayers,
+    forward: Forward,
+    rows: tuple[Tree, Tree | None],
+    expected: Tensor,
 ) -> str | None:
     """Why a method does not apply, or None if its rows are those of autograd."""
     found = torch.empty_like(expected)
@@ -384,8 +406,14 @@ def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: 
 
 
 def _chunk_rows(
-    model: nn.Module, layers: PrunableLayers, data: CalibrationData, forward: Forward, index: Index,
-    device: torch.device, budget: int | None, engine: Engine,
+    model: nn.Module,
+    layers: PrunableLayers,
+    data: CalibrationData,
+    forward: Forward,
+    index: Index,
+    device: torch.device,
+    budget: int | None,
+    engine: Engine,
 ) -> int:
     """Rows per chunk so that activations and temporary gradients stay within the budget."""
     if budget is None:
@@ -420,7 +448,7 @@ def _chunk_rows(
     return max(1, min(int(budget) // max(1, per_row), max(1, most // size), len(index)))
 
 
-def _parse_method(method: GradientMethod | str) -> GradientMethod:
+def parse_method(method: GradientMethod | str) -> GradientMethod:
     from solvers.errors import UnknownNameError
 
     try:

@@ -335,7 +335,9 @@ def _places(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 def _check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ModelError(f"the weight of layer {name!r} is not initialised yet; run one batch through the network first")
+        raise ModelError(
+            f"the weight of layer {name!r} is not initialised yet; run one batch through the network first"
+        )
     if not weight.is_floating_point():
         raise ModelError(f"the weight of layer {name!r} is {weight.dtype}; only real floating weights can be pruned")
     if weight.numel() == 0:

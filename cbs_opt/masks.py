@@ -68,7 +68,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     for name, module, attribute, mask in prepared:
         shape = tuple(getattr(module, attribute).shape)
         if tuple(mask.shape) != shape:
-            raise ModelError(f"mask of {name!r} has shape {tuple(mask.shape)}, the weight {shape}; they must be the same")
+            raise ModelError(
+                f"mask of {name!r} has shape {tuple(mask.shape)}, the weight {shape}; they must be the same"
+            )
     for _, module, attribute, mask in prepared:
         for holder, key in _sharing(model, _stored(module, attribute)):
             _mask_one(holder, key, mask)

@@ -37,7 +37,12 @@ class _Calls:
 
 
 def outer_product_rows(
-    model: nn.Module, layers: PrunableLayers, forward: Forward, inputs: Tree, targets: Tree | None, out: Tensor,
+    model: nn.Module,
+    layers: PrunableLayers,
+    forward: Forward,
+    inputs: Tree,
+    targets: Tree | None,
+    out: Tensor,
     scale: float,
 ) -> Tensor:
     """Write scale · gradient of each row's loss into `out`.
@@ -86,9 +91,7 @@ def outer_product_rows(
     return losses.detach()
 
 
-def row_losses(
-    forward: Forward, output: Any, inputs: Tree, targets: Tree | None, rows: int, size: int
-) -> Tensor:
+def row_losses(forward: Forward, output: Any, inputs: Tree, targets: Tree | None, rows: int, size: int) -> Tensor:
     """The loss (R,) of each row from the network's output for all R·b samples."""
 
     def split(t: Tensor) -> Tensor:
@@ -194,7 +197,10 @@ def _convolution(module: nn.Module, x: Tensor, gradient: Tensor, rows: int, size
         return torch.stack([weight_gradient(one, shape, g, *settings, module.groups) for one, g in parts])
     # One convolution in which every sample is a group of its own.
     together = weight_gradient(
-        x.flatten(0, 1).unsqueeze(0), (rows * shape[0], *shape[1:]), gradient.flatten(0, 1).unsqueeze(0), *settings,
+        x.flatten(0, 1).unsqueeze(0),
+        (rows * shape[0], *shape[1:]),
+        gradient.flatten(0, 1).unsqueeze(0),
+        *settings,
         rows * module.groups,
     )
     return together.unflatten(0, (rows, shape[0]))

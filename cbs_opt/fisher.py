@@ -1,0 +1,174 @@
+"""From gradients to a selection problem: the empirical Fisher matrix H = AᵀA + λI in blocks.
+
+The mean gradient g is part of the model where `FisherOptions.first_order` says so; it then enters as g / b, which is the
+scale of a factor built from means over b samples (`GradientSample.first_order`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbs_opt.blocks import BlockSpec, Partition, contiguous_partition, interaction_partition
+from cbs_opt.calibration import CalibrationData
+from cbs_opt.gradients import GradientMethod, GradientSample, parse_method
+from cbs_opt.layers import PrunableLayers
+from solvers import QuadraticBlock
+from solvers.errors import DataError, OptionError
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+#: Rows where none are asked for.
+DEFAULT_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class FisherOptions:
+    """How the quadratic model is built.
+
+    Attributes
+    ----------
+    n_rows : int, optional
+        Rows r of the factor; None takes min(1000, samples // batch_size).
+    batch_size : int
+        Samples b whose gradients are averaged into a row.
+    damping : float
+        λ ≥ 0.
+    blocks : str
+        ``one``, ``per_layer``, ``per_row``, ``fixed:SIZE``, ``components[:τ]`` or ``clusters:SIZE``.
+    first_order : bool
+        Whether the mean gradient is part of the model; without it w counts as a stationary point.
+    seed : int, optional
+        Of the choice of rows; None takes the seed of the call.
+    dtype : {"float32", "float64"}
+        Of the factor.
+    method : str
+        How gradients are computed: ``auto``, ``outer``, ``vmap``, ``loop``.
+    memory_budget : int, optional
+        Bytes of temporary memory for gradients, beside the factor.
+
+    Raises
+    ------
+    OptionError, UnknownNameError
+    """
+
+    n_rows: int | None = None
+    batch_size: int = 1
+    damping: float = 1e-4
+    blocks: str = "one"
+    first_order: bool = False
+    seed: int | None = None
+    dtype: str = "float32"
+    method: str = "auto"
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_rows is not None:
+            _check_count("n_rows", self.n_rows)
+        _check_count("batch_size", self.batch_size)
+        if self.memory_budget is not None:
+            _check_count("memory_budget", self.memory_budget)
+        number = isinstance(self.damping, (int, float, np.number)) and not isinstance(self.damping, bool)
+        if not number or not math.isfinite(self.damping) or self.damping < 0:
+            raise OptionError(f"damping must be a finite number, zero or more, not {self.damping!r}")
+        if self.dtype not in _DTYPES:
+            raise OptionError(f"dtype must be 'float32' or 'float64', not {self.dtype!r}")
+        _ = self.spec, self.gradient_method
+
+    @property
+    def spec(self) -> BlockSpec:
+        """The block structure."""
+        return BlockSpec.parse(self.blocks)
+
+    @property
+    def gradient_method(self) -> GradientMethod:
+        """How gradients are computed."""
+        return parse_method(self.method)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the factor."""
+        return _DTYPES[self.dtype]
+
+    def rows_for(self, data: CalibrationData) -> int:
+        """Number of rows r; raises DataError if there are too few samples."""
+        if self.n_rows is None:
+            if data.n < self.batch_size:
+                raise DataError(
+                    f"a row takes {self.batch_size} samples, the calibration data hold {data.n}; pass more data"
+                )
+            return min(DEFAULT_ROWS, data.n // self.batch_size)
+        if self.batch_size > data.n or (self.batch_size == 1 and self.n_rows > data.n):
+            raise DataError(
+                f"{self.n_rows} rows of {self.batch_size} samples are asked for, the calibration data hold {data.n} "
+                "samples; ask for fewer or pass more data"
+            )
+        return int(self.n_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class FisherBlocks:
+    """The quadratic model of the loss.
+
+    Attributes
+    ----------
+    blocks : tuple of QuadraticBlock
+        In the order of `partition`.
+    partition : Partition
+        The map between the order of the blocks and that of the network.
+    """
+
+    blocks: tuple[QuadraticBlock, ...]
+    partition: Partition
+
+
+def build_blocks(
+    sample: GradientSample, weights: Tensor, layers: PrunableLayers, options: FisherOptions, seed: int = 0
+) -> FisherBlocks:
+    """Cut the factor into blocks.
+
+    Parameters
+    ----------
+    sample : GradientSample
+    weights : (n,) float64
+        The weights the gradients were taken at.
+    layers : PrunableLayers
+    options : FisherOptions
+    seed : int
+        Of the clustering.
+
+    Returns
+    -------
+    FisherBlocks
+        Blocks of consecutive weights are views of ``sample.factor``.
+    """
+    spec = options.spec
+    factor = sample.factor
+    weights = weights.to(factor.device)
+    gradient = sample.first_order.to(factor.device) if options.first_order else None
+    if spec.contiguous:
+        partition = contiguous_partition(layers, spec)
+    else:
+        partition = interaction_partition(factor, weights, spec, seed)
+    order = None if partition.order is None else torch.from_numpy(partition.order).to(factor.device)
+    blocks = []
+    for name, where in zip(partition.names, partition.slices, strict=True):
+        pick: slice | Tensor = where if order is None else order[where]
+        blocks.append(
+            QuadraticBlock(
+                weights=weights[pick],
+                factor=factor[:, pick],
+                damping=options.damping,
+                gradient=None if gradient is None else gradient[pick],
+                name=name,
+            )
+        )
+    return FisherBlocks(tuple(blocks), partition)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise OptionError(f"{name} must be a positive integer, not {value!r}")

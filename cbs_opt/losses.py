@@ -1,0 +1,68 @@
+"""Losses of a network under other weights, on calibration samples that stay in memory.
+
+This is what solvers ask for when they pick among several masks, so it must be quick: the samples are stacked once and
+already on the device, weights are written into one private network, and nothing is differentiated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cbs_opt.calibration import CalibrationData, Forward, Tree
+from cbs_opt.gradients import evaluation_mode
+from cbs_opt.layers import PrunableLayers
+
+#: Most calibration samples a loss is taken over, as in the published experiments.
+MOST_SAMPLES = 5000
+_BATCH = {"cpu": 256, "cuda": 2048}
+
+
+class LossMeter:
+    """Mean calibration loss as a function of the prunable weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On `device`; its prunable weights are overwritten by every call.
+    layers : PrunableLayers
+    data : CalibrationData
+        Training data, never test data.
+    forward : Forward
+    device : torch.device
+    n_samples : int
+        At most this many samples, drawn under `seed`.
+    seed : int
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: PrunableLayers,
+        data: CalibrationData,
+        forward: Forward,
+        *,
+        device: torch.device,
+        n_samples: int = MOST_SAMPLES,
+        seed: int = 0,
+    ) -> None:
+        self._model, self._layers, self._forward = model, layers, forward
+        self.n_samples = min(int(n_samples), data.n)
+        index = data.draw(self.n_samples, 1, seed)[:, 0] if self.n_samples < data.n else np.arange(data.n)
+        size = _BATCH.get(device.type, _BATCH["cpu"])
+        pieces = [index[i : i + size] for i in range(0, len(index), size)]
+        self._batches: list[tuple[Tree, Tree | None, int]] = [(*data.batch(p, device), len(p)) for p in pieces]
+        self.calls = 0
+
+    def of_weights(self, weights: Tensor | npt.NDArray[np.float64]) -> float:
+        """Mean loss with the prunable weights (n,) in the order of the network."""
+        self.calls += 1
+        self._layers.write(self._model, weights)
+        total = 0.0
+        with evaluation_mode(self._model), torch.no_grad():
+            for inputs, targets, count in self._batches:
+                loss = self._forward.loss(self._forward.output(self._model, inputs, targets), inputs, targets)
+                total += float(loss) * count
+        return total / self.n_samples

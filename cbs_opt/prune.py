@@ -1,0 +1,146 @@
+"""The one call: network, data, loss → pruned network.
+
+Modules → prunable layers → gradients → Fisher blocks → selection problem → solver → verified solution → update → masks →
+report. Everything that can be refused is refused before gradients are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cbs_opt.blocks import contiguous_partition
+from cbs_opt.calibration import CalibrationOptions, LossFunction
+from cbs_opt.fisher import FisherOptions
+from cbs_opt.gradients import Progress
+from cbs_opt.layers import PrunableLayers, check_sparsity
+from cbs_opt.losses import MOST_SAMPLES
+from cbs_opt.prepared import PruneResult, pick_objective, prepare
+from cbs_opt.update import Update, check_scale
+from solvers import Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
+from solvers.errors import OptionError
+from solvers.solving import check_capabilities
+
+
+def prune(
+    model: nn.Module,
+    data: object,
+    loss_fn: LossFunction,
+    *,
+    sparsity: float = 0.9,
+    solver: str | Solver = "greedy_ls",
+    update: Update | str = Update.COMBINATORIAL,
+    update_scale: float = 1.0,
+    objective: Objective | str | None = None,
+    fisher: FisherOptions | None = None,
+    calibration: CalibrationOptions | None = None,
+    include: Sequence[str] | str = ("*",),
+    exclude: Sequence[str] | str = (),
+    device: torch.device | str = "auto",
+    seed: int = 0,
+    time_limit: float | None = None,
+    allocation: str | None = None,
+    loss_samples: int = MOST_SAMPLES,
+    stages: int = 1,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a network.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With Linear, Conv1d or Conv2d layers. Not changed. Networks with batch norm must be in eval mode.
+    data
+        Training data: an iterable of (x, y) or dict batches, a DataLoader without shuffling, a Dataset, or two tensors;
+        see `cbs_opt.calibration`.
+    loss_fn : callable
+        (output, target) → mean loss over the batch; for dict batches (output, batch).
+    sparsity : float in [0, 1)
+        Fraction of the prunable weights to remove; int(n·(1 − sparsity)) weights stay.
+    solver : str or Solver
+        See `solvers.available_solvers`; options in brackets, ``"greedy_ls[window=20]"``.
+    update : {"combinatorial", "single", "none"}
+        How the kept weights are re-optimised; see `cbs_opt.update`.
+    update_scale : float
+        Multiplies the step of the kept weights.
+    objective : {"selection", "joint"}, optional
+        What the solver minimises; None takes the selection objective where the solver supports it.
+    fisher : FisherOptions, optional
+        Rows, batch size, damping and blocks of the quadratic model.
+    calibration : CalibrationOptions, optional
+        Which samples of `data` are used.
+    include, exclude : patterns
+        Which layers; see `cbs_opt.find_layers`.
+    device : {"auto", "cpu", "cuda"} or torch.device
+    seed : int
+    time_limit : float, optional
+        Seconds, for solvers that keep one.
+    allocation : str, optional
+        How to split the budget over blocks for solvers that cannot share one.
+    loss_samples : int
+        Calibration losses, by which solvers pick among masks, are taken over at most this many samples.
+    stages : int
+        How often gradients are recomputed on the way to the sparsity.
+    progress : callable, optional
+        Called with (rows done, rows in all) while gradients are computed.
+
+    Returns
+    -------
+    PruneResult
+
+    Raises
+    ------
+    CBSError
+        One of its subclasses, for bad input, before gradients are computed.
+    """
+    check_sparsity(sparsity)
+    chosen = make_solver(solver)
+    how = Update.parse(update)
+    check_scale(update_scale)
+    fisher = fisher or FisherOptions()
+    goal = pick_objective(chosen, objective)
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise OptionError(f"stages must be a positive integer, not {stages!r}")
+    if stages > 1:
+        raise OptionError(f"stages={stages} is not supported here; use stages=1")
+
+    def check(layers: PrunableLayers) -> None:
+        if allocation is None:
+            check_capabilities(chosen, _outline(layers, fisher, sparsity, goal), time_limit, None)
+
+    prepared = prepare(
+        model,
+        data,
+        loss_fn,
+        fisher=fisher,
+        calibration=calibration,
+        include=include,
+        exclude=exclude,
+        device=device,
+        seed=seed,
+        loss_samples=loss_samples,
+        check=check,
+        progress=progress,
+    )
+    return prepared.prune(
+        sparsity=sparsity,
+        solver=chosen,
+        update=how,
+        update_scale=update_scale,
+        objective=goal,
+        time_limit=time_limit,
+        allocation=allocation,
+    )
+
+
+def _outline(layers: PrunableLayers, fisher: FisherOptions, sparsity: float, objective: Objective) -> SelectionProblem:
+    """A problem of the shape of the one to come, without its values: enough to check a solver's capabilities."""
+    spec = fisher.spec
+    sizes = contiguous_partition(layers, spec).sizes if spec.contiguous else (layers.n,)
+    blocks = []
+    for size in sizes:
+        zeros = torch.zeros(size)
+        blocks.append(QuadraticBlock(zeros, zeros.unsqueeze(0), gradient=zeros if fisher.first_order else None))
+    return SelectionProblem(blocks, layers.n_prune(sparsity), objective)

@@ -1,0 +1,194 @@
+"""Options of staged pruning and the record that each stage leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbs_opt.calibration import Tree
+from cbs_opt.layers import check_sparsity
+from cbs_opt.schedules import Schedule
+from solvers.errors import OptionError
+
+#: (inputs of a batch, generator) → inputs of the same shapes, e.g. randomly cropped and flipped.
+Augmentation = Callable[[Tree, torch.Generator], Tree]
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How weights are removed in stages; see `cbs_opt.stages` for what a stage does.
+
+    Attributes
+    ----------
+    n_stages : int
+        Stages that remove weights.
+    n_polish : int
+        Stages at the final sparsity that refit, and swap where it pays (`regrow`).
+    schedule : str
+        ``exponential``, ``polynomial`` or ``linear`` (`cbs_opt.schedules`).
+    first_sparsity : float, optional
+        Sparsity of the first stage, from which the schedule then goes on.
+    levels : tuple of float, optional
+        The sparsity after each stage, instead of `n_stages` and `schedule`; those beyond the target are left out.
+    search_damping : bool
+        Choose λ in every stage by the loss on held-out training data, starting from the last choice; otherwise it stays
+        as it is given.
+    search_step : bool
+        Likewise the length of the step.
+    max_evaluations : int
+        Most losses a search may take in a stage.
+    held_out : int
+        Training samples kept from the gradients and used by the searches; at most a fifth of the data.
+    centred : bool
+        Rows are taken relative to their mean, so that AᵀA ≈ H/b without the gradient's own outer product, which would
+        shorten the steps.
+    regrow : float
+        In every stage this many removed weights, relative to those kept, may come back where the model gains most by
+        them; the solver then chooses among these and the kept ones. The last `settle` stages swap nothing.
+    settle : int
+        See `regrow`.
+    batch_norm : bool
+        Re-estimate the statistics of batch norms after each stage, and search with the statistics of the batch.
+    batch_norm_samples : int
+        Samples for that.
+    augment : callable, optional
+        Augmentation of the inputs, for networks trained with one: on training samples as they are their gradients vanish.
+    """
+
+    n_stages: int = 15
+    n_polish: int = 5
+    schedule: str = "exponential"
+    first_sparsity: float | None = None
+    levels: tuple[float, ...] | None = None
+    search_damping: bool = True
+    search_step: bool = True
+    max_evaluations: int = 12
+    held_out: int = 2000
+    centred: bool = True
+    regrow: float = 0.0
+    settle: int = 2
+    batch_norm: bool = True
+    batch_norm_samples: int = 4000
+    augment: Augmentation | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("n_stages", 0),
+            ("n_polish", 0),
+            ("max_evaluations", 1),
+            ("held_out", 1),
+            ("settle", 0),
+            ("batch_norm_samples", 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise OptionError(f"{name} must be an integer of at least {least}, not {value!r}")
+        Schedule.parse(self.schedule)
+        if self.first_sparsity is not None:
+            check_sparsity(self.first_sparsity)
+        if self.levels is not None:
+            if not self.levels:
+                raise OptionError("levels is empty; give the sparsity after each stage, or None for a schedule")
+            levels = [check_sparsity(level) for level in self.levels]
+            if any(b < a for a, b in zip(levels, levels[1:], strict=False)):
+                raise OptionError(f"levels must not fall, not {self.levels!r}: weights are removed stage by stage")
+        if not (isinstance(self.regrow, (int, float)) and math.isfinite(self.regrow) and self.regrow >= 0):
+            raise OptionError(f"regrow must be a finite number, zero or more, not {self.regrow!r}")
+
+    @classmethod
+    def of(cls, stages: int | StageOptions) -> StageOptions:
+        """Options from a number of stages.
+
+        Raises
+        ------
+        OptionError
+            If `stages` is neither.
+        """
+        if isinstance(stages, cls):
+            return stages
+        if isinstance(stages, bool) or not isinstance(stages, (int, np.integer)) or stages < 1:
+            raise OptionError(f"stages must be a positive integer or StageOptions, not {stages!r}")
+        return cls(n_stages=int(stages))
+
+    def describe(self) -> str:
+        """All options in one line, the same for equal options, for journals."""
+        parts = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "augment":
+                value = None if value is None else getattr(value, "__qualname__", type(value).__qualname__)
+            parts.append(f"{entry.name}={value!r}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage did.
+
+    Attributes
+    ----------
+    stage : int
+        From 1.
+    kind : {"prune", "polish"}
+    n_kept : int
+    sparsity : float
+        After the stage.
+    loss_gradients : float
+        Mean loss of the batches the gradients were taken over, before the stage.
+    loss_before, loss_masked, loss_after : float
+        Loss on held-out training data before the stage, with the mask and no update, and after it.
+    damping : float
+        λ of the step.
+    step : float
+        Its length; 0 where no step lowered the loss and the weights were left alone.
+    evaluations : int
+        Losses taken by the searches.
+    n_regrown : int
+        Removed weights that came back.
+    n_images : int
+        Samples whose gradients were taken.
+    solver : str
+        Empty where nothing was to be chosen.
+    objective : float
+        Of the mask the solver chose; nan where nothing was to be chosen.
+    seconds_gradients, seconds_solve, seconds_update, seconds_batch_norm : float
+    repairs : tuple of str
+    """
+
+    stage: int
+    kind: str
+    n_kept: int
+    sparsity: float
+    loss_gradients: float
+    loss_before: float
+    loss_masked: float
+    loss_after: float
+    damping: float
+    step: float
+    evaluations: int
+    n_regrown: int
+    n_images: int
+    solver: str
+    objective: float
+    seconds_gradients: float
+    seconds_solve: float
+    seconds_update: float
+    seconds_batch_norm: float
+    repairs: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StageRecord:
+        """The inverse of `as_dict`; entries that are not known are left out."""
+        known = {entry.name for entry in fields(cls)}
+        chosen = {key: value for key, value in values.items() if key in known}
+        chosen["repairs"] = tuple(chosen.get("repairs", ()))
+        return cls(**chosen)

@@ -1,0 +1,131 @@
+"""What happens to the kept weights once the mask is chosen.
+
+With P removed, S kept, E_P the columns of the identity that belong to P:
+
+* ``none``           v_S = w_S
+* ``single``         WoodFisher's update: every removal is compensated as if it were the only one,
+                     δ = −H⁻¹ E_P (w_P / diag(H⁻¹)_P), then v_P = 0. With a first-order term the optimal brain surgeon
+                     removes from the unconstrained minimiser u = w − H⁻¹g, so δ = −H⁻¹g − H⁻¹E_P (u_P / diag(H⁻¹)_P).
+* ``combinatorial``  CBS-U, the minimiser of the quadratic model for this P (`solvers.refit`)
+
+and v_S = w_S + scale · δ_S. Sources: Singh and Alistarh, *WoodFisher*, NeurIPS 2020; Yu et al., ICML 2022.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from solvers import QuadraticBlock, SelectionProblem, linalg
+from solvers.errors import OptionError, UnknownNameError
+from solvers.refit import refit
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Update(str, Enum):
+    """How the kept weights are updated; see the module's docstring."""
+
+    NONE = "none"
+    SINGLE = "single"
+    COMBINATORIAL = "combinatorial"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, value: Update | str) -> Update:
+        """The update of that name; raises UnknownNameError."""
+        try:
+            return cls(value)
+        except ValueError:
+            raise UnknownNameError.of("update", str(value), [u.value for u in cls]) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Updated:
+    """New weights.
+
+    Attributes
+    ----------
+    weights : float64 (n,)
+        v, exactly zero where pruned.
+    refit_objective : float
+        Joint objective of the mask after CBS-U; nan where CBS-U was not computed.
+    seconds : float
+        Wall time.
+    repairs : tuple of str
+        Numerical repairs, in words.
+    """
+
+    weights: Array
+    refit_objective: float
+    seconds: float
+    repairs: tuple[str, ...] = ()
+
+
+def check_scale(scale: float) -> float:
+    """`scale` as a finite number ≥ 0; raises OptionError."""
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        raise OptionError(f"update_scale must be a number, not {scale!r}") from None
+    if not math.isfinite(value) or value < 0:
+        raise OptionError(f"update_scale must be finite and not negative, not {value!r}; 1 is the full update")
+    return value
+
+
+def update_weights(
+    problem: SelectionProblem, pruned: Mask, update: Update | str = Update.COMBINATORIAL, *, scale: float = 1.0
+) -> Updated:
+    """Update the kept weights of a mask.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+    pruned : numpy bool (n,), True = removed
+    update : Update or str
+    scale : float
+        Multiplies the step of the kept weights.
+
+    Raises
+    ------
+    UnknownNameError, OptionError
+    SingularHessianError
+        For ``single`` where H has no inverse.
+    """
+    started = time.perf_counter()
+    chosen, factor = Update.parse(update), check_scale(scale)
+    value, repairs = math.nan, ()
+    weights = problem.weights
+    if chosen is Update.NONE:
+        new = weights
+    elif chosen is Update.SINGLE:
+        parts = [_single(block, pruned[where]) for block, where in zip(problem.blocks, problem.slices, strict=True)]
+        new = np.concatenate(parts)
+    else:
+        result = refit(problem, pruned)
+        new, value, repairs = result.weights, result.value, result.repairs
+    if factor != 1.0:
+        new = weights + factor * (new - weights)
+    new = np.where(pruned, 0.0, new)
+    return Updated(new, value, time.perf_counter() - started, repairs)
+
+
+def _single(block: QuadraticBlock, pruned: Mask) -> Array:
+    """w + δ of one block, float64 (n,)."""
+    mask = torch.tensor(pruned, device=block.device)
+    start = block.weights
+    if block.gradient is not None:
+        start = start - linalg.apply_inverse(block, block.gradient)
+    elif not bool(mask.any()):
+        return start.cpu().numpy()
+    pull = torch.where(mask, start / block.inverse_diagonal, 0.0)
+    return (start - linalg.apply_inverse(block, pull)).cpu().numpy()
