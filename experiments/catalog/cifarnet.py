@@ -19,5 +19,5 @@ CIFARNET = Experiment(
     fisher_samples=1_000,
     fisher_batch=1,
     damping=1e-5,
-    blocks="layer",
+    blocks="per_layer",
 )

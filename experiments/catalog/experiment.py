@@ -38,6 +38,8 @@ class Experiment:
         Added to the diagonal of the Fisher matrix.
     blocks
         Partition of the weights into Fisher blocks.
+    reference
+        Whether magnitude pruning is so quick that it is shown without being asked for.
     stale_batch_norm
         Whether the published checkpoint's statistics must be estimated anew before anything else.
     """
@@ -56,4 +58,5 @@ class Experiment:
     blocks: str
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    reference: bool = False
     stale_batch_norm: bool = False

@@ -20,4 +20,5 @@ MLPNET = Experiment(
     fisher_batch=1,
     damping=1e-3,
     blocks="one",
+    reference=True,
 )

@@ -18,7 +18,7 @@ RESNET20 = Experiment(
     fisher_samples=1_000,
     fisher_batch=1,
     damping=1e-5,
-    blocks="layer",
+    blocks="per_layer",
     include=("layer*.conv*",),
     stale_batch_norm=True,
 )

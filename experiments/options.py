@@ -1,0 +1,96 @@
+"""What a run is asked to do, checked as a whole before any work starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from experiments.catalog.experiment import Experiment
+from solvers import make_solver
+from solvers.errors import OptionError, UnknownNameError
+
+UPDATES = ("none", "single", "combinatorial")
+OBJECTIVES = ("selection", "joint")
+
+
+class Rounding(str, Enum):
+    """How a sparsity becomes a number of weights."""
+
+    EXACT = "exact"
+    """n_kept = int(n (1 − sparsity))."""
+    PUBLISHED = "published"
+    """As many as the published CBS code keeps, see `experiments.literature.published_kept`."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run: every combination of solver, sparsity, seed and update, the rest in common.
+
+    Raises
+    ------
+    OptionError, UnknownNameError, BackendError
+        From the constructor, for the first value which cannot work.
+    """
+
+    experiment: Experiment
+    solvers: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    seeds: tuple[int, ...]
+    updates: tuple[str, ...]
+    fisher_samples: int
+    fisher_batch: int
+    damping: float
+    blocks: str
+    objective: str | None
+    update_scale: float
+    first_order: bool
+    stages: int
+    rounding: Rounding
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    allocation: str | None
+    time_limit: float | None
+    data_dir: Path | None
+    checkpoint: Path | None
+    overwrite: bool
+    reference: bool
+
+    def __post_init__(self) -> None:
+        for what, values in (("--solver", self.solvers), ("--sparsity", self.sparsities), ("--seed", self.seeds),
+                             ("--update", self.updates)):
+            if not values:
+                raise OptionError(f"{what} needs at least one value")
+            twice = {v for v in values if values.count(v) > 1}
+            if twice:
+                raise OptionError(f"{what} names {next(iter(twice))!r} twice")
+        for solver in self.solvers:
+            make_solver(solver)
+        for sparsity in self.sparsities:
+            if not 0.0 <= sparsity < 1.0:
+                hint = f"; write {sparsity / 100:g} for {sparsity:g} %" if 1.0 < sparsity < 100.0 else ""
+                raise OptionError(f"--sparsity must lie in [0, 1), got {sparsity!r}{hint}")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise OptionError(f"--seed must be a whole number from 0 to 2^63 - 1, got {seed}")
+        for update in self.updates:
+            if update not in UPDATES:
+                raise UnknownNameError.of("update", update, UPDATES)
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise UnknownNameError.of("objective", self.objective, OBJECTIVES)
+        for what, value in (("--fisher-samples", self.fisher_samples), ("--fisher-batch", self.fisher_batch),
+                            ("--stages", self.stages)):
+            if value < 1:
+                raise OptionError(f"{what} must be at least 1, got {value}")
+        if not (math.isfinite(self.damping) and self.damping >= 0.0):
+            raise OptionError(f"--damping must be finite and not negative, got {self.damping!r}")
+        if not math.isfinite(self.update_scale):
+            raise OptionError(f"--update-scale must be finite, got {self.update_scale!r}")
+        if self.time_limit is not None and not (math.isfinite(self.time_limit) and self.time_limit > 0.0):
+            raise OptionError(f"--time-limit must be a positive number of seconds, got {self.time_limit!r}")
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in all."""
+        return len(self.solvers) * len(self.sparsities) * len(self.seeds) * len(self.updates)

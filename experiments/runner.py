@@ -1,0 +1,188 @@
+"""Carry out a run: solvers x sparsities x seeds x updates on one network, a row of results each.
+
+Gradients are computed once per seed and serve every solver and sparsity. Test data are looked at only to report an
+accuracy, after everything has been decided.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.datasets import Dataset, load_dataset
+from experiments.datasets.images import ImageSet
+from experiments.evaluation import Evaluation, evaluate
+from experiments.literature import published_kept
+from experiments.networks import Network, load_network
+from experiments.options import Rounding, RunOptions
+from experiments.plots import Series
+from experiments.pruning import Pruner, layers_of, objective_of
+from experiments.results import Measured, ResultsFile, Settings, row_of
+
+#: Size and seed of the sample of the training set on which ``train_loss`` is reported.
+TRAIN_LOSS_SAMPLES = 5_000
+TRAIN_LOSS_SEED = 12_345
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to be made."""
+
+    solver: str
+    sparsity: float
+    seed: int
+    update: str
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told of what happens: a line of text, work begun and how far it is, a finished row and if it is new."""
+
+    say: Callable[[str], None]
+    working: Callable[[str, int, int], None]
+    finished: Callable[[Mapping[str, Any], bool], None]
+
+
+class Runner:
+    """Everything a run needs, loaded and checked.
+
+    Parameters
+    ----------
+    options
+    results
+        Rows which are there already are not made again.
+    device
+    listener
+
+    Raises
+    ------
+    CBSError
+        Data, checkpoint or layers are missing or bad; nothing has been pruned by then.
+    """
+
+    def __init__(self, options: RunOptions, results: ResultsFile, device: torch.device, listener: Listener) -> None:
+        self.options = options
+        self.results = results
+        self.device = device
+        self.listener = listener
+        experiment = options.experiment
+        listener.working("loading data", 0, 0)
+        self.dataset: Dataset = load_dataset(experiment.dataset, options.data_dir)
+        listener.say(f"data: {self.dataset.source}")
+        self.network: Network = load_network(
+            experiment, self.dataset, checkpoint=options.checkpoint, data_dir=options.data_dir, device=device,
+            say=listener.say)
+        self.weights = digest(self.network.model)
+        self.train_sample: ImageSet = self.dataset.train.sample(TRAIN_LOSS_SAMPLES, TRAIN_LOSS_SEED)
+        listener.working("evaluating the dense network", 0, 0)
+        self.dense: Evaluation = evaluate(self.network.model, self.dataset.test, device=device)
+        listener.say(f"dense network: test accuracy {self.dense.accuracy:.2f} %, {self.dense.n_samples:,} images")
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Make the rows which are missing; each is on disk when it is yielded. Old rows are yielded as they are."""
+        for seed in self.options.seeds:
+            pruner: Pruner | None = None
+            for solver in self.options.solvers:
+                for sparsity in self.options.sparsities:
+                    for update in self.options.updates:
+                        task = Task(solver, sparsity, seed, update)
+                        settings = self.settings(task)
+                        row = None if self.options.overwrite else self.results.find(settings)
+                        new = row is None
+                        if row is None:
+                            if pruner is None:
+                                pruner = self.prepare(seed)
+                            row = row_of(settings, self.measure(pruner, task))
+                            self.results.append(row)
+                        self.rows.append(row)
+                        self.listener.finished(row, new)
+                        yield row
+            # A gradient matrix can take gigabytes: let it go before the next is made.
+            del pruner
+
+    def reference(self) -> list[Series]:
+        """Plain magnitude pruning without update at the run's sparsities, unless the run has it."""
+        if any(row["solver"] == "magnitude" and row["update"] == "none" for row in self.rows):
+            return []
+        self.listener.working("magnitude, for comparison", 0, 0)
+        layers = layers_of(self.network.model, self.options)
+        weights = layers.read(self.network.model)
+        order = weights.abs().argsort(descending=True, stable=True)
+        model = copy.deepcopy(self.network.model)
+        points = {}
+        for sparsity in self.options.sparsities:
+            kept = order[: self.n_kept(layers.n, sparsity)]
+            pruned = torch.zeros_like(weights)
+            pruned[kept] = weights[kept]
+            layers.write(model, pruned)
+            points[sparsity] = (evaluate(model, self.dataset.test, device=self.device).accuracy,)
+        return [Series("magnitude, no update (for comparison)", points)]
+
+    def prepare(self, seed: int) -> Pruner:
+        """The quadratic model of one seed."""
+        what = f"gradients, seed {seed}"
+        self.listener.working(what, 0, 0)
+        pruner = Pruner(self.network.model, self.dataset.train, self.options, seed, self.device,
+                        progress=lambda done, total: self.listener.working(what, done, total))
+        self.listener.say(f"{what}: {self.options.fisher_samples:,} of {self.options.fisher_batch} for {pruner.n:,} "
+                          f"weights in {pruner.seconds_gradients:.1f} s")
+        return pruner
+
+    def measure(self, pruner: Pruner, task: Task) -> Measured:
+        """Make one row."""
+        self.listener.working(f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}", 0, 0)
+        pruned = pruner.prune(task.solver, self.n_kept(pruner.n, task.sparsity), task.update)
+        solution, updated = pruned.solution, pruned.updated
+        test = evaluate(pruned.model, self.dataset.test, device=self.device)
+        train = evaluate(pruned.model, self.train_sample, device=self.device)
+        refit = solution.refit_objective if math.isfinite(solution.refit_objective) else updated.refit_objective
+        return Measured(
+            n_weights=pruner.n,
+            n_kept=pruned.n_kept,
+            accuracy=test.accuracy,
+            train_loss=train.loss,
+            dense_accuracy=self.dense.accuracy,
+            objective=solution.objective,
+            refit_objective=refit,
+            bound=solution.bound,
+            gap=solution.gap,
+            status=solution.status.value,
+            seconds_gradients=pruner.seconds_gradients,
+            seconds_solve=solution.seconds,
+            seconds_update=updated.seconds,
+            repairs=tuple(dict.fromkeys((*solution.repairs, *updated.repairs))),
+        )
+
+    def n_kept(self, n: int, sparsity: float) -> int:
+        """Weights which stay of ``n``."""
+        if self.options.rounding is Rounding.PUBLISHED:
+            return published_kept(n, sparsity)
+        return int(n * (1.0 - sparsity))
+
+    def settings(self, task: Task) -> Settings:
+        """What identifies a task's row."""
+        o = self.options
+        return Settings(
+            experiment=o.experiment.name, solver=task.solver, update=task.update, update_scale=o.update_scale,
+            sparsity=task.sparsity, sparsity_rounding=o.rounding.value, seed=task.seed,
+            objective_kind=objective_of(task.solver, o.objective), fisher_samples=o.fisher_samples,
+            fisher_batch=o.fisher_batch, damping=o.damping, blocks=o.blocks, first_order=o.first_order,
+            stages=o.stages, allocation=o.allocation, time_limit=o.time_limit, weights=self.weights,
+            device=self.device.type, extra={"include": list(o.include), "exclude": list(o.exclude)})
+
+
+def digest(model: nn.Module) -> str:
+    """Digest of a network's state."""
+    stamp = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        stamp.update(key.encode())
+        stamp.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return stamp.hexdigest()[:16]
