@@ -55,6 +55,15 @@ def back_project(factor: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return torch.cat([factor[:, chunk].double().T @ z for chunk in column_chunks(factor)])
 
 
+def column_squares(factor: torch.Tensor) -> torch.Tensor:
+    """diag(AᵀA), float64 (n,); a few rows at a time, so that the conversion stays in a CPU's cache."""
+    height = max(1, (CHUNK_ENTRIES if factor.is_cuda else 1 << 19) // factor.shape[1])
+    total = torch.zeros(factor.shape[1], dtype=torch.float64, device=factor.device)
+    for start in range(0, factor.shape[0], height):
+        total += factor[start : start + height].double().square().sum(0)
+    return total
+
+
 def gram_of(factor: torch.Tensor) -> torch.Tensor:
     """A Aᵀ, float64 (r, r)."""
     rows = factor.shape[0]

@@ -217,9 +217,7 @@ class QuadraticBlock:
     @cached_property
     def diagonal(self) -> torch.Tensor:
         """H_ii, float64 (n,)."""
-        chunks = linalg.column_chunks(self.factor)
-        squares = [self.factor[:, chunk].double().square().sum(0) for chunk in chunks]
-        return torch.cat(squares) + self.damping
+        return linalg.column_squares(self.factor) + self.damping
 
     @cached_property
     def gram(self) -> torch.Tensor:

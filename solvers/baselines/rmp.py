@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from solvers.baselines.ranking import prune_smallest
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
+
+Ranks = npt.NDArray[np.int32]
 
 #: Entries of a batch of masked weight vectors that are projected in one product.
 _BATCH_ENTRIES = 1 << 23
@@ -28,11 +30,16 @@ _BATCH_ENTRIES = 1 << 23
 _SCREEN_TOLERANCE = 1e-4
 
 
-def grouped_magnitude(magnitude: Array, n_prune: int, rng: np.random.Generator) -> Mask:
-    """One draw: remove exactly `n_prune` weights, the smallest |w| within random groups; bool (n,)."""
-    n = magnitude.shape[0]
+def grouped_magnitude(rank: Ranks, n_prune: int, rng: np.random.Generator) -> Mask:
+    """One draw: remove exactly `n_prune` weights, the smallest within random groups; bool (n,).
+
+    Parameters
+    ----------
+    rank : int32 (n,)
+        Position of each weight in the order of |w|, so that sorting ranks sorts magnitudes.
+    """
+    n = rank.shape[0]
     groups = min(math.isqrt(n), 1000)
-    order = rng.permutation(n)
     bounds = np.arange(groups + 1) * n // groups
     sizes = np.diff(bounds)
     kept = sizes * (n - n_prune) // n
@@ -40,20 +47,24 @@ def grouped_magnitude(magnitude: Array, n_prune: int, rng: np.random.Generator) 
     missing = n - n_prune - int(kept.sum())
     # Each floor loses less than one, so fewer weights are missing than groups have room.
     kept[rng.permutation(room)[:missing]] += 1
-    group = np.repeat(np.arange(groups), sizes)
-    ranked = order[np.lexsort((magnitude[order], group))]
-    position = np.arange(n) - np.repeat(bounds[:-1], sizes)
-    pruned = np.zeros(n, dtype=bool)
-    pruned[ranked[position < np.repeat(sizes - kept, sizes)]] = True
-    return pruned
+    # Group sizes differ by at most one: a table with a sentinel where a group is short.
+    position = np.arange(int(sizes.max()))
+    shuffled = np.append(rank[rng.permutation(n)], np.int32(n))
+    table = shuffled[np.where(position < sizes[:, None], bounds[:-1, None] + position, n)]
+    table.sort(axis=1)
+    lowest = np.zeros(n, dtype=bool)
+    lowest[table[position < (sizes - kept)[:, None]]] = True
+    return lowest[rank]
 
 
 def magnitude_draws(problem: SelectionProblem, draws: int, rng: np.random.Generator) -> Iterator[Mask]:
     """Global magnitude pruning, then `draws` − 1 grouped ones."""
-    magnitude = np.abs(problem.weights)
-    yield prune_smallest(magnitude, problem.n_prune)
+    order = np.argsort(np.abs(problem.weights), kind="stable")
+    rank = np.empty(problem.n, dtype=np.int32)
+    rank[order] = np.arange(problem.n, dtype=np.int32)
+    yield rank < problem.n_prune
     for _ in range(draws - 1):
-        yield grouped_magnitude(magnitude, problem.n_prune, rng)
+        yield grouped_magnitude(rank, problem.n_prune, rng)
 
 
 def approximate_selection_values(problem: SelectionProblem, masks: Mask) -> Array:

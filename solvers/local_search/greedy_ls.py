@@ -25,6 +25,7 @@ copied. Its ε = 1e-4 is absolute and refers to an objective without the ½, so 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,13 +37,18 @@ from solvers.baselines.ranking import prune_smallest
 from solvers.baselines.rmp import best_draw
 from solvers.baselines.woodfisher import single_removal_loss
 from solvers.local_search.state import Index, SwapState
-from solvers.problem import Mask, SelectionProblem
+from solvers.problem import Array, Mask, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Deadline, Solver, option
 
 _FIRST_GATHER, _LARGEST_GATHER = 64, 1024
 _REFRESH_EVERY = 20
 
+_SCORES: dict[str, Callable[[SelectionProblem], Array]] = {
+    "magnitude": lambda problem: np.abs(problem.weights),
+    "obd": diagonal_saliency,
+    "woodfisher": single_removal_loss,
+}
 STARTS = ("rmp", "magnitude", "obd", "woodfisher", "random")
 
 
@@ -54,12 +60,7 @@ def starting_mask(problem: SelectionProblem, start: str, draws: int, context: Co
         return best_draw(problem, draws, context)[0]
     if start == "random":
         return RandomSolver().run(problem, context).pruned
-    scores = {
-        "magnitude": lambda: np.abs(problem.weights),
-        "obd": lambda: diagonal_saliency(problem),
-        "woodfisher": lambda: single_removal_loss(problem),
-    }
-    return prune_smallest(scores[start](), problem.n_prune)
+    return prune_smallest(_SCORES[start](problem), problem.n_prune)
 
 
 class _Columns:
@@ -70,7 +71,7 @@ class _Columns:
         self._low, self._size = 0, _FIRST_GATHER
         self._held = np.empty((0, state.rows))
 
-    def __call__(self, low: int, high: int) -> np.ndarray:
+    def __call__(self, low: int, high: int) -> Array:
         """Columns of positions [low, high) as rows (high − low, R); positions only ever move forward."""
         end = self._low + self._held.shape[0]
         if high > end:

@@ -21,35 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from solvers.problem import Array, Mask, QuadraticBlock, SelectionProblem
+from solvers.problem import Array, Mask, SelectionProblem
 
 Index = npt.NDArray[np.int64]
-
-#: Entries converted to float64 at a time: few enough to stay in a CPU's cache, many enough to feed a GPU.
-_CPU_ENTRIES, _GPU_ENTRIES = 1 << 19, 1 << 24
-
-
-def _row_chunks(factor: torch.Tensor) -> list[slice]:
-    rows, columns = factor.shape
-    entries = _CPU_ENTRIES if factor.device.type == "cpu" else _GPU_ENTRIES
-    height = max(1, entries // columns)
-    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
-
-
-def project(block: QuadraticBlock, x: torch.Tensor) -> torch.Tensor:
-    """A x, float64 (r,), converting a few rows of a float32 factor at a time."""
-    factor = block.factor
-    return torch.cat([factor[rows].double() @ x for rows in _row_chunks(factor)])
-
-
-def back_project(block: QuadraticBlock, z: torch.Tensor) -> torch.Tensor:
-    """Aᵀ z, float64 (n,), converting a few rows of a float32 factor at a time."""
-    factor = block.factor
-    total = torch.zeros(block.n, dtype=torch.float64, device=block.device)
-    for rows in _row_chunks(factor):
-        total += z[rows] @ factor[rows].double()
-    return total
-
 
 class SwapState:
     """A mask of a selection problem with its exact objective, updated swap by swap.
@@ -88,7 +62,7 @@ class SwapState:
         self.value = 0.0
         for index, (block, where) in enumerate(zip(self.problem.blocks, self.problem.slices, strict=True)):
             removed = np.where(self.pruned[where], self.weights[where], 0.0)
-            image = project(block, block.tensor_of(removed)).cpu().numpy()
+            image = block.project(block.tensor_of(removed)).cpu().numpy()
             self.images[index, : image.shape[0]] = image
             self.value += 0.5 * float(image @ image) + 0.5 * block.damping * float(removed @ removed)
         self.value -= float(self.linear[self.pruned].sum())
@@ -97,7 +71,7 @@ class SwapState:
         """s_i of every weight, float64 (n,): one product Aᵀz per block."""
         out = np.empty(self.problem.n)
         for index, (block, where) in enumerate(zip(self.problem.blocks, self.problem.slices, strict=True)):
-            pulled = back_project(block, block.tensor_of(self.images[index, : block.n_rows])).cpu().numpy()
+            pulled = block.back_project(block.tensor_of(self.images[index, : block.n_rows])).cpu().numpy()
             weights = self.weights[where]
             out[where] = weights * (pulled + block.damping * np.where(self.pruned[where], weights, 0.0))
         return out - self.linear
@@ -108,7 +82,7 @@ class SwapState:
         block, where = self.problem.blocks[index], self.problem.slices[index]
         column = block.factor[:, i - where.start].double()
         out = np.zeros(self.problem.n)
-        out[where] = self.weights[i] * self.weights[where] * back_project(block, column).cpu().numpy()
+        out[where] = self.weights[i] * self.weights[where] * block.back_project(column).cpu().numpy()
         out[i] = 2.0 * self.curvature[i]
         return out
 
