@@ -12,7 +12,8 @@ from cbs_opt.blocks import BlockSpec, Partition, Structure
 from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward
 from cbs_opt.devices import resolve_device
 from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.gradients import GradientMethod, GradientSample, sample_gradients
+from cbs_opt.gradient_methods import GradientMethod
+from cbs_opt.gradients import GradientSample, sample_gradients
 from cbs_opt.layers import Layer, PrunableLayers, find_layers
 from cbs_opt.masks import (
     PruningMask,
@@ -23,9 +24,10 @@ from cbs_opt.masks import (
     remove_masks,
     to_torch_prune,
 )
-from cbs_opt.prepared import Prepared, PruneResult, prepare
+from cbs_opt.prepared import Prepared, prepare
 from cbs_opt.prune import prune
 from cbs_opt.report import LayerReport, PruneReport
+from cbs_opt.results import PruneResult
 from cbs_opt.update import Update, Updated, update_weights
 from solvers.errors import (
     BackendError,

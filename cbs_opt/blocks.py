@@ -16,7 +16,6 @@ of the gradient matrix; the last two structures gather columns, and carry the or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -186,8 +185,8 @@ def interaction_partition(factor: Tensor, weights: Tensor, spec: BlockSpec, seed
     most = MOST_WEIGHTS[spec.structure.value]
     if n > most:
         raise ProblemError(
-            f"block structure {str(spec)!r} looks at all pairs of weights and takes at most {most} of them, not {n}; use "
-            "'per_layer', 'fixed:SIZE' or fewer layers"
+            f"block structure {str(spec)!r} looks at all pairs of weights and takes at most {most} of them, not {n}; "
+            "use 'per_layer', 'fixed:SIZE' or fewer layers"
         )
     scaled = _Scaled(factor, weights)
     if spec.structure is Structure.COMPONENTS:
@@ -221,9 +220,9 @@ class _Scaled:
         slab[torch.arange(len(index), device=slab.device), index] = 0.0
         return slab
 
-    def slabs(self) -> Sequence[Tensor]:
-        """All weights in pieces of a bounded slab."""
-        return torch.arange(self.n, device=self.columns.device).split(max(1, _SLAB // self.n))
+    def pieces(self, index: Tensor) -> list[Tensor]:
+        """Some weights in pieces whose slab is bounded."""
+        return list(torch.split(index, max(1, _SLAB // self.n)))
 
 
 def _components(scaled: _Scaled, threshold: float) -> list[Order]:
@@ -231,7 +230,6 @@ def _components(scaled: _Scaled, threshold: float) -> list[Order]:
     limit = threshold * scaled.largest
     left = torch.ones(scaled.n, dtype=torch.bool, device=scaled.columns.device)
     groups = []
-    width = max(1, _SLAB // scaled.n)
     for start in range(scaled.n):
         if not bool(left[start]):
             continue
@@ -240,7 +238,7 @@ def _components(scaled: _Scaled, threshold: float) -> list[Order]:
         frontier = members[0]
         while frontier.numel():
             reached = torch.zeros_like(left)
-            for piece in frontier.split(width):
+            for piece in scaled.pieces(frontier):
                 reached |= (scaled.rows(piece) > limit).any(0)
             frontier = (reached & left).nonzero().squeeze(1)
             left[frontier] = False
@@ -255,7 +253,7 @@ def _clusters(scaled: _Scaled, size: int, seed: int) -> list[Order]:
     graph.add_nodes_from(range(scaled.n))
     count = min(_NEIGHBOURS, scaled.n - 1)
     if count and scaled.largest > 0.0:
-        for piece in scaled.slabs():
+        for piece in scaled.pieces(torch.arange(scaled.n, device=scaled.columns.device)):
             strength, neighbour = scaled.rows(piece).topk(count, dim=1)
             for i, values, others in zip(piece.tolist(), strength.tolist(), neighbour.tolist(), strict=True):
                 graph.add_weighted_edges_from(

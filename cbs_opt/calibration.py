@@ -16,7 +16,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
+from cbs_opt.trees import Tree as Tree
+from cbs_opt.trees import leaves, map_tree
 from solvers.errors import DataError, OptionError
 
-#: A tensor, or tensors in tuples, lists and dicts.
-Tree = Union[Tensor, tuple["Tree", ...], list["Tree"], dict[str, "Tree"]]
 LossFunction = Callable[[Any, Any], Tensor]
 Index = npt.NDArray[np.int64]
 
@@ -171,29 +171,6 @@ class Forward:
     def loss(self, output: Any, inputs: Tree, targets: Tree | None) -> Tensor:
         """The loss of an output."""
         return self.loss_fn(output, inputs if targets is None else targets)
-
-
-def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of a tree."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tree(function, value) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tree(function, value) for value in tree)
-    raise DataError(f"expected tensors in tuples, lists or dicts, found {type(tree).__name__}")
-
-
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of every tensor of a tree."""
-    if isinstance(tree, Tensor):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from leaves(value, f"{path}[{key!r}]")
-    elif isinstance(tree, (tuple, list)):
-        for key, value in enumerate(tree):
-            yield from leaves(value, f"{path}[{key}]")
 
 
 Batch = tuple[Tree, Tree | None, int]

@@ -1,7 +1,7 @@
 """From gradients to a selection problem: the empirical Fisher matrix H = AᵀA + λI in blocks.
 
-The mean gradient g is part of the model where `FisherOptions.first_order` says so; it then enters as g / b, which is the
-scale of a factor built from means over b samples (`GradientSample.first_order`).
+The mean gradient g is part of the model where `FisherOptions.first_order` says so; it then enters as g / b, which is
+the scale of a factor built from means over b samples (`GradientSample.first_order`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cbs_opt.blocks import BlockSpec, Partition, contiguous_partition, interaction_partition
 from cbs_opt.calibration import CalibrationData
-from cbs_opt.gradients import GradientMethod, GradientSample, parse_method
+from cbs_opt.gradient_methods import GradientMethod, parse_method
+from cbs_opt.gradients import GradientSample
 from cbs_opt.layers import PrunableLayers
 from solvers import QuadraticBlock
 from solvers.errors import DataError, OptionError

@@ -1,9 +1,9 @@
 """Gradients per sample or per mini-batch: the factor A of the empirical Fisher matrix.
 
-Row i of A is ∇ℓ_i / √r, where ℓ_i is the mean loss over the i-th mini-batch (of one sample, usually) and r the number of
-rows, so that AᵀA = (1/r) Σ ∇ℓ_i ∇ℓ_iᵀ. Three ways of computing the rows, which agree to rounding:
+Row i of A is ∇ℓ_i / √r, where ℓ_i is the mean loss over the i-th mini-batch (of one sample, usually) and r the number
+of rows, so that AᵀA = (1/r) Σ ∇ℓ_i ∇ℓ_iᵀ. Three ways of computing the rows, which agree to rounding:
 
-* ``outer``  one backward pass to the layers' outputs for many rows, then a product per layer (`cbs_opt.outer_products`);
+* ``outer``  one backward pass to the layers' outputs for many rows, then a product per layer (`outer_products`);
 * ``vmap``   ``torch.func``: ``vmap(grad(loss))`` over many rows;
 * ``loop``   a backward pass per row: slow, obviously right, the oracle of the tests.
 
@@ -17,18 +17,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from cbs_opt.calibration import CalibrationData, Forward, Index, Tree, leaves, map_tree
+from cbs_opt.calibration import CalibrationData, Forward, Index
+from cbs_opt.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
 from cbs_opt.layers import PrunableLayers
-from cbs_opt.outer_products import NotApplicableError, outer_product_rows
+from cbs_opt.network_checks import check_loss, evaluation_mode
+from cbs_opt.outer_products import NotApplicableError
+from cbs_opt.trees import Tree, leaves, split_rows
 from solvers.errors import DataError, ModelError, OptionError
 
 Progress = Callable[[int, int], None]
@@ -39,18 +39,6 @@ MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 2 << 30}
 _MOST_SAMPLES = {"cpu": 128, "cuda": 8192}
 #: Largest relative difference from autograd that rounding explains, by dtype.
 _AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
-
-
-class GradientMethod(str, Enum):
-    """How rows of gradients are computed; see the module's docstring."""
-
-    AUTO = "auto"
-    OUTER = "outer"
-    VMAP = "vmap"
-    LOOP = "loop"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +139,7 @@ def sample_gradients(
     factor = _allocate(rows, layers.n, dtype, place, out)
     notes: list[str] = []
     with evaluation_mode(model), _without_gradients(model):
-        _check_loss(model, data, forward, index[0], place)
+        check_loss(model, data, forward, index[0], place)
         engine = _choose(chosen, model, layers, data, forward, index, place, notes)
         chunk = _chunk_rows(model, layers, data, forward, index, place, memory_budget, engine)
         mean = torch.zeros(layers.n, dtype=torch.float64, device=place)
@@ -168,38 +156,8 @@ def sample_gradients(
     loss = float(total) / rows
     if not math.isfinite(loss) or not bool(torch.isfinite(mean).all()):
         _explain_infinite(layers, factor, loss)
-    name = _NAMES[engine]
+    name = NAMES[engine]
     return GradientSample(factor, mean, loss, size, name, time.perf_counter() - started, tuple(notes))
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode and restore every training flag afterwards; see `check_mode`."""
-    check_mode(model)
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def check_mode(model: nn.Module) -> None:
-    """Raise ModelError if batch norm would mix the samples of a batch."""
-    for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
-            continue
-        if module.running_mean is None:
-            raise ModelError(
-                f"batch norm {name!r} keeps no running statistics, so gradients per sample do not exist; build it with "
-                "track_running_stats=True"
-            )
-        if module.training:
-            raise ModelError(
-                f"batch norm {name!r} is in train mode; call model.eval() first, after re-estimating its running "
-                "statistics if they are stale"
-            )
 
 
 @contextmanager
@@ -215,74 +173,6 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-Engine = Callable[[nn.Module, PrunableLayers, Forward, Tree, "Tree | None", Tensor, float], Tensor]
-
-
-def _vmap_rows(
-    model: nn.Module,
-    layers: PrunableLayers,
-    forward: Forward,
-    inputs: Tree,
-    targets: Tree | None,
-    out: Tensor,
-    scale: float,
-) -> Tensor:
-    """Rows by torch.func; arguments and result as in `outer_product_rows`."""
-    weights = {layer.parameter: w.detach() for layer, w in zip(layers, layers.parameters(model), strict=True)}
-
-    def loss(values: dict[str, Tensor], row: Tree, target: Tree | None) -> Tensor:
-        output = forward.output(lambda *a, **k: functional_call(model, values, a, k), row, target)
-        return forward.loss(output, row, target)
-
-    dimensions = (None, 0, None if targets is None else 0)
-    gradients, losses = vmap(grad_and_value(loss), in_dims=dimensions)(weights, inputs, targets)
-    for layer in layers:
-        torch.mul(gradients[layer.parameter].flatten(1), scale, out=out[:, layer.slice])
-    return losses.detach()  # type: ignore[no-any-return]
-
-
-def _loop_rows(
-    model: nn.Module,
-    layers: PrunableLayers,
-    forward: Forward,
-    inputs: Tree,
-    targets: Tree | None,
-    out: Tensor,
-    scale: float,
-) -> Tensor:
-    """Rows by plain autograd, one at a time; arguments and result as in `outer_product_rows`."""
-    weights = layers.parameters(model)
-    losses = []
-    for row in range(len(out)):
-        x = map_tree(lambda t, r=row: t[r], inputs)
-        y = None if targets is None else map_tree(lambda t, r=row: t[r], targets)
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                loss = forward.loss(forward.output(model, x, y), x, y)
-                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        for layer, gradient in zip(layers, gradients, strict=True):
-            target = out[row, layer.slice]
-            if gradient is None:
-                target.zero_()
-            else:
-                torch.mul(gradient.reshape(-1), scale, out=target)
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-_ENGINES: dict[GradientMethod, Engine] = {
-    GradientMethod.OUTER: outer_product_rows,
-    GradientMethod.VMAP: _vmap_rows,
-    GradientMethod.LOOP: _loop_rows,
-}
-_NAMES = {engine: method.value for method, engine in _ENGINES.items()}
-
-
 def _choose(
     method: GradientMethod,
     model: nn.Module,
@@ -295,22 +185,22 @@ def _choose(
 ) -> Engine:
     """The method asked for, or the first that applies, compared with autograd on two rows."""
     if method is GradientMethod.LOOP:
-        return _loop_rows
+        return loop_rows
     rows = _rows(data, index[: min(2, len(index))], device)
     dtype = layers.parameters(model)[0].dtype
     expected = torch.empty(len(index[:2]), layers.n, dtype=dtype, device=device)
-    _loop_rows(model, layers, forward, *rows, expected, 1.0)
+    loop_rows(model, layers, forward, *rows, expected, 1.0)
     wanted = [GradientMethod.OUTER, GradientMethod.VMAP] if method is GradientMethod.AUTO else [method]
     for candidate in wanted:
         problem = _compare(candidate, model, layers, forward, rows, expected)
         if problem is None:
-            return _ENGINES[candidate]
+            return ENGINES[candidate]
         if method is not GradientMethod.AUTO:
             raise ModelError(
                 f"gradient method {method.value!r} does not apply to this network: {problem}; use method='auto'"
             )
         notes.append(f"gradient method {candidate.value!r} does not apply: {problem}")
-    return _loop_rows
+    return loop_rows
 
 
 def _compare(
@@ -324,7 +214,7 @@ def _compare(
     """Why a method does not apply, or None if its rows are those of autograd."""
     found = torch.empty_like(expected)
     try:
-        _ENGINES[method](model, layers, forward, *rows, found, 1.0)
+        ENGINES[method](model, layers, forward, *rows, found, 1.0)
     except NotApplicableError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -342,47 +232,8 @@ def _compare(
 def _rows(data: CalibrationData, index: Index, device: torch.device) -> tuple[Tree, Tree | None]:
     """(inputs, targets) of some rows, tensors (R, b, ...)."""
     inputs, targets = data.batch(index.reshape(-1), device)
-    shape = tuple(int(k) for k in index.shape)
-
-    def split(t: Tensor) -> Tensor:
-        return t.unflatten(0, shape)
-
-    return map_tree(split, inputs), None if targets is None else map_tree(split, targets)
-
-
-def _check_loss(model: nn.Module, data: CalibrationData, forward: Forward, row: Index, device: torch.device) -> None:
-    """The loss is a finite scalar, a mean, and the same when taken twice."""
-    single = np.array([int(row[0])])
-
-    def loss_of(numbers: Index) -> Tensor:
-        inputs, targets = data.batch(numbers, device)
-        with torch.no_grad():
-            loss = forward.loss(forward.output(model, inputs, targets), inputs, targets)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ModelError(
-                f"loss_fn must return a scalar tensor, the mean over the batch, not {found}; use reduction='mean' or .mean()"
-            )
-        if not bool(torch.isfinite(loss)):
-            raise ModelError(
-                f"the loss of sample {int(numbers[0])} is {float(loss)}; look for NaN or infinite parameters, buffers "
-                "or targets out of range"
-            )
-        return loss
-
-    first, second = loss_of(single), loss_of(single)
-    if not torch.equal(first, second):
-        raise ModelError(
-            f"the network is random in eval mode: the loss of one sample is {float(first)!r} and then {float(second)!r}; "
-            "switch off functional dropout and other noise"
-        )
-    double = loss_of(np.repeat(single, 2))
-    size = abs(float(first))
-    if size > 0 and abs(float(double) - 2 * float(first)) < 1e-3 * size:
-        raise ModelError(
-            f"loss_fn sums over the batch: one sample gives {float(first):.6g}, the same one twice {float(double):.6g}; "
-            "it must return the mean (reduction='mean')"
-        )
+    rows, size = index.shape
+    return split_rows(inputs, rows, size), None if targets is None else split_rows(targets, rows, size)
 
 
 def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: Tensor | None) -> Tensor:
@@ -392,7 +243,8 @@ def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: 
     if out is not None:
         if out.shape != (rows, n) or out.dtype != dtype or out.device.type != device.type:
             raise OptionError(
-                f"out has shape {tuple(out.shape)}, {out.dtype} on {out.device}; the factor is ({rows}, {n}), {dtype} on {device}"
+                f"out has shape {tuple(out.shape)}, {out.dtype} on {out.device}; "
+                f"the factor is ({rows}, {n}), {dtype} on {device}"
             )
         return out
     try:
@@ -400,8 +252,8 @@ def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: 
     except (RuntimeError, MemoryError) as error:
         size = rows * n * dtype.itemsize / 1e9
         raise OptionError(
-            f"the gradients of {rows} rows for {n} weights take {size:.2f} GB on {device}, more than there is; use fewer "
-            "rows or fewer layers"
+            f"the gradients of {rows} rows for {n} weights take {size:.2f} GB on {device}, more than there is; "
+            "use fewer rows or fewer layers"
         ) from error
 
 
@@ -420,7 +272,7 @@ def _chunk_rows(
         budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cpu"])
     if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget <= 0:
         raise OptionError(f"memory_budget must be a positive number of bytes, not {budget!r}")
-    if engine is _loop_rows:
+    if engine is loop_rows:
         return max(1, min(64, len(index)))
     elements = 0
     patches = 0
@@ -440,21 +292,12 @@ def _chunk_rows(
     finally:
         for handle in handles:
             handle.remove()
-    width = layers.parameters(model)[0].element_size()
-    largest = layers.n if engine is _vmap_rows else max(layer.n for layer in layers)
+    width: int = layers.parameters(model)[0].element_size()
+    largest = layers.n if engine is vmap_rows else max(layer.n for layer in layers)
     size = index.shape[1]
     per_row = width * (size * (3 * elements + 2 * patches) + 2 * largest)
     most = _MOST_SAMPLES.get(device.type, _MOST_SAMPLES["cpu"])
-    return max(1, min(int(budget) // max(1, per_row), max(1, most // size), len(index)))
-
-
-def parse_method(method: GradientMethod | str) -> GradientMethod:
-    from solvers.errors import UnknownNameError
-
-    try:
-        return GradientMethod(method)
-    except ValueError:
-        raise UnknownNameError.of("gradient method", str(method), [m.value for m in GradientMethod]) from None
+    return int(max(1, min(budget // max(1, per_row), max(1, most // size), len(index))))
 
 
 def _explain_infinite(layers: PrunableLayers, factor: Tensor, loss: float) -> None:
@@ -465,7 +308,7 @@ def _explain_infinite(layers: PrunableLayers, factor: Tensor, loss: float) -> No
         column = int((~torch.isfinite(factor[row])).nonzero()[0])
         layer = next(layer for layer in layers if layer.start <= column < layer.stop)
         raise ModelError(
-            f"the gradient of row {row} is not finite in layer {layer.name!r}; the loss may overflow (mean loss {loss}): "
-            "look at the data, or use a network in float32"
+            f"the gradient of row {row} is not finite in layer {layer.name!r}; the loss may overflow "
+            f"(mean loss {loss}): look at the data, or use a network in float32"
         )
     raise DataError(f"the mean calibration loss is {loss}; look for targets out of range")

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.calibration import CalibrationData, Forward, Tree
-from cbs_opt.gradients import evaluation_mode
+from cbs_opt.calibration import CalibrationData, Forward
 from cbs_opt.layers import PrunableLayers
+from cbs_opt.network_checks import evaluation_mode
+from cbs_opt.trees import Tree
 
 #: Most calibration samples a loss is taken over, as in the published experiments.
 MOST_SAMPLES = 5000

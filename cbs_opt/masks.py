@@ -181,7 +181,7 @@ def to_torch_prune(model: nn.Module) -> nn.Module:
     }
     remove_masks(converted)
     for (module, attribute), mask in masks.items():
-        torch_prune.custom_from_mask(module, attribute, mask.to(getattr(module, attribute).dtype))
+        torch_prune.custom_from_mask(module, attribute, mask.to(getattr(module, attribute).dtype))  # type: ignore
     return converted
 
 
@@ -222,7 +222,9 @@ def _stored(module: nn.Module, attribute: str) -> Tensor:
     """The parameter behind an attribute."""
     if parametrize.is_parametrized(module, attribute):
         chain = module.parametrizations[attribute]  # type: ignore[index]
-        return chain.original  # type: ignore[no-any-return]
+        original = chain.original  # type: ignore[union-attr]
+        assert isinstance(original, Tensor)
+        return original
     value = getattr(module, attribute)
     assert isinstance(value, Tensor)
     return value
@@ -318,8 +320,8 @@ class _LoadUnderOwnName(_StateNames):
 
 
 def _add_hooks(module: nn.Module, attribute: str) -> None:
-    module.register_state_dict_post_hook(_SaveUnderOwnName(attribute))
-    module.register_load_state_dict_pre_hook(_LoadUnderOwnName(attribute))
+    module.register_state_dict_post_hook(_SaveUnderOwnName(attribute))  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_LoadUnderOwnName(attribute))  # type: ignore[no-untyped-call]
 
 
 def _remove_hooks(module: nn.Module, attribute: str) -> None:

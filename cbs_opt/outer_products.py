@@ -12,7 +12,7 @@ guessed: `cbs_opt.gradients` compares the first rows with plain autograd.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight
 
-from cbs_opt.calibration import Forward, Tree, map_tree
+from cbs_opt.calibration import Forward
 from cbs_opt.layers import PrunableLayers
+from cbs_opt.trees import Tree, leaves, map_tree, row_of, split_rows
 
 
 class NotApplicableError(Exception):
@@ -82,7 +84,7 @@ def outer_product_rows(
         if x._version != version:
             raise NotApplicableError(f"the input of layer {layers.layers[position].name!r} is modified in place")
         layer = layers.layers[position]
-        target = out[:, layer.slice].unflatten(1, (layer.shape[0], -1))
+        target = out[:, layer.slice].view(len(out), layer.shape[0], -1)
         _accumulate(module, x, gradient, rows, size, target, scale, first=position not in written)
         written.add(position)
     for position, layer in enumerate(layers):
@@ -94,34 +96,23 @@ def outer_product_rows(
 def row_losses(forward: Forward, output: Any, inputs: Tree, targets: Tree | None, rows: int, size: int) -> Tensor:
     """The loss (R,) of each row from the network's output for all R·b samples."""
 
-    def split(t: Tensor) -> Tensor:
-        if t.ndim == 0 or t.shape[0] != rows * size:
-            raise NotApplicableError(f"an output of shape {tuple(t.shape)} is not one entry per sample")
-        return t.unflatten(0, (rows, size))
-
     if not isinstance(output, (Tensor, tuple, list, dict)):
         raise NotApplicableError(f"the network returns a {type(output).__name__}")
-    parts = map_tree(split, output)
+    for _, t in leaves(output):
+        if t.ndim == 0 or t.shape[0] != rows * size:
+            raise NotApplicableError(f"an output of shape {tuple(t.shape)} is not one entry per sample")
+    parts = split_rows(output, rows, size)
     try:
-        if targets is None:
-            return torch.func.vmap(lambda o, i: forward.loss(o, i, None))(parts, inputs)
-        return torch.func.vmap(lambda o, t: forward.loss(o, None, t))(parts, targets)  # type: ignore[arg-type]
+        losses: Tensor = torch.func.vmap(forward.loss, in_dims=(0, 0, None if targets is None else 0))(
+            parts, inputs, targets
+        )
+        return losses
     except (RuntimeError, ValueError, NotImplementedError):
         # A loss with data-dependent control flow cannot be vmapped; row by row is the same sum.
-        losses = [
-            forward.loss(
-                map_tree(lambda t, r=r: t[r], parts),
-                map_tree(lambda t, r=r: t[r], inputs),
-                None if targets is None else map_tree(lambda t, r=r: t[r], targets),
-            )
-            for r in range(rows)
-        ]
-        return torch.stack(losses)
+        return torch.stack([forward.loss(row_of(parts, r), row_of(inputs, r), row_of(targets, r)) for r in range(rows)])
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    from cbs_opt.calibration import leaves
-
     for _, tensor in leaves(tree):
         yield tensor
 
@@ -189,12 +180,12 @@ def _convolution(module: nn.Module, x: Tensor, gradient: Tensor, rows: int, size
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(module.kernel_size)
-    weight_gradient = nn.grad.conv1d_weight if isinstance(module, nn.Conv1d) else nn.grad.conv2d_weight
+    weight_gradient: Callable[..., Tensor] = conv1d_weight if isinstance(module, nn.Conv1d) else conv2d_weight
     settings = (module.stride, padding, module.dilation)
     shape = module.weight.shape
     if size > 1:
-        parts = zip(x.split(size), gradient.split(size), strict=True)
-        return torch.stack([weight_gradient(one, shape, g, *settings, module.groups) for one, g in parts])
+        parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        return torch.stack([weight_gradient(x[p], shape, gradient[p], *settings, module.groups) for p in parts])
     # One convolution in which every sample is a group of its own.
     together = weight_gradient(
         x.flatten(0, 1).unsqueeze(0),
@@ -203,4 +194,4 @@ def _convolution(module: nn.Module, x: Tensor, gradient: Tensor, rows: int, size
         *settings,
         rows * module.groups,
     )
-    return together.unflatten(0, (rows, shape[0]))
+    return together.reshape(rows, *shape)

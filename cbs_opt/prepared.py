@@ -6,15 +6,15 @@ Gradients cost most of the time and do not depend on solver, sparsity or update:
     for sparsity in (0.8, 0.9):
         result = prepared.prune(sparsity=sparsity, solver="greedy_ls", update="combinatorial")
 
-The steps of `Prepared.prune` are there one by one, for loops such as the stages: `problem`, `solve`, `update`, `result`;
-`relinearised` gives the quadratic model at other weights.
+The steps of `Prepared.prune` are there one by one, for loops such as the stages: `problem`, `solve`, `update`,
+`result`; `relinearised` gives the quadratic model at other weights.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,45 +24,18 @@ from torch import Tensor, nn
 from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward, LossFunction
 from cbs_opt.devices import resolve_device
 from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.gradients import GradientSample, Progress, check_mode, sample_gradients
+from cbs_opt.gradients import GradientSample, Progress, sample_gradients
 from cbs_opt.layers import PrunableLayers, find_layers
 from cbs_opt.losses import MOST_SAMPLES, LossMeter
 from cbs_opt.masks import apply_masks, remove_masks
-from cbs_opt.report import PruneReport, contributions, layer_reports
+from cbs_opt.network_checks import check_mode
+from cbs_opt.results import PruneResult, assemble
 from cbs_opt.update import Update, Updated, check_scale, update_weights
 from solvers import Capability, Objective, SelectionProblem, Solution, Solver, make_solver, solve
 from solvers.errors import ModelError, OptionError
-from solvers.refit import refit
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class PruneResult:
-    """A pruned network.
-
-    Attributes
-    ----------
-    model : nn.Module
-        A copy of the network given, with new weights under masks (see `cbs_opt.masks`).
-    masks : dict of str to bool tensor
-        By layer name, in the shape of the weight; True = kept.
-    report : PruneReport
-    solution : Solution
-        What the solver did, in the order of the blocks.
-    weights : float64 (n,)
-        The new prunable weights in the order of the network, zero where pruned.
-    pruned : bool (n,)
-        True = removed, in the order of the network.
-    """
-
-    model: nn.Module
-    masks: dict[str, Tensor]
-    report: PruneReport
-    solution: Solution
-    weights: Array
-    pruned: Mask
 
 
 class Prepared:
@@ -109,6 +82,11 @@ class Prepared:
     def data(self) -> CalibrationData:
         """The calibration samples."""
         return self._data
+
+    @property
+    def loss_samples(self) -> int:
+        """Samples that calibration losses are taken over."""
+        return self._meter.n_samples
 
     @property
     def model(self) -> nn.Module:
@@ -211,57 +189,7 @@ class Prepared:
     ) -> PruneResult:
         """Update the kept weights and put everything into a copy of the network."""
         updated = self.update(problem, solution, update=update, scale=scale)
-        partition = self.blocks.partition
-        refit_objective, repairs = updated.refit_objective, updated.repairs
-        refitted = solution.refit_weights
-        if np.isnan(refit_objective):
-            refit_objective = solution.refit_objective
-        if np.isnan(refit_objective):
-            # Every mask is judged by the joint objective too, whatever the update.
-            judged = refit(problem, solution.pruned)
-            refit_objective, refitted = judged.value, judged.weights
-            repairs = (*repairs, *judged.repairs)
-        terms = partition.to_network(contributions(problem, solution.pruned, refitted))
-        weights = partition.to_network(updated.weights)
-        pruned = partition.to_network(solution.pruned)
-        model, masks = self.network(weights, pruned)
-        stored = self.layers.read(model).numpy()
-        report = PruneReport(
-            layers=layer_reports(self.layers, self.weights, stored, pruned, terms),
-            n=self.n,
-            n_kept=int(self.n - pruned.sum()),
-            sparsity=float(pruned.mean()),
-            sparsity_asked=problem.n_prune / problem.n,
-            solver=solution.solver,
-            update=Update.parse(update).value,
-            update_scale=check_scale(scale),
-            objective_kind=problem.objective.value,
-            objective=solution.objective,
-            refit_objective=refit_objective,
-            bound=solution.bound,
-            gap=solution.gap,
-            status=solution.status.value,
-            reason=solution.reason.value,
-            loss_dense=self.dense_loss,
-            loss_pruned=self.loss(weights),
-            loss_samples=self._meter.n_samples,
-            n_rows=self.gradients.n_rows,
-            batch_size=self.gradients.batch_size,
-            damping=float(self.fisher.damping),
-            blocks=str(self.fisher.spec),
-            n_blocks=len(self.blocks.blocks),
-            first_order=self.fisher.first_order,
-            gradient_method=self.gradients.method,
-            stages=1,
-            seed=self.seed if seed is None else seed,
-            device=str(self.device),
-            seconds_gradients=self.gradients.seconds,
-            seconds_solve=solution.seconds,
-            seconds_update=updated.seconds,
-            repairs=tuple(dict.fromkeys((*self.gradients.notes, *solution.repairs, *repairs))),
-            statistics=dict(solution.statistics),
-        )
-        return PruneResult(model, masks, report, solution, weights, pruned)
+        return assemble(self, problem, solution, updated, update=Update.parse(update), scale=scale, seed=seed)
 
     def prune(
         self,

@@ -1,7 +1,7 @@
 """The one call: network, data, loss → pruned network.
 
-Modules → prunable layers → gradients → Fisher blocks → selection problem → solver → verified solution → update → masks →
-report. Everything that can be refused is refused before gradients are computed.
+Modules → prunable layers → gradients → Fisher blocks → selection problem → solver → verified solution → update →
+masks → report. Everything that can be refused is refused before gradients are computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from cbs_opt.fisher import FisherOptions
 from cbs_opt.gradients import Progress
 from cbs_opt.layers import PrunableLayers, check_sparsity
 from cbs_opt.losses import MOST_SAMPLES
-from cbs_opt.prepared import PruneResult, pick_objective, prepare
+from cbs_opt.prepared import pick_objective, prepare
+from cbs_opt.results import PruneResult
 from cbs_opt.update import Update, check_scale
 from solvers import Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
 from solvers.errors import OptionError

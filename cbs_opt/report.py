@@ -148,12 +148,12 @@ class PruneReport:
             "all", f"{self.n:,}", f"{self.n_kept:,}", f"{self.sparsity:.2%}", f"{norms[0]:.4g}", f"{norms[1]:.4g}", ""
         )
         lines = [
-            f"{self.objective_kind} objective {self.objective:.6g}, bound {_number(self.bound)}, gap {_percent(self.gap)}, "
-            f"{self.status} ({self.reason}); refit objective {_number(self.refit_objective)}",
+            f"{self.objective_kind} objective {self.objective:.6g}, bound {_number(self.bound)}, "
+            f"gap {_percent(self.gap)}, {self.status} ({self.reason}); refit objective {_number(self.refit_objective)}",
             f"calibration loss {self.loss_dense:.6g} -> {self.loss_pruned:.6g} over {self.loss_samples:,} samples",
-            f"{self.n_rows:,} gradients of {self.batch_size} ({self.gradient_method}), damping {self.damping:g}, blocks "
-            f"{self.blocks} ({self.n_blocks}), first order {'yes' if self.first_order else 'no'}, stages {self.stages}, "
-            f"seed {self.seed}, {self.device}",
+            f"{self.n_rows:,} gradients of {self.batch_size} ({self.gradient_method}), damping {self.damping:g}, "
+            f"blocks {self.blocks} ({self.n_blocks}), first order {'yes' if self.first_order else 'no'}, "
+            f"stages {self.stages}, seed {self.seed}, {self.device}",
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
             *(f"repair: {repair}" for repair in self.repairs),

@@ -103,7 +103,8 @@ def update_weights(
     """
     started = time.perf_counter()
     chosen, factor = Update.parse(update), check_scale(scale)
-    value, repairs = math.nan, ()
+    value = math.nan
+    repairs: tuple[str, ...] = ()
     weights = problem.weights
     if chosen is Update.NONE:
         new = weights

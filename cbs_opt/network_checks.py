@@ -1,0 +1,80 @@
+"""What a network and its loss must be like for gradients per sample to exist; refused before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cbs_opt.calibration import CalibrationData, Forward, Index
+from solvers.errors import ModelError
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network in eval mode and restore every training flag afterwards; see `check_mode`."""
+    check_mode(model)
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raise ModelError if batch norm would mix the samples of a batch."""
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if module.running_mean is None:
+            raise ModelError(
+                f"batch norm {name!r} keeps no running statistics, so gradients per sample do not exist; build it with "
+                "track_running_stats=True"
+            )
+        if module.training:
+            raise ModelError(
+                f"batch norm {name!r} is in train mode; call model.eval() first, after re-estimating its running "
+                "statistics if they are stale"
+            )
+
+
+def check_loss(model: nn.Module, data: CalibrationData, forward: Forward, row: Index, device: torch.device) -> None:
+    """The loss is a finite scalar, a mean, and the same when taken twice."""
+    single = np.array([int(row[0])])
+
+    def loss_of(numbers: Index) -> Tensor:
+        inputs, targets = data.batch(numbers, device)
+        with torch.no_grad():
+            loss = forward.loss(forward.output(model, inputs, targets), inputs, targets)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ModelError(
+                f"loss_fn must return a scalar tensor, the mean over the batch, not {found}; "
+                "use reduction='mean' or .mean()"
+            )
+        if not bool(torch.isfinite(loss)):
+            raise ModelError(
+                f"the loss of sample {int(numbers[0])} is {float(loss)}; look for NaN or infinite parameters, buffers "
+                "or targets out of range"
+            )
+        return loss
+
+    first, second = loss_of(single), loss_of(single)
+    if not torch.equal(first, second):
+        raise ModelError(
+            f"the network is random in eval mode: the loss of one sample is {float(first)!r} and then "
+            f"{float(second)!r}; switch off functional dropout and other noise"
+        )
+    double = loss_of(np.repeat(single, 2))
+    size = abs(float(first))
+    if size > 0 and abs(float(double) - 2 * float(first)) < 1e-3 * size:
+        raise ModelError(
+            f"loss_fn sums over the batch: one sample gives {float(first):.6g}, the same one twice "
+            f"{float(double):.6g}; it must return the mean (reduction='mean')"
+        )

@@ -1,0 +1,46 @@
+"""Tensors in tuples, lists and dicts, as batches hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, Union
+
+from torch import Tensor
+
+from solvers.errors import DataError
+
+#: A tensor, or tensors in tuples, lists and dicts.
+Tree: TypeAlias = Union[Tensor, tuple["Tree", ...], list["Tree"], dict[str, "Tree"]]  # noqa: UP007
+
+
+def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tree(function, value) for value in tree)
+    raise DataError(f"expected tensors in tuples, lists or dicts, found {type(tree).__name__}")
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}[{key!r}]")
+    elif isinstance(tree, (tuple, list)):
+        for key, value in enumerate(tree):
+            yield from leaves(value, f"{path}[{key}]")
+
+
+def split_rows(tree: Any, rows: int, size: int) -> Any:
+    """Tensors (R·b, ...) as (R, b, ...)."""
+    return map_tree(lambda t: t.reshape(rows, size, *t.shape[1:]), tree)
+
+
+def row_of(tree: Any, row: int) -> Any:
+    """Entry `row` of the first dimension of every tensor; None stays None."""
+    return None if tree is None else map_tree(lambda t: t[row], tree)
