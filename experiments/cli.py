@@ -1,18 +1,18 @@
-"""What the commands share: options which take several values, errors as one line, the choice of device."""
+"""What the commands share: options which take several values, and errors as one line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
 
-import torch
 import typer
 from rich.console import Console
 
-from solvers.errors import CBSError, OptionError
+from solvers.errors import CBSError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+FILE_WIDTH = 140
 
 
 def expand_values(arguments: Sequence[str], options: Collection[str]) -> list[str]:
@@ -55,27 +55,10 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
-
-    Raises
-    ------
-    OptionError
-        Not a device, or one which this machine or build of torch does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"--device {name!r} is not a device; choose auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"--device {name!r} is not supported; choose auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device {name!r} was asked for, but torch sees no CUDA device here; choose cpu or auto")
-    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise OptionError(f"--device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
-    return device
+def wide_console() -> Console:
+    """A console which does not cut tables to 80 columns where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, FILE_WIDTH))
 
 
 def run_app(app: typer.Typer, several: Collection[str] = (), arguments: Sequence[str] | None = None) -> None:

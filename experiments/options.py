@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from cbs_opt import BlockSpec, Update
 from experiments.catalog.experiment import Experiment
-from solvers import make_solver
+from solvers import Objective, make_solver
+from solvers.allocation import ALLOCATIONS
 from solvers.errors import OptionError, UnknownNameError
-
-UPDATES = ("none", "single", "combinatorial")
-OBJECTIVES = ("selection", "joint")
 
 
 class Rounding(str, Enum):
@@ -54,6 +53,7 @@ class RunOptions:
     time_limit: float | None
     data_dir: Path | None
     checkpoint: Path | None
+    refit: bool
     overwrite: bool
     reference: bool
 
@@ -75,18 +75,20 @@ class RunOptions:
             if not 0 <= seed < 2**63:
                 raise OptionError(f"--seed must be a whole number from 0 to 2^63 - 1, got {seed}")
         for update in self.updates:
-            if update not in UPDATES:
-                raise UnknownNameError.of("update", update, UPDATES)
-        if self.objective is not None and self.objective not in OBJECTIVES:
-            raise UnknownNameError.of("objective", self.objective, OBJECTIVES)
+            Update.parse(update)
+        if self.objective is not None:
+            Objective.parse(self.objective)
+        BlockSpec.parse(self.blocks)
+        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+            raise UnknownNameError.of("allocation", self.allocation, ALLOCATIONS)
         for what, value in (("--fisher-samples", self.fisher_samples), ("--fisher-batch", self.fisher_batch),
                             ("--stages", self.stages)):
             if value < 1:
                 raise OptionError(f"{what} must be at least 1, got {value}")
         if not (math.isfinite(self.damping) and self.damping >= 0.0):
             raise OptionError(f"--damping must be finite and not negative, got {self.damping!r}")
-        if not math.isfinite(self.update_scale):
-            raise OptionError(f"--update-scale must be finite, got {self.update_scale!r}")
+        if not (math.isfinite(self.update_scale) and self.update_scale >= 0.0):
+            raise OptionError(f"--update-scale must be finite and not negative, got {self.update_scale!r}")
         if self.time_limit is not None and not (math.isfinite(self.time_limit) and self.time_limit > 0.0):
             raise OptionError(f"--time-limit must be a positive number of seconds, got {self.time_limit!r}")
 

@@ -1,55 +1,53 @@
 """From a trained network to a pruned one: gradients once per seed, then any solver, sparsity and update.
 
-`cbs_opt.prune` does all of it in one call; a run has many rows which share the gradients, and several updates which
-share a mask, so it puts the same pieces together itself.
+`cbs_opt.prune` does all of it in one call. The rows of a run share gradients, and several updates share a mask, so a
+run takes the steps of `cbs_opt.Prepared` one by one; only stages, which share nothing, go through `cbs_opt.prune`.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbs_opt.calibration import CalibrationData, Forward
-from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.gradients import GradientSample, sample_gradients
-from cbs_opt.layers import PrunableLayers, find_layers
-from cbs_opt.losses import LossMeter
-from cbs_opt.update import Updated, update_weights
+import cbs_opt
+from cbs_opt.blocks import contiguous_partition
+from cbs_opt.prepared import pick_objective
 from experiments.datasets.images import ImageSet
 from experiments.options import RunOptions
-from solvers import Capability, SelectionProblem, Solution, make_solver, solve
+from solvers import QuadraticBlock, SelectionProblem, Solution, make_solver
+from solvers.solving import check_capabilities
 
 #: Fewest training images of a calibration sample, where the training set has as many.
 CALIBRATION_SAMPLES = 5_000
+#: Images whose gradients a stage may want beyond those of one row each.
+STAGE_SAMPLES = 20_000
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned network.
-
-    Attributes
-    ----------
-    model
-        On the run's device, in eval mode; pruned weights are exactly zero.
-    n_kept
-        Prunable weights which stay.
-    solution
-        How they were chosen.
-    updated
-        What became of them.
-    """
+    """A pruned network and what was found out about it; figures as in `experiments.results.Measured`."""
 
     model: nn.Module
+    n: int
     n_kept: int
-    solution: Solution
-    updated: Updated
+    train_loss: float
+    objective: float
+    refit_objective: float
+    bound: float
+    gap: float
+    status: str
+    seconds_gradients: float
+    seconds_solve: float
+    seconds_update: float
+    repairs: tuple[str, ...]
 
 
 class Pruner:
@@ -58,79 +56,147 @@ class Pruner:
     Parameters
     ----------
     model
-        Trained network on ``device`` in eval mode; it is not changed.
+        Trained network in eval mode; it is not changed.
     train
         Training images; a sample of them, drawn with ``seed``, is all that is used.
     options
         Of the run.
     seed
-        Of the calibration sample, of the rows drawn from it and of randomised solvers.
+        Of the calibration sample, of the rows drawn from it, and of randomised solvers.
+    device
     progress
         Called with rows of gradients done and in all.
     """
 
     def __init__(self, model: nn.Module, train: ImageSet, options: RunOptions, seed: int, device: torch.device,
-                 progress: Callable[[int, int], None] | None = None) -> None:
-        self._model = model
+                 progress: Progress | None = None) -> None:
         self._options = options
-        self._seed = seed
-        self.layers: PrunableLayers = layers_of(model, options)
-        fisher = FisherOptions(n_rows=options.fisher_samples, batch_size=options.fisher_batch, damping=options.damping,
-                               blocks=options.blocks, first_order=options.first_order, seed=seed)
-        count = max(CALIBRATION_SAMPLES, options.fisher_samples * options.fisher_batch)
-        x, y = train.sample(min(count, len(train)), seed).batch(slice(None))
-        data = CalibrationData.read((x, y))
-        forward = Forward(model, F.cross_entropy)
-        rows = min(fisher.rows_for(data), data.n) if fisher.batch_size == 1 else fisher.rows_for(data)
-        sample: GradientSample = sample_gradients(
-            model, self.layers, data, forward, data.draw(rows, fisher.batch_size, seed), device=device,
-            dtype=fisher.torch_dtype, method=fisher.gradient_method, progress=progress)
-        self._weights = self.layers.read(model)
-        self._fisher: FisherBlocks = build_blocks(sample, self._weights, self.layers, fisher, seed)
-        self._meter = LossMeter(copy.deepcopy(model), self.layers, data, forward, device=device, seed=seed)
-        self.seconds_gradients = sample.seconds
-        self._chosen: tuple[tuple[str, int], SelectionProblem, Solution] | None = None
+        self._prepared = cbs_opt.prepare(
+            model, calibration(train, options, seed), F.cross_entropy, fisher=fisher_of(options),
+            include=options.include or ("*",), exclude=options.exclude, device=device, seed=seed, progress=progress)
+        self._chosen: tuple[str, int] | None = None
+        self._problem: SelectionProblem | None = None
+        self._solution: Solution | None = None
 
     @property
     def n(self) -> int:
         """Prunable weights."""
-        return self.layers.n
+        return self._prepared.n
+
+    @property
+    def seconds_gradients(self) -> float:
+        """Wall time of the gradients."""
+        return self._prepared.gradients.seconds
 
     def prune(self, solver: str, n_kept: int, update: str) -> Pruned:
         """Choose the weights which go and update those which stay.
 
         Consecutive calls which differ only in the update choose once.
         """
-        key = (solver, n_kept)
-        if self._chosen is None or self._chosen[0] != key:
-            self._chosen = (key, *self._choose(solver, n_kept))
-        _, problem, solution = self._chosen
-        updated = update_weights(problem, solution.pruned, update, scale=self._options.update_scale)
-        model = copy.deepcopy(self._model)
-        self.layers.write(model, self._fisher.partition.to_network(updated.weights))
-        return Pruned(model, problem.n_kept, solution, updated)
+        prepared, options = self._prepared, self._options
+        if self._chosen != (solver, n_kept) or self._problem is None or self._solution is None:
+            self._problem, self._solution = prepared.solve(
+                n_kept=n_kept, solver=solver, objective=options.objective, time_limit=options.time_limit,
+                allocation=options.allocation, with_refit=options.refit and update != "combinatorial")
+            self._chosen = (solver, n_kept)
+        problem, solution = self._problem, self._solution
+        updated = prepared.update(problem, solution, update=update, scale=options.update_scale)
+        if math.isnan(solution.refit_objective):
+            # Known from the update now; the next update of this mask need not find out again.
+            self._solution = solution = replace(solution, refit_objective=updated.refit_objective)
+        partition = prepared.blocks.partition
+        weights = partition.to_network(updated.weights)
+        pruned = partition.to_network(solution.pruned)
+        network, _ = prepared.network(weights, pruned)
+        return Pruned(
+            model=network.to(prepared.device).eval(),
+            n=prepared.n,
+            n_kept=int(prepared.n - np.count_nonzero(pruned)),
+            train_loss=prepared.loss(weights),
+            objective=solution.objective,
+            refit_objective=solution.refit_objective,
+            bound=solution.bound,
+            gap=solution.gap,
+            status=solution.status.value,
+            seconds_gradients=self.seconds_gradients,
+            seconds_solve=solution.seconds,
+            seconds_update=updated.seconds,
+            repairs=tuple(dict.fromkeys((*prepared.gradients.notes, *solution.repairs, *updated.repairs))),
+        )
 
-    def _choose(self, solver: str, n_kept: int) -> tuple[SelectionProblem, Solution]:
-        problem = SelectionProblem(list(self._fisher.blocks), self.n - n_kept,
-                                   objective_of(solver, self._options.objective))
-        solution = solve(problem, solver, time_limit=self._options.time_limit, seed=self._seed,
-                         calibration_loss=self._loss, allocation=self._options.allocation)
-        return problem, solution
 
-    def _loss(self, pruned: npt.NDArray[np.bool_]) -> float:
-        """Training loss of the network with a mask and no update, on at most 5,000 images."""
-        where = torch.from_numpy(self._fisher.partition.to_network(pruned))
-        return self._meter.of_weights(torch.where(where, 0.0, self._weights))
+def prune_in_stages(model: nn.Module, train: ImageSet, options: RunOptions, seed: int, device: torch.device,
+                    solver: str, n_kept: int, update: str, progress: Progress | None = None) -> Pruned:
+    """Prune with gradients taken anew at ``options.stages`` points on the way; arguments as for `Pruner`."""
+    layers = layers_of(model, options)
+    result = cbs_opt.prune(
+        model, calibration(train, options, seed), F.cross_entropy, sparsity=sparsity_of(layers.n, n_kept),
+        solver=solver, update=update, update_scale=options.update_scale, objective=options.objective,
+        fisher=fisher_of(options), include=options.include or ("*",), exclude=options.exclude, device=device, seed=seed,
+        time_limit=options.time_limit, allocation=options.allocation, stages=options.stages, progress=progress)
+    report = result.report
+    return Pruned(
+        model=result.model.to(device).eval(),
+        n=report.n,
+        n_kept=report.n_kept,
+        train_loss=report.loss_pruned,
+        objective=report.objective,
+        refit_objective=report.refit_objective,
+        bound=report.bound,
+        gap=report.gap,
+        status=report.status,
+        seconds_gradients=report.seconds_gradients,
+        seconds_solve=report.seconds_solve,
+        seconds_update=report.seconds_update,
+        repairs=report.repairs,
+    )
 
 
-def layers_of(model: nn.Module, options: RunOptions) -> PrunableLayers:
-    """The layers a run prunes."""
-    return find_layers(model, include=options.include or ("*",), exclude=options.exclude)
+def layers_of(model: nn.Module, options: RunOptions) -> cbs_opt.PrunableLayers:
+    """The layers a run prunes; raises UnknownNameError for a pattern which matches nothing."""
+    return cbs_opt.find_layers(model, include=options.include or ("*",), exclude=options.exclude)
+
+
+def fisher_of(options: RunOptions) -> cbs_opt.FisherOptions:
+    """The quadratic model a run asks for; raises OptionError."""
+    return cbs_opt.FisherOptions(n_rows=options.fisher_samples, batch_size=options.fisher_batch,
+                                 damping=options.damping, blocks=options.blocks, first_order=options.first_order)
+
+
+def calibration(train: ImageSet, options: RunOptions, seed: int) -> tuple[Tensor, Tensor]:
+    """A sample of the training set, drawn with the seed: normalised images and labels."""
+    count = max(CALIBRATION_SAMPLES, options.fisher_samples * options.fisher_batch)
+    if options.stages > 1:
+        # Every stage draws rows of its own.
+        count = max(count, STAGE_SAMPLES)
+    return train.sample(count, seed).batch(slice(None))
+
+
+def sparsity_of(n: int, n_kept: int) -> float:
+    """A sparsity at which int(n (1 − sparsity)) is exactly ``n_kept``."""
+    sparsity = 1.0 - (n_kept + 0.5) / n if n_kept < n else 0.0
+    return max(sparsity, 0.0)
 
 
 def objective_of(solver: str, asked: str | None) -> str:
     """The objective asked for, else the selection objective where the solver can minimise it, else the joint one."""
-    if asked is not None:
-        return asked
-    can = make_solver(solver).capabilities
-    return "selection" if Capability.SELECTION in can else "joint"
+    return pick_objective(make_solver(solver), asked).value
+
+
+def check_solvers(layers: cbs_opt.PrunableLayers, options: RunOptions) -> None:
+    """Refuse, before gradients are computed, what a solver does not declare to support.
+
+    Raises
+    ------
+    CapabilityError
+        Objective, shared budget, linear term, size or time limit; the message names the remedy.
+    """
+    if options.allocation is not None:
+        return
+    spec = cbs_opt.BlockSpec.parse(options.blocks)
+    sizes = contiguous_partition(layers, spec).sizes if spec.contiguous else (layers.n,)
+    zeros = [torch.zeros(size) for size in sizes]
+    blocks = [QuadraticBlock(z, z.unsqueeze(0), gradient=z if options.first_order else None) for z in zeros]
+    for solver in options.solvers:
+        problem = SelectionProblem(blocks, layers.n // 2, objective_of(solver, options.objective))
+        check_capabilities(make_solver(solver), problem, options.time_limit, None)

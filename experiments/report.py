@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.literature import NAMES, columns
 from experiments.plots import Series, mean_and_error, series_of
 
+#: Columns of the table of rows: heading, and the row's value as text.
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "solver": lambda row: str(row["solver"]),
+    "update": lambda row: str(row["update"]),
+    "sparsity": lambda row: f"{row['sparsity']:g}",
+    "seed": lambda row: str(row["seed"]),
+    "kept": lambda row: f"{row['n_kept']:,}",
+    "test %": lambda row: f"{row['accuracy']:.2f}",
+    "train loss": lambda row: f"{row['train_loss']:.4f}",
+    "objective": lambda row: _number(row["objective"]),
+    "refit": lambda row: _number(row["refit_objective"]),
+    "gap": lambda row: "" if row["gap"] is None else f"{100 * row['gap']:.1f} %",
+    "solve s": lambda row: f"{row['seconds_solve']:.2f}",
+    "update s": lambda row: f"{row['seconds_update']:.2f}",
+}
+#: Columns which move into the title where all rows agree; without a value in any row they vanish.
+_SHARED = ("update", "sparsity", "seed", "gap")
+
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """A line per row: what was pruned, how well, at what cost."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("solver", "update"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("sparsity", "seed", "kept", "accuracy %", "train loss", "objective", "refit", "gap", "solve s",
-                    "update s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            str(row["solver"]), str(row["update"]), f"{row['sparsity']:g}", str(row["seed"]), f"{row['n_kept']:,}",
-            f"{row['accuracy']:.2f}", f"{row['train_loss']:.4f}", number(row["objective"]),
-            number(row["refit_objective"]), "" if row["gap"] is None else f"{100 * row['gap']:.1f} %",
-            f"{row['seconds_solve']:.2f}", f"{row['seconds_update']:.2f}",
-        )
+    """A line per row: what was pruned, how well, at what cost. What all rows share is said once, in the title."""
+    cells = {heading: [value(row) for row in rows] for heading, value in _COLUMNS.items()}
+    for heading in _SHARED:
+        values = set(cells[heading])
+        if len(values) == 1 and len(rows) > 1:
+            del cells[heading]
+            value = values.pop()
+            title += f", {heading} {value}" if value else ""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in cells:
+        table.add_column(heading, justify="left" if heading in ("solver", "update") else "right", no_wrap=True)
+    for line in zip(*cells.values(), strict=True):
+        table.add_row(*(escape(cell) for cell in line))
     return table
 
 
@@ -40,22 +59,23 @@ def accuracy_table(experiment: str, rows: Sequence[Mapping[str, Any]], reference
     reference
         Further lines which were measured beside the rows.
     dense
-        Accuracy of the dense network, for the caption.
+        Accuracy of the dense network, for the title.
     """
     series = series_of(rows)
     sparsities = sorted({s for line in series for s in line.points})
-    caption = "test accuracy in %, mean over the seeds" + ("" if dense is None else f"; dense: {dense:.2f} %")
-    table = Table(title=f"{experiment}: accuracy against sparsity", caption=caption, title_justify="left")
-    table.add_column("solver", no_wrap=True)
+    title = f"{experiment}: test accuracy in % by sparsity, mean over the seeds"
+    title += "" if dense is None else f"; dense network {dense:.2f}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("solver + update")
     for sparsity in sparsities:
         table.add_column(f"{sparsity:g}", justify="right", no_wrap=True)
     for line in (*series, *reference):
-        table.add_row(line.label, *(_cell(line.points.get(s, ())) for s in sparsities))
+        table.add_row(escape(line.label), *(_cell(line.points.get(s, ())) for s in sparsities))
     quoted = quoted_series(experiment, sparsities)
     if quoted:
         table.add_section()
     for line in quoted:
-        table.add_row(line.label, *(_cell(line.points.get(s, ())) for s in sparsities), style="dim")
+        table.add_row(escape(line.label), *(_cell(line.points.get(s, ())) for s in sparsities), style="dim")
     return table
 
 
@@ -76,6 +96,6 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean:.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
 
 
-def number(value: float | None) -> str:
+def _number(value: float | None) -> str:
     """Four significant digits, or nothing."""
     return "" if value is None else f"{value:.4g}"

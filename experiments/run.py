@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from cbs_opt import resolve_device
 from experiments.cache import CacheWarning
 from experiments.catalog import DEFAULT, EXPERIMENTS, get_experiment
-from experiments.cli import choose_device, run_app
+from experiments.cli import run_app, wide_console
 from experiments.options import Rounding, RunOptions
 from experiments.plots import Series, plot_accuracy, series_of
 from experiments.progress import RunDisplay
@@ -66,6 +66,8 @@ def main(
         help="Trained weights (safetensors); default: beside the data, then the cache, then train.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output_dir: Annotated[Path, typer.Option(help="Gets results.jsonl and the plot.")] = Path("results"),
+    refit: Annotated[bool, typer.Option(
+        help="Judge every mask by the joint objective too, whatever the update; costs as much as one.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make rows again which are there already.")] = False,
     reference: Annotated[bool, typer.Option(
         help="Show plain magnitude pruning beside the results of small networks.")] = True,
@@ -94,11 +96,12 @@ def main(
         time_limit=time_limit,
         data_dir=data_dir,
         checkpoint=checkpoint,
+        refit=refit,
         overwrite=overwrite,
         reference=reference and chosen.reference,
     )
-    where = choose_device(device)
-    console = Console()
+    where = resolve_device(device)
+    console = wide_console()
     results = ResultsFile(output_dir)
     if results.dropped:
         console.print(f"the last line of {results.path} was cut off and has been removed", soft_wrap=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +16,13 @@ import torch
 from torch import nn
 
 from experiments.datasets import Dataset, load_dataset
-from experiments.datasets.images import ImageSet
 from experiments.evaluation import Evaluation, evaluate
 from experiments.literature import published_kept
 from experiments.networks import Network, load_network
 from experiments.options import Rounding, RunOptions
 from experiments.plots import Series
-from experiments.pruning import Pruner, layers_of, objective_of
+from experiments.pruning import Pruned, Pruner, check_solvers, layers_of, objective_of, prune_in_stages
 from experiments.results import Measured, ResultsFile, Settings, row_of
-
-#: Size and seed of the sample of the training set on which ``train_loss`` is reported.
-TRAIN_LOSS_SAMPLES = 5_000
-TRAIN_LOSS_SEED = 12_345
 
 
 @dataclass(frozen=True)
@@ -80,33 +74,38 @@ class Runner:
             experiment, self.dataset, checkpoint=options.checkpoint, data_dir=options.data_dir, device=device,
             say=listener.say)
         self.weights = digest(self.network.model)
-        self.train_sample: ImageSet = self.dataset.train.sample(TRAIN_LOSS_SAMPLES, TRAIN_LOSS_SEED)
+        check_solvers(layers_of(self.network.model, options), options)
         listener.working("evaluating the dense network", 0, 0)
         self.dense: Evaluation = evaluate(self.network.model, self.dataset.test, device=device)
         listener.say(f"dense network: test accuracy {self.dense.accuracy:.2f} %, {self.dense.n_samples:,} images")
         self.rows: list[dict[str, Any]] = []
+        self._pruner: Pruner | None = None
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Make the rows which are missing; each is on disk when it is yielded. Old rows are yielded as they are."""
+        # The combinatorial update yields the refit objective of a mask, which the others of that mask then share.
+        updates = sorted(self.options.updates, key=lambda update: update != "combinatorial")
         for seed in self.options.seeds:
-            pruner: Pruner | None = None
+            # A gradient matrix can take gigabytes: it is made when first needed and let go with the seed.
+            self._pruner = None
             for solver in self.options.solvers:
                 for sparsity in self.options.sparsities:
-                    for update in self.options.updates:
-                        task = Task(solver, sparsity, seed, update)
-                        settings = self.settings(task)
-                        row = None if self.options.overwrite else self.results.find(settings)
-                        new = row is None
-                        if row is None:
-                            if pruner is None:
-                                pruner = self.prepare(seed)
-                            row = row_of(settings, self.measure(pruner, task))
-                            self.results.append(row)
-                        self.rows.append(row)
-                        self.listener.finished(row, new)
-                        yield row
-            # A gradient matrix can take gigabytes: let it go before the next is made.
-            del pruner
+                    for update in updates:
+                        yield self._row(Task(solver, sparsity, seed, update))
+        self._pruner = None
+
+    def _row(self, task: Task) -> dict[str, Any]:
+        settings = self.settings(task)
+        row = None if self.options.overwrite else self.results.find(settings)
+        if row is not None and row["refit_objective"] is None and self.options.refit:
+            row = None
+        new = row is None
+        if row is None:
+            row = row_of(settings, self.measure(task))
+            self.results.append(row)
+        self.rows.append(row)
+        self.listener.finished(row, new)
+        return row
 
     def reference(self) -> list[Series]:
         """Plain magnitude pruning without update at the run's sparsities, unless the run has it."""
@@ -126,40 +125,47 @@ class Runner:
             points[sparsity] = (evaluate(model, self.dataset.test, device=self.device).accuracy,)
         return [Series("magnitude, no update (for comparison)", points)]
 
-    def prepare(self, seed: int) -> Pruner:
-        """The quadratic model of one seed."""
-        what = f"gradients, seed {seed}"
-        self.listener.working(what, 0, 0)
-        pruner = Pruner(self.network.model, self.dataset.train, self.options, seed, self.device,
-                        progress=lambda done, total: self.listener.working(what, done, total))
-        self.listener.say(f"{what}: {self.options.fisher_samples:,} of {self.options.fisher_batch} for {pruner.n:,} "
-                          f"weights in {pruner.seconds_gradients:.1f} s")
-        return pruner
-
-    def measure(self, pruner: Pruner, task: Task) -> Measured:
+    def measure(self, task: Task) -> Measured:
         """Make one row."""
-        self.listener.working(f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}", 0, 0)
-        pruned = pruner.prune(task.solver, self.n_kept(pruner.n, task.sparsity), task.update)
-        solution, updated = pruned.solution, pruned.updated
+        pruned = self.prune(task)
         test = evaluate(pruned.model, self.dataset.test, device=self.device)
-        train = evaluate(pruned.model, self.train_sample, device=self.device)
-        refit = solution.refit_objective if math.isfinite(solution.refit_objective) else updated.refit_objective
         return Measured(
-            n_weights=pruner.n,
+            n_weights=pruned.n,
             n_kept=pruned.n_kept,
             accuracy=test.accuracy,
-            train_loss=train.loss,
+            train_loss=pruned.train_loss,
             dense_accuracy=self.dense.accuracy,
-            objective=solution.objective,
-            refit_objective=refit,
-            bound=solution.bound,
-            gap=solution.gap,
-            status=solution.status.value,
-            seconds_gradients=pruner.seconds_gradients,
-            seconds_solve=solution.seconds,
-            seconds_update=updated.seconds,
-            repairs=tuple(dict.fromkeys((*solution.repairs, *updated.repairs))),
+            objective=pruned.objective,
+            refit_objective=pruned.refit_objective,
+            bound=pruned.bound,
+            gap=pruned.gap,
+            status=pruned.status,
+            seconds_gradients=pruned.seconds_gradients,
+            seconds_solve=pruned.seconds_solve,
+            seconds_update=pruned.seconds_update,
+            repairs=pruned.repairs,
         )
+
+    def prune(self, task: Task) -> Pruned:
+        """The pruned network of a row."""
+        what = f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}"
+        model, train = self.network.model, self.dataset.train
+        if self.options.stages > 1:
+            n_kept = self.n_kept(layers_of(model, self.options).n, task.sparsity)
+            return prune_in_stages(model, train, self.options, task.seed, self.device, task.solver, n_kept, task.update,
+                                   progress=self._progress(what))
+        if self._pruner is None:
+            gradients = f"gradients, seed {task.seed}"
+            pruner = Pruner(model, train, self.options, task.seed, self.device, progress=self._progress(gradients))
+            self.listener.say(f"{gradients}: {self.options.fisher_samples:,} of {self.options.fisher_batch} for "
+                              f"{pruner.n:,} weights in {pruner.seconds_gradients:.1f} s")
+            self._pruner = pruner
+        self.listener.working(what, 0, 0)
+        return self._pruner.prune(task.solver, self.n_kept(self._pruner.n, task.sparsity), task.update)
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        self.listener.working(what, 0, 0)
+        return lambda done, total: self.listener.working(what, done, total)
 
     def n_kept(self, n: int, sparsity: float) -> int:
         """Weights which stay of ``n``."""

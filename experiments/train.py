@@ -10,8 +10,9 @@ import torch
 import typer
 from rich.console import Console
 
+from cbs_opt import resolve_device
 from experiments.catalog import DEFAULT, get_experiment
-from experiments.cli import choose_device, run_app
+from experiments.cli import run_app
 from experiments.datasets import load_dataset
 from experiments.evaluation import evaluate
 from experiments.networks import cached_checkpoint, train_experiment
@@ -38,7 +39,7 @@ def main(
     if target.exists() and not overwrite:
         console.print(f"{target} is there already; --overwrite trains it anew", soft_wrap=True)
         return
-    where = choose_device(device)
+    where = resolve_device(device)
     dataset = load_dataset(chosen.dataset, data_dir)
     torch.manual_seed(chosen.recipe.seed)
     model = chosen.model().to(where)

@@ -18,7 +18,7 @@ DIGITS = Experiment(
     sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     fisher_samples=1_000,
     fisher_batch=1,
-    damping=1e-4,
+    damping=1e-3,
     blocks="one",
     reference=True,
 )

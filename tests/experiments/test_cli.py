@@ -1,13 +1,12 @@
-"""Options with several values, devices, one-line errors."""
+"""Options with several values, one-line errors."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 import typer
 
-from experiments.cli import choose_device, expand_values, run_app
-from solvers.errors import DataError, OptionError
+from experiments.cli import expand_values, run_app
+from solvers.errors import DataError
 
 SEVERAL = ("--solver", "--sparsity", "--seed")
 
@@ -23,16 +22,6 @@ SEVERAL = ("--solver", "--sparsity", "--seed")
 ])
 def test_expand(given: str, expected: str) -> None:
     assert expand_values(given.split(), SEVERAL) == expected.split()
-
-
-def test_devices() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("banana", "meta"):
-        with pytest.raises(OptionError, match=name):
-            choose_device(name)
-    with pytest.raises(OptionError, match="cuda:99"):
-        choose_device("cuda:99")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
