@@ -29,6 +29,7 @@ from cbs_opt.prune import prune
 from cbs_opt.report import LayerReport, PruneReport
 from cbs_opt.results import PruneResult
 from cbs_opt.update import Update, Updated, update_weights
+from cbs_opt.workspace import Workspace, open_workspace
 from solvers.errors import (
     BackendError,
     CapabilityError,
@@ -74,11 +75,13 @@ __all__ = [
     "UnknownNameError",
     "Update",
     "Updated",
+    "Workspace",
     "apply_masks",
     "build_blocks",
     "find_layers",
     "from_torch_prune",
     "masks_from_zeros",
+    "open_workspace",
     "prepare",
     "prune",
     "read_masks",

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from cbs_opt.calibration import CalibrationData, Forward, Index
 from cbs_opt.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
 from cbs_opt.layers import PrunableLayers
-from cbs_opt.network_checks import check_loss, evaluation_mode
+from cbs_opt.network_checks import check_loss
+from cbs_opt.network_checks import evaluation_mode as evaluation_mode
 from cbs_opt.outer_products import NotApplicableError
 from cbs_opt.trees import Tree, leaves, split_rows
 from solvers.errors import DataError, ModelError, OptionError

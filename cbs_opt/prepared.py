@@ -12,27 +12,24 @@ The steps of `Prepared.prune` are there one by one, for loops such as the stages
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward, LossFunction
-from cbs_opt.devices import resolve_device
+from cbs_opt.calibration import CalibrationOptions, LossFunction
 from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.gradients import GradientSample, Progress, sample_gradients
-from cbs_opt.layers import PrunableLayers, find_layers
-from cbs_opt.losses import MOST_SAMPLES, LossMeter
-from cbs_opt.masks import apply_masks, remove_masks
-from cbs_opt.network_checks import check_mode
+from cbs_opt.gradients import GradientSample, Progress
+from cbs_opt.layers import PrunableLayers
+from cbs_opt.losses import MOST_SAMPLES
 from cbs_opt.results import PruneResult, assemble
 from cbs_opt.update import Update, Updated, check_scale, update_weights
+from cbs_opt.workspace import Workspace, open_workspace
 from solvers import Capability, Objective, SelectionProblem, Solution, Solver, make_solver, solve
-from solvers.errors import ModelError, OptionError
+from solvers.errors import OptionError
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -43,66 +40,31 @@ class Prepared:
 
     Attributes
     ----------
+    workspace : Workspace
+        The network and its calibration data.
     layers : PrunableLayers
     weights : float64 (n,)
         The prunable weights the quadratic model is built at.
     gradients : GradientSample
     fisher : FisherOptions
     blocks : FisherBlocks
-    device : torch.device
     """
 
-    def __init__(
-        self,
-        template: nn.Module,
-        working: nn.Module,
-        layers: PrunableLayers,
-        data: CalibrationData,
-        forward: Forward,
-        meter: LossMeter,
-        weights: Array,
-        gradients: GradientSample,
-        fisher: FisherOptions,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self._template, self._working = template, working
-        self._data, self._forward, self._meter = data, forward, meter
-        self.layers, self.weights, self.gradients = layers, weights, gradients
-        self.fisher, self.device, self.seed = fisher, device, seed
-        self.blocks: FisherBlocks = build_blocks(gradients, torch.from_numpy(weights), layers, fisher, seed)
-        self._dense_loss: float | None = None
+    def __init__(self, workspace: Workspace, weights: Array, gradients: GradientSample, fisher: FisherOptions) -> None:
+        self.workspace, self.layers = workspace, workspace.layers
+        self.weights, self.gradients, self.fisher = weights, gradients, fisher
+        self.blocks: FisherBlocks = build_blocks(
+            gradients, torch.from_numpy(weights), workspace.layers, fisher, workspace.seed
+        )
 
     @property
     def n(self) -> int:
         """Number of prunable weights."""
         return self.layers.n
 
-    @property
-    def data(self) -> CalibrationData:
-        """The calibration samples."""
-        return self._data
-
-    @property
-    def loss_samples(self) -> int:
-        """Samples that calibration losses are taken over."""
-        return self._meter.n_samples
-
-    @property
-    def model(self) -> nn.Module:
-        """The private network that losses and gradients are computed with; its weights change with every loss."""
-        return self._working
-
-    @property
-    def dense_loss(self) -> float:
-        """Mean calibration loss at `weights`."""
-        if self._dense_loss is None:
-            self._dense_loss = self.loss(self.weights)
-        return self._dense_loss
-
     def loss(self, weights: Array) -> float:
         """Mean calibration loss with other prunable weights (n,), in the order of the network."""
-        return self._meter.of_weights(weights)
+        return self.workspace.meter.of_weights(weights)
 
     def problem(
         self,
@@ -159,7 +121,7 @@ class Prepared:
             problem,
             chosen,
             time_limit=time_limit,
-            seed=self.seed if seed is None else seed,
+            seed=self.workspace.seed if seed is None else seed,
             start=start,
             calibration_loss=self.calibration_loss,
             allocation=allocation,
@@ -223,14 +185,6 @@ class Prepared:
             return result
         return replace(result, report=replace(result.report, sparsity_asked=float(sparsity)))
 
-    def network(self, weights: Array, pruned: Mask) -> tuple[nn.Module, dict[str, Tensor]]:
-        """A copy of the network with given weights and masks (n,), in the order of the network; and its masks."""
-        model = copy.deepcopy(self._template)
-        self.layers.write(model, weights)
-        masks = self.layers.split(~pruned)
-        apply_masks(model, masks)
-        return model, masks
-
     def with_fisher(self, fisher: FisherOptions) -> Prepared:
         """The same gradients under another damping, block structure or first-order term.
 
@@ -248,7 +202,7 @@ class Prepared:
             raise OptionError(
                 f"{', '.join(changed)} would need other gradients; call cbs_opt.prepare again, or relinearised"
             )
-        return self._replaced(self.weights, self.gradients, fisher)
+        return Prepared(self.workspace, self.weights, self.gradients, fisher)
 
     def relinearised(
         self,
@@ -273,38 +227,10 @@ class Prepared:
         options = fisher or self.fisher
         if seed is not None:
             options = replace(options, seed=seed)
-        self.layers.write(self._working, weights)
-        n_rows = options.rows_for(self._data)
-        previous = self.gradients.factor
-        fits = previous.shape == (n_rows, self.n) and previous.dtype == options.torch_dtype
-        gradients = _gradients(
-            self._working,
-            self.layers,
-            self._data,
-            self._forward,
-            options,
-            self.device,
-            self.seed,
-            progress,
-            out=previous if reuse_memory and fits else None,
-        )
+        memory = self.gradients.factor if reuse_memory else None
+        gradients = self.workspace.gradients(weights, options, progress=progress, out=memory)
         # As the network holds them: the quadratic model is built at the rounded weights.
-        return self._replaced(self.layers.read(self._working).numpy(), gradients, options)
-
-    def _replaced(self, weights: Array, gradients: GradientSample, fisher: FisherOptions) -> Prepared:
-        return Prepared(
-            self._template,
-            self._working,
-            self.layers,
-            self._data,
-            self._forward,
-            self._meter,
-            weights,
-            gradients,
-            fisher,
-            self.device,
-            self.seed,
-        )
+        return Prepared(self.workspace, self.layers.read(self.workspace.model).numpy(), gradients, options)
 
     def _n_prune(self, sparsity: float | None, n_kept: int | None) -> int:
         if (sparsity is None) == (n_kept is None):
@@ -363,33 +289,21 @@ def prepare(
         For bad input, before gradients are computed.
     """
     fisher = fisher or FisherOptions()
-    seed = check_seed(seed)
-    calibration = calibration or CalibrationOptions(seed=seed)
-    if isinstance(loss_samples, bool) or not isinstance(loss_samples, (int, np.integer)) or loss_samples < 1:
-        raise OptionError(f"loss_samples must be a positive integer, not {loss_samples!r}")
-    where = resolve_device(device)
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if not callable(loss_fn):
-        raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
-    check_mode(model)
-    find_layers(model, include=include, exclude=exclude)
-    try:
-        template = remove_masks(copy.deepcopy(model))
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied: {error}") from error
-    layers = find_layers(template, include=include, exclude=exclude)
-    weights = layers.read(template).numpy()
-    if check is not None:
-        check(layers)
-    samples = CalibrationData.read(data, calibration)
-    fisher.rows_for(samples)
-    working = copy.deepcopy(template).to(where).eval()
-    forward = Forward(working, loss_fn)
-    samples = samples.cast(layers.parameters(working)[0].dtype)
-    gradients = _gradients(working, layers, samples, forward, fisher, where, seed, progress)
-    meter = LossMeter(working, layers, samples, forward, device=where, n_samples=loss_samples, seed=seed)
-    return Prepared(template, working, layers, samples, forward, meter, weights, gradients, fisher, where, seed)
+    workspace = open_workspace(
+        model,
+        data,
+        loss_fn,
+        fisher=fisher,
+        calibration=calibration,
+        include=include,
+        exclude=exclude,
+        device=device,
+        seed=seed,
+        loss_samples=loss_samples,
+        check=check,
+    )
+    gradients = workspace.gradients(workspace.weights, fisher, progress=progress)
+    return Prepared(workspace, workspace.weights, gradients, fisher)
 
 
 def pick_objective(solver: Solver, objective: Objective | str | None) -> Objective:
@@ -397,38 +311,3 @@ def pick_objective(solver: Solver, objective: Objective | str | None) -> Objecti
     if objective is not None:
         return Objective.parse(objective)
     return Objective.SELECTION if Capability.SELECTION in solver.capabilities else Objective.JOINT
-
-
-def check_seed(seed: int) -> int:
-    """`seed` as an integer ≥ 0; raises OptionError."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise OptionError(f"seed must be an integer, zero or more, not {seed!r}")
-    return int(seed)
-
-
-def _gradients(
-    working: nn.Module,
-    layers: PrunableLayers,
-    data: CalibrationData,
-    forward: Forward,
-    fisher: FisherOptions,
-    device: torch.device,
-    seed: int,
-    progress: Progress | None,
-    out: Tensor | None = None,
-) -> GradientSample:
-    chosen = fisher.seed if fisher.seed is not None else seed
-    index = data.draw(fisher.rows_for(data), fisher.batch_size, chosen)
-    return sample_gradients(
-        working,
-        layers,
-        data,
-        forward,
-        index,
-        device=device,
-        dtype=fisher.torch_dtype,
-        method=fisher.gradient_method,
-        memory_budget=fisher.memory_budget,
-        out=out,
-        progress=progress,
-    )

@@ -72,7 +72,7 @@ def assemble(
     terms = partition.to_network(contributions(problem, solution.pruned, refitted))
     weights = partition.to_network(updated.weights)
     pruned = partition.to_network(solution.pruned)
-    model, masks = prepared.network(weights, pruned)
+    model, masks = prepared.workspace.network(weights, pruned)
     stored = prepared.layers.read(model).numpy()
     report = PruneReport(
         layers=layer_reports(prepared.layers, prepared.weights, stored, pruned, terms),
@@ -90,9 +90,9 @@ def assemble(
         gap=solution.gap,
         status=solution.status.value,
         reason=solution.reason.value,
-        loss_dense=prepared.dense_loss,
+        loss_dense=prepared.workspace.dense_loss,
         loss_pruned=prepared.loss(weights),
-        loss_samples=prepared.loss_samples,
+        loss_samples=prepared.workspace.meter.n_samples,
         n_rows=prepared.gradients.n_rows,
         batch_size=prepared.gradients.batch_size,
         damping=float(prepared.fisher.damping),
@@ -101,8 +101,8 @@ def assemble(
         first_order=prepared.fisher.first_order,
         gradient_method=prepared.gradients.method,
         stages=1,
-        seed=prepared.seed if seed is None else seed,
-        device=str(prepared.device),
+        seed=prepared.workspace.seed if seed is None else seed,
+        device=str(prepared.workspace.device),
         seconds_gradients=prepared.gradients.seconds,
         seconds_solve=solution.seconds,
         seconds_update=updated.seconds,
