@@ -6,6 +6,7 @@ run takes the steps of `cbs_opt.Prepared` one by one; only stages, which share n
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ class Pruner:
     Parameters
     ----------
     model
-        Trained network in eval mode; it is not changed.
+        Trained network on ``device`` in eval mode; it is not changed.
     train
         Training images; a sample of them, drawn with ``seed``, is all that is used.
     options
@@ -70,7 +71,7 @@ class Pruner:
 
     def __init__(self, model: nn.Module, train: ImageSet, options: RunOptions, seed: int, device: torch.device,
                  progress: Progress | None = None) -> None:
-        self._options = options
+        self._model, self._options = model, options
         self._prepared = cbs_opt.prepare(
             model, calibration(train, options, seed), F.cross_entropy, fisher=fisher_of(options),
             include=options.include or ("*",), exclude=options.exclude, device=device, seed=seed, progress=progress)
@@ -107,9 +108,10 @@ class Pruner:
         partition = prepared.blocks.partition
         weights = partition.to_network(updated.weights)
         pruned = partition.to_network(solution.pruned)
-        network, _ = prepared.network(weights, pruned)
+        network = copy.deepcopy(self._model)
+        prepared.layers.write(network, weights)
         return Pruned(
-            model=network.to(prepared.device).eval(),
+            model=network,
             n=prepared.n,
             n_kept=int(prepared.n - np.count_nonzero(pruned)),
             train_loss=prepared.loss(weights),
