@@ -105,13 +105,11 @@ class KeptSystem:
         return self._n_kept
 
     def _rebuild(self) -> None:
-        """K_S without λ, and y − A_S u_S, from the kept columns."""
+        """K_S without λ (its lower triangle is what counts), and y − A_S u_S, from the kept columns."""
         index = self.kept.nonzero().squeeze(1)
         self._n_kept = self._n_fresh = int(index.numel())
         block = self.block
-        if self._n_kept == block.n:
-            self._gram = block.gram.clone()
-        elif "gram" in block.__dict__ and 2 * self._n_kept > block.n:
+        if "gram" in block.__dict__ and 2 * self._n_kept > block.n:
             self._gram = block.gram - self._gram_of((~self.kept).nonzero().squeeze(1))
         else:
             self._gram = self._gram_of(index)
@@ -119,12 +117,11 @@ class KeptSystem:
         self._factorised = False
 
     def _gram_of(self, index: torch.Tensor) -> torch.Tensor:
-        """A_Q A_Qᵀ in float64, products in the working precision over few columns at a time."""
+        """Lower triangle of A_Q A_Qᵀ in float64, products in the working precision over few columns at a time."""
         rows = self.block.n_rows
         total = torch.zeros((rows, rows), dtype=torch.float64, device=self.block.device)
         for part in torch.split(index, max(1, min(4096, linalg.CHUNK_ENTRIES // rows))):
-            columns = self.block.factor.index_select(1, part).to(self.dtype)
-            total += columns @ columns.T
+            total += linalg.lower_gram(self.block.factor.index_select(1, part).to(self.dtype), panel=256)
         return total
 
     def change(self, removed: torch.Tensor | None = None, added: torch.Tensor | None = None) -> None:
@@ -184,6 +181,24 @@ class KeptSystem:
         index = (~self.kept).nonzero().squeeze(1)
         value, shrink = self.measure(index)
         return index, 0.5 * self.damping * value.square() / (1.0 + shrink)
+
+    def objective(self) -> float:
+        """The joint objective of the mask: ½ λ (y − A_S u_S)ᵀz + ½ λ|u_P|² − |g|²/(2λ)."""
+        self.factorise()
+        value = self._right @ self._dual + torch.where(self.kept, 0.0, self.centre).square().sum()
+        if self.block.gradient is not None:
+            value = value - (self.block.gradient / self.damping).square().sum()
+        return 0.5 * self.damping * float(value)
+
+    def cross(self, index: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """a_iᵀK_S⁻¹a_j for i in `index` (m,) and j in `others` (k,): (m, k) in the working precision."""
+        self.factorise()
+        right = torch.cholesky_solve(self.block.columns(others), self._factor).to(self.dtype)
+        parts = [
+            self._gather(part).to(self.dtype).T @ right
+            for part in torch.split(index, max(1, linalg.CHUNK_ENTRIES // self.block.n_rows))
+        ]
+        return torch.cat(parts) if parts else right.new_zeros((0, right.shape[1]))
 
     def reduced(self, pool: torch.Tensor) -> ReducedProblem:
         """The joint problem over the weights `pool` (m,), all other kept weights being re-optimised."""

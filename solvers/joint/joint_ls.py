@@ -1,0 +1,123 @@
+"""`joint_ls`: local search by swaps, each judged by the joint objective with all kept weights re-optimised.
+
+With S kept, P pruned, v the refit on S and ρ minus the gradient of the model at v,
+
+    removing i costs   v_i² / (2 [H_SS⁻¹]_ii) ,
+    putting j back gains   ρ_j² / (2 (H_jj − H_jS H_SS⁻¹ H_Sj)) ,
+
+and a swap changes the objective by cost − gain corrected for the interaction of i and j, exactly
+(`solvers.joint.tableau`, `solvers.joint.pool_search`). Small problems are held as a dense tableau, searched by
+descent from several starts and then by a tabu walk with kicks; large ones by rounds of exact searches over pools
+of promising weights. Either way the result cannot be bettered by one swap, unless a limit stopped it earlier.
+
+Source: this package. In- and out-scores: Hassibi and Stork (NeurIPS 1993), Miller (*Subset Selection in
+Regression*); swaps for pruning: Yu et al. (*The Combinatorial Brain Surgeon*, ICML 2022), there for CBS-S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.baselines.ranking import prune_smallest
+from solvers.errors import CapabilityError, SingularHessianError
+from solvers.joint.dense_search import DenseJoint, search
+from solvers.joint.pool_search import pool_search
+from solvers.joint.woodbury import effective_damping
+from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.registry import make_solver
+from solvers.solution import Proposal, Reason
+from solvers.solver import Capability, Context, Solver, option
+from solvers.solving import run_backend, with_remaining_time
+
+
+@dataclass(frozen=True)
+class JointLocalSearchSolver(Solver):
+    """Swaps by the joint objective, from the mask of another solver or a given one."""
+
+    name = "joint_ls"
+    summary = "local search by swaps judged by the joint objective, every swap with refit"
+    reference = "this package; Miller, Subset Selection in Regression; Yu et al., ICML 2022"
+    capabilities = frozenset(
+        {
+            Capability.JOINT,
+            Capability.GLOBAL_BUDGET,
+            Capability.LINEAR_TERM,
+            Capability.TIME_LIMIT,
+            Capability.WARM_START,
+            Capability.RANDOMISED,
+        }
+    )
+
+    start: str = option("obs", "solver that makes the first mask, with its options; a given mask comes before it")
+    dense_limit: int = option(600, "weights up to which H is held dense and searched by tabu", minimum=1)
+    iterations: int = option(20000, "tabu swaps on dense problems; beyond 200 weights fewer as 1/n²", minimum=0)
+    rounds: int = option(40, "rounds on a large problem", minimum=1)
+    width: int = option(200, "weights of each kind that enter the pool of a round", minimum=1)
+    min_gain: float = option(1e-7, "least gain of a swap on a large problem, relative to the objective", minimum=0)
+    most_pairs: float = option(3e8, "pairs a round of a large problem scans at most", minimum=1)
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """A one-swap local optimum of the joint objective, or the best mask when the time is up."""
+        first, notes = self._first_mask(problem, context)
+        for block in problem.blocks:
+            repair = effective_damping(block)[1]
+            if repair and repair not in notes:
+                notes.append(repair)
+        if context.deadline.expired():
+            return Proposal(first, reason=Reason.TIME_LIMIT, repairs=tuple(notes))
+        if problem.n <= self.dense_limit:
+            return self._dense(problem, context, first, tuple(notes))
+        result = pool_search(
+            problem,
+            first,
+            width=self.width,
+            rounds=self.rounds,
+            min_gain=self.min_gain,
+            most_pairs=self.most_pairs,
+            deadline=context.deadline,
+            record=context.record,
+        )
+        statistics = {"rounds": result.rounds, "swaps": result.swaps, "scan_complete": float(result.complete)}
+        return Proposal(result.pruned, reason=result.reason, repairs=tuple(notes), statistics=statistics)
+
+    def _first_mask(self, problem: SelectionProblem, context: Context) -> tuple[Mask, list[str]]:
+        """The given mask, or that of the starting solver with what it had to repair."""
+        if context.start is not None:
+            return context.start, []
+        solver = make_solver(self.start)
+        wanted = problem
+        if Capability.JOINT not in solver.capabilities:
+            wanted = problem.with_objective(Objective.SELECTION)
+        if problem.has_gradient and Capability.LINEAR_TERM not in solver.capabilities:
+            raise CapabilityError(
+                f"joint_ls: the starting solver {self.start!r} ignores the gradient of the problem; choose another"
+            )
+        if len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in solver.capabilities:
+            raise CapabilityError(f"joint_ls: the starting solver {self.start!r} cannot share one budget over blocks")
+        proposal = run_backend(solver, wanted, with_remaining_time(context))
+        return proposal.pruned, list(proposal.repairs)
+
+    def _dense(self, problem: SelectionProblem, context: Context, first: Mask, repairs: tuple[str, ...]) -> Proposal:
+        arrays = problem.arrays()
+        hessian = arrays.factor.T @ arrays.factor
+        dampings = [np.full(block.n, effective_damping(block)[0]) for block in problem.blocks]
+        hessian[np.diag_indices(problem.n)] += np.concatenate(dampings)
+        curved = hessian @ arrays.weights
+        linear = curved - arrays.gradient
+        constant = 0.5 * float(arrays.weights @ curved) - float(arrays.gradient @ arrays.weights)
+        starts = [~first]
+        if context.start is None:
+            starts.append(~prune_smallest(np.abs(arrays.weights), problem.n_prune))
+            starts.append(~prune_smallest(np.diag(hessian) * arrays.weights**2, problem.n_prune))
+        iterations = int(self.iterations * min(1.0, (200 / problem.n) ** 2))
+        dense = DenseJoint(hessian, linear, constant)
+        try:
+            found = search(dense, starts, iterations, context.rng(), context.deadline, record=context.record)
+        except np.linalg.LinAlgError as error:
+            raise SingularHessianError(
+                f"joint_ls: H of the kept weights is singular ({error}); use a larger damping"
+            ) from error
+        reason = Reason.TIME_LIMIT if context.deadline.expired() else Reason.COMPLETED
+        return Proposal(~found.kept, reason=reason, repairs=repairs, statistics={"swaps": float(found.swaps)})
