@@ -1,0 +1,257 @@
+"""``experiments.run`` from the command line to results.jsonl, on the embedded digits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import cbs_opt
+import experiments.runner as runner_module
+from experiments.catalog import EXPERIMENTS, get_experiment
+from experiments.checkpoints import save_checkpoint
+from experiments.cli import run_app
+from experiments.datasets import load_dataset
+from experiments.evaluation import evaluate
+from experiments.models import DigitsMLP
+from experiments.networks import load_network
+from experiments.run import SEVERAL, app
+from experiments.runner import Task
+from tests.experiments.test_results import REQUIRED
+
+QUICK = ["--fisher-samples", "100", "--damping", "1e-3"]
+
+
+def run(*arguments: str | Path) -> None:
+    """Run to success."""
+    assert leaves_with(*arguments) == 0
+
+
+def leaves_with(*arguments: str | Path) -> object:
+    """The exit code of a command."""
+    with pytest.raises(SystemExit) as caught:
+        run_app(app, several=SEVERAL, arguments=[str(a) for a in arguments])
+    return caught.value.code
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The single line a bad command ends with."""
+    assert leaves_with(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run over two of everything."""
+    folder = tmp_path_factory.mktemp("run")
+    run("--solver", "magnitude", "obd", "--sparsity", "0.5", "0.9", "--seed", "0", "1", "--update", "none",
+        "combinatorial", *QUICK, "--output-dir", folder)
+    return folder
+
+
+def test_a_row_for_every_combination(finished: Path) -> None:
+    rows = rows_of(finished)
+    found = {(r["solver"], r["sparsity"], r["seed"], r["update"]) for r in rows}
+    assert len(rows) == len(found) == 16
+    for row in rows:
+        assert row.keys() >= REQUIRED
+        assert row["experiment"] == "digits-mlp" and row["status"] in ("feasible", "optimal")
+        assert row["n_kept"] == int(2720 * (1 - row["sparsity"])) and row["n_weights"] == 2720
+        assert row["refit_objective"] <= row["objective"] * (1 + 1e-9)
+    png = (finished / "accuracy-digits-mlp.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 5_000
+
+
+def test_updates_share_the_mask_and_the_seed_decides(finished: Path) -> None:
+    rows: dict[tuple, Mapping[str, Any]] = {
+        (r["solver"], r["sparsity"], r["seed"], r["update"]): r for r in rows_of(finished)}
+    for solver in ("magnitude", "obd"):
+        for seed in (0, 1):
+            none, full = (rows[solver, 0.9, seed, update] for update in ("none", "combinatorial"))
+            assert none["objective"] == full["objective"] and none["refit_objective"] == full["refit_objective"]
+            none, full = (rows[solver, 0.5, seed, update] for update in ("none", "combinatorial"))
+            assert full["train_loss"] < none["train_loss"]
+    # Magnitude knows nothing of the sample, so only what is measured on it differs.
+    assert rows["magnitude", 0.9, 0, "none"]["accuracy"] == rows["magnitude", 0.9, 1, "none"]["accuracy"]
+    assert rows["obd", 0.9, 0, "none"]["objective"] != rows["obd", 0.9, 1, "none"]["objective"]
+
+
+def test_rows_agree_with_the_one_call_interface(finished: Path) -> None:
+    experiment = get_experiment("digits-mlp")
+    dataset = load_dataset("digits")
+    model = load_network(experiment, dataset).model
+    result = cbs_opt.prune(
+        model, dataset.train.sample(5_000, 1).batch(slice(None)), F.cross_entropy, sparsity=0.9, solver="obd",
+        fisher=cbs_opt.FisherOptions(n_rows=100, damping=1e-3), seed=1, device="cpu")
+    row = next(r for r in rows_of(finished)
+               if (r["solver"], r["sparsity"], r["seed"], r["update"]) == ("obd", 0.9, 1, "combinatorial"))
+    assert row["objective"] == pytest.approx(result.report.objective, rel=1e-9)
+    assert row["refit_objective"] == pytest.approx(result.report.refit_objective, rel=1e-6)
+    assert row["train_loss"] == pytest.approx(result.report.loss_pruned, rel=1e-6)
+    assert row["accuracy"] == pytest.approx(evaluate(result.model, dataset.test).accuracy, abs=1e-9)
+
+
+def test_magnitude_keeps_the_largest(finished: Path) -> None:
+    dataset = load_dataset("digits")
+    model = load_network(get_experiment("digits-mlp"), dataset).model
+    weights = [getattr(model, name).weight for name in ("fc1", "fc2", "fc3")]
+    bar = np.sort(np.concatenate([w.detach().abs().numpy().ravel() for w in weights]))[2720 - 271]
+    with torch.no_grad():
+        for w in weights:
+            w[w.abs() < float(bar)] = 0
+    row = next(r for r in rows_of(finished) if (r["solver"], r["sparsity"], r["update"]) == ("magnitude", 0.9, "none"))
+    assert row["accuracy"] == pytest.approx(evaluate(model, dataset.test).accuracy, abs=1e-9)
+
+
+def test_finished_rows_are_not_made_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
+    made: list[Task] = []
+    real = runner_module.Runner.measure
+
+    def spy(self: runner_module.Runner, task: Task) -> Any:
+        made.append(task)
+        return real(self, task)
+
+    monkeypatch.setattr(runner_module.Runner, "measure", spy)
+    run("--solver", "obd", "--sparsity", "0.5", "0.7", *QUICK, "--output-dir", tmp_path)
+    assert made == [Task("obd", 0.7, 0, "combinatorial")]
+    assert "there already" in capsys.readouterr().out
+    assert len(rows_of(tmp_path)) == 17
+    made.clear()
+    run("--solver", "obd", "--sparsity", "0.5", *QUICK, "--overwrite", "--output-dir", tmp_path)
+    assert len(made) == 1 and len(rows_of(tmp_path)) == 18
+    # Other settings are another measurement.
+    run("--solver", "obd", "--sparsity", "0.5", *QUICK, "--update-scale", "0.5", "--output-dir", tmp_path)
+    assert len(made) == 2
+
+
+def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    real = runner_module.Runner.measure
+
+    def stop_at_the_third(self: runner_module.Runner, task: Task) -> Any:
+        if len(self.rows) == 2:
+            raise KeyboardInterrupt
+        return real(self, task)
+
+    monkeypatch.setattr(runner_module.Runner, "measure", stop_at_the_third)
+    command = ["--solver", "magnitude", "--sparsity", "0.5", "0.6", "0.7", *QUICK, "--output-dir", tmp_path]
+    assert leaves_with(*command) == 130
+    assert [r["sparsity"] for r in rows_of(tmp_path)] == [0.5, 0.6]
+    assert str(tmp_path / "results.jsonl") in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.setattr(runner_module.Runner, "measure", real)
+    run(*command)
+    assert [r["sparsity"] for r in rows_of(tmp_path)] == [0.5, 0.6, 0.7]
+
+
+def test_the_main_job_with_its_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--solver", "greedy_ls", "--sparsity", "0.8", "--output-dir", tmp_path)
+    out = capsys.readouterr().out
+    row, = rows_of(tmp_path)
+    assert row["solver"] == "greedy_ls" and row["update"] == "combinatorial"
+    assert row["accuracy"] > 90
+    assert "magnitude, no update (for comparison)" in out and "dense network" in out
+    assert str(tmp_path / "accuracy-digits-mlp.png") in out.replace("\n", "")
+
+
+def test_published_rounding(tmp_path: Path) -> None:
+    run("--solver", "magnitude", "--update", "none", "--no-refit", "--sparsity", "0.9", "--sparsity-rounding",
+        "published", *QUICK, "--output-dir", tmp_path)
+    row, = rows_of(tmp_path)
+    # Chunks of ceil(2720 / 52) = 53 weights, 51 of them full, 6 kept of each.
+    assert row["n_kept"] == 51 * 6 and row["refit_objective"] is None
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--solver", "greedy_sl"], "greedy_ls"),
+    (["--solver", "greedy_ls[windwo=3]"], "window"),
+    (["--solver", "greedy_ls[window=-3]"], "-3"),
+    (["--experiment", "digit-mlp"], "digits-mlp"),
+    (["--sparsity", "1.0"], r"[0, 1), got 1.0"),
+    (["--sparsity", "90"], "write 0.9 for 90 %"),
+    (["--sparsity", "-0.5"], "got -0.5"),
+    (["--sparsity", "nan"], "got nan"),
+    (["--damping", "-1e-3"], "got -0.001"),
+    (["--damping", "nan"], "got nan"),
+    (["--fisher-samples", "0"], "at least 1, got 0"),
+    (["--fisher-batch", "-2"], "at least 1, got -2"),
+    (["--stages", "0"], "at least 1, got 0"),
+    (["--seed", "-1"], "got -1"),
+    (["--seed", "1", "1"], "names 1 twice"),
+    (["--update", "combinatoral"], "combinatorial"),
+    (["--objective", "both"], "both"),
+    (["--blocks", "per_layr"], "per_layer"),
+    (["--blocks", "fixed:0"], "fixed:0"),
+    (["--allocation", "evenly"], "evenly"),
+    (["--update-scale", "inf"], "inf"),
+    (["--time-limit", "0"], "0.0"),
+    (["--device", "banana"], "banana"),
+    (["--include", "conv*"], "conv*"),
+    (["--exclude", "fc9"], "fc9"),
+    (["--exclude", "*"], "no prunable layer"),
+    (["--fisher-samples", "2000"], "2000 rows"),
+    (["--solver", "brute_force"], "brute_force"),
+    (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--experiment", "mlpnet-mnist", "--data-dir", "nowhere"], "nowhere"),
+])
+def test_bad_input_is_refused_before_any_work(arguments: list[str], message: str, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fails(capsys, *arguments, "--output-dir", tmp_path)
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_output_which_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--output-dir" in fails(capsys, "--output-dir", tmp_path / "file")
+
+
+def test_checkpoint_truncated_or_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.safetensors"
+    save_checkpoint(DigitsMLP(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    assert "truncated" in fails(capsys, "--checkpoint", path, "--output-dir", tmp_path / "out")
+    model = DigitsMLP()
+    with torch.no_grad():
+        model.fc1.weight[0, 0] = float("nan")
+    save_checkpoint(model, path)
+    assert "NaN" in fails(capsys, "--checkpoint", path, "--output-dir", tmp_path / "out")
+
+
+def test_given_checkpoint_is_used(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = DigitsMLP()
+    save_checkpoint(model, tmp_path / "net.safetensors")
+    run("--solver", "magnitude", "--update", "none", "--sparsity", "0", "--checkpoint", tmp_path / "net.safetensors",
+        *QUICK, "--no-refit", "--output-dir", tmp_path)
+    row, = rows_of(tmp_path)
+    assert row["accuracy"] == row["dense_accuracy"] == evaluate(model, load_dataset("digits").test).accuracy
+
+
+def test_module_entry_points() -> None:
+    for module in ("experiments.run", "experiments.train"):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "--data-dir" in done.stdout
+
+
+def test_literature_figures_of_magnitude_pruning(data_dir: Path, tmp_path: Path) -> None:
+    run("--experiment", "mlpnet-mnist", "--solver", "magnitude", "--update", "none", "--no-refit",
+        "--fisher-samples", "10", "--data-dir", data_dir, "--output-dir", tmp_path)
+    assert [round(r["accuracy"], 2) for r in rows_of(tmp_path)] == [93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25]
+    assert {r["dense_accuracy"] for r in rows_of(tmp_path)} == {93.97}
+    assert tuple(r["sparsity"] for r in rows_of(tmp_path)) == EXPERIMENTS["mlpnet-mnist"].sparsities
