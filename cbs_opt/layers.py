@@ -249,14 +249,16 @@ def find_layers(
     seen: set[int] = set()
     start = 0
     for name, module in candidates.items():
-        holder = holding_parameter(module)
-        if name not in wanted or id(holder) in seen:
+        if name not in wanted:
+            continue
+        holder = holding_parameter(name, module)
+        if id(holder) in seen:
             continue
         shared = places[id(holder)]
         # Excluding one of the modules that share a weight excludes the weight.
         if any(place.rpartition(".")[0] in unwanted for place in shared):
             continue
-        _check_weight(name, module, holder)
+        _check_weight(name, holder)
         seen.add(id(holder))
         own = f"{name}.weight" if name else "weight"
         others = tuple(place for place in shared if place != own)
@@ -271,10 +273,23 @@ def find_layers(
     return PrunableLayers(tuple(layers))
 
 
-def holding_parameter(module: nn.Module) -> Tensor:
-    """The parameter behind ``module.weight``: the weight itself, or the original under a pruning mask."""
+def holding_parameter(name: str, module: nn.Module) -> Tensor:
+    """The parameter behind ``module.weight``: the weight itself, or the original under a pruning mask.
+
+    Raises
+    ------
+    ModelError
+        If the weight is computed by another parametrization.
+    """
     if parametrize.is_parametrized(module, "weight"):
-        original = module.parametrizations.weight.original  # type: ignore[union-attr]
+        chain = module.parametrizations.weight  # type: ignore[union-attr]
+        other = [type(p).__name__ for p in chain if not isinstance(p, PruningMask)]  # type: ignore[union-attr]
+        if other:
+            raise ModelError(
+                f"the weight of layer {name!r} is computed by the parametrization {other[0]}; make it permanent with "
+                "torch.nn.utils.parametrize.remove_parametrizations, or exclude the layer"
+            )
+        original = chain.original  # type: ignore[union-attr]
         assert isinstance(original, Tensor)
         return original
     weight = module.weight
@@ -333,7 +348,7 @@ def _places(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return {key: tuple(names) for key, names in found.items()}
 
 
-def _check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
+def _check_weight(name: str, weight: Tensor) -> None:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ModelError(
             f"the weight of layer {name!r} is not initialised yet; run one batch through the network first"
@@ -342,14 +357,6 @@ def _check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
         raise ModelError(f"the weight of layer {name!r} is {weight.dtype}; only real floating weights can be pruned")
     if weight.numel() == 0:
         raise ModelError(f"the weight of layer {name!r} is empty (shape {tuple(weight.shape)}); exclude it")
-    if parametrize.is_parametrized(module, "weight"):
-        chain = module.parametrizations.weight  # type: ignore[union-attr]
-        other = [type(p).__name__ for p in chain if not isinstance(p, PruningMask)]  # type: ignore[union-attr]
-        if other:
-            raise ModelError(
-                f"the weight of layer {name!r} is computed by the parametrization {other[0]}; make it permanent with "
-                "torch.nn.utils.parametrize.remove_parametrizations, or exclude the layer"
-            )
 
 
 def _kind(module: nn.Module) -> str:

@@ -66,6 +66,11 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """
     prepared = [(name, *_locate(model, name), _as_mask(name, mask)) for name, mask in masks.items()]
     for name, module, attribute, mask in prepared:
+        if parametrize.is_parametrized(module, attribute) and attribute not in _masks_of(module):
+            raise ModelError(
+                f"the {attribute} of {name!r} already has a parametrization that is not a mask; make it permanent with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
         shape = tuple(getattr(module, attribute).shape)
         if tuple(mask.shape) != shape:
             raise ModelError(
@@ -117,6 +122,11 @@ def remove_masks(model: nn.Module) -> nn.Module:
             _own_class(module)
             # Not leave_parametrized=True: that would make a new parameter and untie shared weights.
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            if attribute == "weight":
+                # First again, as its module made it: optimiser states go by the order.
+                others = {key: value for key, value in module._parameters.items() if key != attribute}
+                module._parameters.clear()
+                module._parameters.update({attribute: shared, **others})  # type: ignore[dict-item]
             _remove_hooks(module, attribute)
     return model
 
@@ -238,7 +248,7 @@ def _sharing(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]
             continue
         names = set(module._parameters)
         if parametrize.is_parametrized(module):
-            names |= set(module.parametrizations)  # type: ignore[arg-type]
+            names |= set(_masks_of(module))
         for attribute in sorted(names):
             if getattr(module, attribute, None) is not None and _stored(module, attribute) is parameter:
                 found.append((module, attribute))
@@ -254,11 +264,6 @@ def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
         with torch.no_grad():
             stored.masked_fill_(~mask, 0.0)
         return
-    if parametrize.is_parametrized(module, attribute):
-        raise ModelError(
-            f"attribute {attribute!r} of a {type(module).__name__} already has a parametrization that is not a mask; "
-            "make it permanent with torch.nn.utils.parametrize.remove_parametrizations"
-        )
     _own_class(module)
     parametrize.register_parametrization(module, attribute, PruningMask(mask))
     _add_hooks(module, attribute)
