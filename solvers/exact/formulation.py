@@ -36,7 +36,7 @@ from solvers.solution import Proposal, Reason
 from solvers.solver import Context
 
 #: The incumbent's value in the units the solvers see.
-TARGET = 100.0
+TARGET = 1.0
 #: Feasibility and integrality tolerance asked of the solvers.
 FEASIBILITY = 1e-9
 #: Singular values below this fraction of the largest count as zero.

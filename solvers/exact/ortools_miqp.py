@@ -62,7 +62,7 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
     from ortools.math_opt.python import mathopt
 
     program = mathopt.Model(name="cbs")
-    x, start = _assemble(program, model)
+    kept, start = _assemble(program, model)
     remaining = context.deadline.remaining()
     parameters = mathopt.SolveParameters(
         time_limit=None if math.isinf(remaining) else datetime.timedelta(seconds=remaining),
@@ -74,6 +74,8 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
     )
     parameters.gscip.real_params["numerics/feastol"] = FEASIBILITY
     parameters.gscip.real_params["numerics/dualfeastol"] = FEASIBILITY
+    # The tangent planes of the many small cones need few rounds; more only slow the nodes down.
+    parameters.gscip.int_params["separating/maxrounds"] = 2
     hints = mathopt.ModelSolveParameters(solution_hints=[mathopt.SolutionHint(variable_values=start)])
     try:
         result = mathopt.solve(program, mathopt.SolverType.GSCIP, params=parameters, model_params=hints)
@@ -87,7 +89,7 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
     values = None
     if ended is not reasons.INFEASIBLE and result.has_primal_feasible_solution():
         found = result.variable_values()
-        values = np.array([found[variable] for variable in x])
+        values = 1.0 - np.array([found[variable] for variable in kept])
     claimed = float(result.termination.objective_bounds.dual_bound)
     if ended is reasons.INFEASIBLE:
         raise BackendError("MathOpt/GSCIP calls the model infeasible, which always has a solution; its tolerances failed")
@@ -96,42 +98,48 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
 
 
 def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
-    """Fill the MathOpt model; (the x, the incumbent as a hint)."""
-    x = [program.add_binary_variable(name=f"x{i}") for i in range(model.free.size)]
-    cost = [(variable, float(c)) for variable, c in zip(x, model.linear, strict=True)]
-    hint = dict(zip(x, model.start.tolist(), strict=True))
-    row = program.add_linear_constraint(lb=model.problem.n_prune, ub=model.problem.n_prune)
-    for variable in x:
+    """Fill the MathOpt model; (the kept y = 1 − x, the incumbent as a hint).
+
+    The binaries are y, not x: SCIP recognises p² ≤ s·y as a rotated cone only when both factors are variables.
+    """
+    kept = [program.add_binary_variable(name=f"y{i}") for i in range(model.free.size)]
+    cost = [(variable, -float(c)) for variable, c in zip(kept, model.linear, strict=True)]
+    hint = dict(zip(kept, (1.0 - model.start).tolist(), strict=True))
+    budget = model.free.size - model.problem.n_prune
+    row = program.add_linear_constraint(lb=budget, ub=budget)
+    for variable in kept:
         row.set_coefficient(variable, 1.0)
     changes = [program.add_variable(lb=-limit, ub=limit, name=f"p{i}") for i, limit in enumerate(model.change_limit)]
     position = {int(weight): at for at, weight in enumerate(model.free)}
     for i, change in enumerate(changes):
         at = position.get(i)
-        curvature = float(model.curvature[i])
-        limit = float(model.change_limit[i])
+        curvature, limit = float(model.curvature[i]), float(model.change_limit[i])
         if at is not None and math.isfinite(limit):
-            # A perspective alone lets p_i reach the square root of the tolerance where x_i = 1.
-            program.add_linear_constraint(change + limit * x[at] <= limit)
-            program.add_linear_constraint(change - limit * x[at] >= -limit)
+            # A perspective alone lets p_i reach the square root of the tolerance where y_i = 0.
+            program.add_linear_constraint(change - limit * kept[at] <= 0.0)
+            program.add_linear_constraint(change + limit * kept[at] >= 0.0)
         elif at is not None:
-            program.add_indicator_constraint(indicator=x[at], implied_constraint=change == 0.0)
+            program.add_indicator_constraint(
+                indicator=kept[at], activate_on_zero=True, implied_constraint=change == 0.0
+            )
         if curvature > 0:
             epigraph = program.add_variable(lb=0.0, name=f"s{i}")
             cost.append((epigraph, 1.0))
-            side = epigraph if at is None else epigraph - epigraph * x[at]
+            side = epigraph if at is None else epigraph * kept[at]
             program.add_quadratic_constraint(curvature * change * change - side <= 0.0)
+    all_removed = model.columns.sum(axis=1)
     for j in range(model.n_rows):
         z = program.add_variable(name=f"z{j}")
         t = program.add_variable(lb=0.0, name=f"t{j}")
         cost.append((t, 1.0))
-        row = program.add_linear_constraint(lb=0.0, ub=0.0)
+        row = program.add_linear_constraint(lb=-float(all_removed[j]), ub=-float(all_removed[j]))
         row.set_coefficient(z, -1.0)
-        for variable, value in zip(x, model.columns[j], strict=True):
+        for variable, value in zip(kept, model.columns[j], strict=True):
             if value:
-                row.set_coefficient(variable, float(value))
+                row.set_coefficient(variable, -float(value))
         for variable, value in zip(changes, model.changes[j], strict=False):
             if value:
                 row.set_coefficient(variable, float(value))
         program.add_quadratic_constraint(z * z - t <= 0.0)
-    program.minimize(sum(c * variable for variable, c in cost if c))
-    return x, hint
+    program.minimize(sum(c * variable for variable, c in cost if c) + float(model.linear.sum()))
+    return kept, hint
