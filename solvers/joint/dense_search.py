@@ -1,7 +1,7 @@
 """Search for the joint optimum of a small dense problem: descent from several starts, then tabu with kicks.
 
 The walk and its arithmetic are in `solvers.joint.tableau`. When the best has not moved for `stall` swaps, the walk
-is thrown off the best support by a random exchange of a few weights. The result is a one-swap local optimum.
+is thrown off where it stands by a random exchange of a few weights. The result is a one-swap local optimum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from solvers.solver import Deadline
 
 #: Swaps without a new best after which the walk is kicked, and the number of weights a kick exchanges.
 _STALL = 300
-_KICK = (3, 10)
+_KICK = (5, 15)
 #: Shortest and longest time, in swaps, for which a weight that was moved stays where it is.
 _TENURE = (3, 10)
 #: Swaps between rebuilds of the tableau.
@@ -119,7 +119,7 @@ def search(
             if record is not None and best_value < before:
                 record(best_value)
         elif clock - last_gain >= _STALL:
-            current = _kick(best_kept, rng)
+            current = _kick(current, rng)
             until[:] = 0
             last_gain = clock
     final = descend(problem, best_kept, tolerance * abs(best_value), deadline)

@@ -5,9 +5,10 @@ For the joint objective f(v) = gᵀ(v − w) + ½ (v − w)ᵀH(v − w) with at
     S(τ) = the n_kept largest of D|v − τ D⁻²∇f(v)| ,
 
 over a range of step lengths τ, re-optimises each support by some conjugate-gradient steps (the active set), and
-goes on from the best. Unless a mask is given it first thresholds to a few lower sparsities (`levels`). The scale of τ is the exact line search along the thresholded direction; the range moves
-with what worked. The metric D is an option (`solvers.joint.support`). It stops when no step length improves f, and
-the framework refits the last support exactly.
+goes on from the best. Unless a mask is given, it first thresholds to a few lower sparsities (`levels`). The scale
+of τ is the exact line search along the thresholded direction; the range moves with what worked. The metric D is an
+option (`solvers.joint.support`). It stops when no step length improves f, and the framework refits the last support
+exactly.
 
 Source: Benbaki et al., *Fast as CHITA: Neural Network Pruning with Combinatorial Optimization*, ICML 2023;
 Blumensath and Davies (normalised iterative hard thresholding, 2010); Foucart (hard thresholding pursuit, 2011).
@@ -53,13 +54,12 @@ class HardThresholdingSolver(Solver):
         """Threshold until no step length improves the objective."""
         squared, repairs = metric_of(problem, self.metric)
         metric = np.sqrt(squared)
-        kept = (
-            ~context.start
-            if context.start is not None
-            else keep_largest(metric * np.abs(problem.weights), problem.n_kept)
-        )
-        model = SupportModel(problem, kept)
-        solution, value = model.refine(np.where(kept, problem.weights, 0.0), 3 * self.active_steps)
+        if context.start is not None:
+            kept = ~context.start
+            solution = np.where(kept, problem.weights, 0.0)
+        else:
+            kept, solution = self._approach(problem, metric, context)
+        solution, value = SupportModel(problem, kept).refine(solution, 3 * self.active_steps)
         context.record(value)
         reach, failures, used = 2.0, 0, 0
         reason = Reason.ITERATION_LIMIT

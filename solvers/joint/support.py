@@ -19,6 +19,10 @@ from solvers.problem import Array, Mask, QuadraticBlock, SelectionProblem
 METRICS = ("obs", "diagonal", "identity")
 
 
+#: Supports of up to this many weights are refitted exactly instead of by conjugate gradients.
+_DIRECT = 400
+
+
 def metric_of(problem: SelectionProblem, kind: str) -> tuple[Array, list[str]]:
     """(D² (n,), repairs); all blocks in the units of H so that they compete fairly."""
     repairs: list[str] = []
@@ -94,6 +98,10 @@ def _refine_block(
     residue = linalg.project(columns, value) - block.project(block.weights)
     downhill = -(linalg.back_project(columns, residue) + damping * (value - weights) + gradient)
     diagonal = block.diagonal[index] - block.damping + damping
+    if value.shape[0] <= _DIRECT:
+        value = value + _solve_dense(block, columns, damping, downhill)
+        residue = linalg.project(columns, value) - block.project(block.weights)
+        steps = 0
     direction = torch.zeros_like(value)
     previous = first = 1.0
     for step in range(steps):
@@ -118,3 +126,13 @@ def _refine_block(
     if block.gradient is not None:
         objective = objective - (block.gradient @ block.weights - gradient @ weights)
     return value, float(objective)
+
+
+def _solve_dense(block: QuadraticBlock, columns: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Tensor:
+    """H_SS⁻¹ right for a small support; raises SingularHessianError."""
+    dense = columns.double()
+    hessian = dense.T @ dense
+    hessian.diagonal().add_(damping)
+    factor = linalg.cholesky(hessian, f"block {block.name!r}: H of {right.shape[0]} kept weights")
+    solved: torch.Tensor = torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
+    return solved
