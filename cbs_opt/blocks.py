@@ -194,12 +194,11 @@ def interaction_partition(factor: Tensor, weights: Tensor, spec: BlockSpec, seed
     else:
         assert spec.size is not None
         groups = _clusters(scaled, spec.size, seed)
-    what = "component" if spec.structure is Structure.COMPONENTS else "cluster"
-    alone = [int(group[0]) for group in groups if len(group) == 1]
-    together = [np.sort(group) for group in groups if len(group) > 1]
-    together.sort(key=lambda group: int(group[0]))
-    names = [f"{what} {number}" for number in range(len(together))]
-    if spec.structure is Structure.COMPONENTS and alone:
+    components = spec.structure is Structure.COMPONENTS
+    alone = [int(group[0]) for group in groups if components and len(group) == 1]
+    together = sorted((np.sort(g) for g in groups if not components or len(g) > 1), key=lambda group: int(group[0]))
+    names = [f"{'component' if components else 'cluster'} {number}" for number in range(len(together))]
+    if alone:
         # Weights without any interaction form one block: a block of their own each would say the same.
         together.append(np.sort(np.array(alone, dtype=np.int64)))
         names.append("isolated")
