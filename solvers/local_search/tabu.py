@@ -53,10 +53,10 @@ class TabuSolver(Solver):
     start: Literal["rmp", "magnitude", "obd", "woodfisher", "random"] = option(
         "obd", "where the search starts unless a mask is given", choices=STARTS
     )
-    iterations: int = option(10_000, "moves in all", minimum=1)
-    tenure: int = option(10, "least number of moves a swapped weight stays frozen", minimum=1)
+    iterations: int = option(50_000, "moves in all", minimum=1)
+    tenure: int = option(5, "least number of moves a swapped weight stays frozen", minimum=1)
     candidates: int = option(100, "largest α and smallest β looked at per move", minimum=1)
-    stall: int = option(1000, "moves without a better mask before it is shaken", minimum=1)
+    stall: int = option(300, "moves without a better mask before it is shaken", minimum=1)
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Start, descend, search, descend."""

@@ -1,0 +1,211 @@
+"""Exact decomposition: weights that do not interact, directly or through others, are decided apart.
+
+Two weights of a block interact if their columns share a row in which neither is zero (otherwise H_ij is exactly 0);
+for the selection objective a weight w_i = 0 interacts with nothing. The connected components of this graph are
+independent except for the budget, so with f_c(k) the best objective of component c with k removed,
+
+    optimum = min Σ_c f_c(k_c)   subject to  Σ_c k_c = n_prune ,
+
+a dynamic programme (min-plus convolution) over the components, which shares the budget exactly. Components of a single
+weight need no solver: together they are the sorted list of their costs. If every f_c(k) is optimal so is the mask, and
+the same programme over lower bounds of f_c(k) is a lower bound.
+
+Cost: the inner solver runs once for every component and every k from 1 to min(n_c − 1, n_prune), of which a budget
+close to 0 or n leaves only few; a problem in one piece costs one run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from solvers.composites.nested import combined_reason, make_inner, run_inner
+from solvers.local_search.state import Index
+from solvers.problem import Array, Mask, Objective, QuadraticBlock, SelectionProblem
+from solvers.solution import Proposal
+from solvers.solver import Capability, Context, Solver, option
+
+
+def interaction_components(problem: SelectionProblem) -> list[Index]:
+    """The connected components of the interaction graph: arrays of weights (ascending), by their first weight."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(problem.n))
+    for block, where in zip(problem.blocks, problem.slices, strict=True):
+        supports = block.factor.detach().cpu().numpy() != 0.0
+        if problem.objective is Objective.SELECTION:
+            supports &= block.weights.cpu().numpy() != 0.0
+        # A row's weights form a clique; a path through them has the same components.
+        for row in np.unique(supports, axis=0):
+            nx.add_path(graph, np.flatnonzero(row) + where.start)
+            if row.all():
+                break
+    components = [np.array(sorted(c), dtype=np.int64) for c in nx.connected_components(graph)]
+    return sorted(components, key=lambda c: int(c[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Profile:
+    """f_c(k), a bound on it and the masks that attain it, for k from `low` on."""
+
+    index: Index
+    low: int
+    values: Array
+    bounds: Array
+    masks: Sequence[Mask]
+
+
+class _Prefixes(Sequence[Mask]):
+    """The masks that remove the first low, low + 1, … of an order; made when asked for."""
+
+    def __init__(self, order: Index, low: int, high: int) -> None:
+        self._order, self._low, self._high = order, low, high
+
+    def __len__(self) -> int:
+        return self._high - self._low + 1
+
+    def __getitem__(self, offset: Any) -> Any:
+        mask = np.zeros(self._order.shape[0], dtype=bool)
+        mask[self._order[: self._low + offset]] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class ByComponentSolver(Solver):
+    """Solve each connected component of the interaction graph for every budget and share the budget exactly."""
+
+    name = "by_component"
+    summary = "split into independent components, solve each alone, share the budget by dynamic programming"
+    reference = "dynamic programming over connected components"
+    capabilities = frozenset(
+        {
+            Capability.SELECTION,
+            Capability.JOINT,
+            Capability.GLOBAL_BUDGET,
+            Capability.LINEAR_TERM,
+            Capability.RANDOMISED,
+            Capability.TIME_LIMIT,
+            Capability.BOUND,
+        }
+    )
+
+    solver: str = option("branch_bound", "the solver of one component, with its options")
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Decompose, solve, merge."""
+        inner = make_inner(self.solver, self.name)
+        components = interaction_components(problem)
+        if len(components) == 1 or _unbounded_single(problem):
+            seconds = context.deadline.remaining()
+            return run_inner(inner, problem, context, seed=context.seed, seconds=seconds, start=context.start)
+        pieces = [c for c in components if c.shape[0] > 1]
+        singles = np.array([int(c[0]) for c in components if c.shape[0] == 1], dtype=np.int64)
+        ranges = [_budget_range(problem, c.shape[0]) for c in pieces]
+        left = sum(high - low + 1 for low, high in ranges)
+        profiles, proposals = [], []
+        if singles.size:
+            profiles.append(_singles_profile(problem, singles))
+        for index, (low, high) in zip(pieces, ranges, strict=True):
+            values, bounds, masks = [], [], []
+            for k in range(low, high + 1):
+                part = component_problem(problem, index, k)
+                share = context.deadline.remaining() / left
+                left -= 1
+                proposal = run_inner(inner, part, context, seed=context.seed, seconds=share)
+                value = part.value(proposal.pruned)
+                trivial = k in (0, part.n)
+                proposals.append(proposal)
+                values.append(value)
+                bounds.append(value if trivial else min(proposal.bound, value))
+                masks.append(proposal.pruned)
+            profiles.append(_Profile(index, low, np.array(values), np.array(bounds), masks))
+        pruned = _share_budget(problem, profiles)
+        bound = _merge([(p.low, p.bounds) for p in profiles], problem.n_prune)[0]
+        return Proposal(
+            pruned,
+            bound=bound if math.isfinite(bound) else -math.inf,
+            reason=combined_reason(proposals, context.deadline.expired()),
+            repairs=tuple(repair for p in proposals for repair in p.repairs),
+            statistics={"components": float(len(components)), "runs": float(len(proposals))},
+        )
+
+
+def _budget_range(problem: SelectionProblem, size: int) -> tuple[int, int]:
+    """How many of `size` weights can be removed at all, inclusive."""
+    return max(0, problem.n_prune - (problem.n - size)), min(size, problem.n_prune)
+
+
+def component_problem(problem: SelectionProblem, index: Index, n_prune: int) -> SelectionProblem:
+    """The problem of one component, which lies within one block; rows that are zero on it are left out."""
+    number = next(b for b, where in enumerate(problem.slices) if where.start <= index[0] < where.stop)
+    block, where = problem.blocks[number], problem.slices[number]
+    local = index - where.start
+    columns = block.columns(local)
+    rows = (columns != 0.0).any(1)
+    factor = columns[rows] if bool(rows.any()) else columns[:1]
+    gradient = None if block.gradient is None else block.gradient[local]
+    part = QuadraticBlock(block.weights[local], factor, block.damping, gradient, block.name)
+    return SelectionProblem(part, n_prune, problem.objective)
+
+
+def _unbounded_single(problem: SelectionProblem) -> bool:
+    """Whether some weight alone makes the joint objective unbounded below: a gradient but no curvature."""
+    if problem.objective is Objective.SELECTION or problem.gradient is None:
+        return False
+    return bool(((problem.diagonal == 0.0) & (problem.gradient != 0.0)).any())
+
+
+def _singles_profile(problem: SelectionProblem, singles: Index) -> _Profile:
+    """All components of one weight at once: the cheapest k of them, for every k that is possible."""
+    low, high = _budget_range(problem, singles.shape[0])
+    removal = 0.5 * problem.diagonal[singles] * problem.weights[singles] ** 2
+    gradient = np.zeros(singles.shape[0]) if problem.gradient is None else problem.gradient[singles]
+    removal -= gradient * problem.weights[singles]
+    base = 0.0
+    if problem.objective is Objective.JOINT:
+        curvature = problem.diagonal[singles]
+        kept = -0.5 * gradient**2 / np.where(gradient == 0.0, 1.0, curvature)
+        base, removal = float(kept.sum()), removal - kept
+    order = np.argsort(removal, kind="stable")
+    sums = base + np.concatenate([[0.0], np.cumsum(removal[order])])
+    values = sums[low : high + 1]
+    return _Profile(singles, low, values, values, _Prefixes(order, low, high))
+
+
+def _merge(profiles: list[tuple[int, Array]], n_prune: int) -> tuple[float, list[Index]]:
+    """Min-plus convolution; (least sum, for every profile and total the number it removes)."""
+    best = np.full(n_prune + 1, math.inf)
+    best[0] = 0.0
+    choices = []
+    for low, values in profiles:
+        fresh = np.full(n_prune + 1, math.inf)
+        choice = np.zeros(n_prune + 1, dtype=np.int64)
+        for offset, value in enumerate(values):
+            k = low + offset
+            if k > n_prune:
+                break
+            with np.errstate(invalid="ignore"):
+                candidate = best[: n_prune + 1 - k] + value
+            # A sum of ∞ (impossible) and −∞ (no bound) is nan, which is never better.
+            better = candidate < fresh[k:]
+            fresh[k:][better] = candidate[better]
+            choice[k:][better] = k
+        best = fresh
+        choices.append(choice)
+    return float(best[n_prune]), choices
+
+
+def _share_budget(problem: SelectionProblem, profiles: list[_Profile]) -> Mask:
+    """The mask of the best split of the budget."""
+    _, choices = _merge([(p.low, p.values) for p in profiles], problem.n_prune)
+    pruned = np.zeros(problem.n, dtype=bool)
+    total = problem.n_prune
+    for profile, choice in zip(reversed(profiles), reversed(choices), strict=True):
+        k = int(choice[total])
+        pruned[profile.index] = profile.masks[k - profile.low]
+        total -= k
+    return pruned

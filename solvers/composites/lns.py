@@ -1,0 +1,129 @@
+"""Large-neighbourhood search: free a few weights, decide them exactly, keep what is better, repeat.
+
+Each round picks a weight at random and frees it together with removed and kept weights that interact with it or are
+cheap to move; the problem that is left for them is again a selection or joint problem (derived in
+`solvers.composites.subproblem`) and goes to an exact backend. (Shaw, CP 1998; Pisinger and Ropke, 2010.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.composites.nested import make_inner, run_inner
+from solvers.composites.subproblem import subproblem
+from solvers.local_search.state import Index, SwapState
+from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.solution import Proposal, Reason
+from solvers.solver import Capability, Context, Solver, option
+
+#: An improvement smaller than this, relative to the problem's scale, may be rounding.
+_TOLERANCE = 1e-13
+
+
+@dataclass(frozen=True)
+class LargeNeighbourhoodSolver(Solver):
+    """LNS over an exact backend, for both objectives.
+
+    A bound is passed on only when one round could free every weight, that is for n ≤ size.
+    """
+
+    name = "lns"
+    summary = "free a few weights at a time and decide them with an exact backend"
+    reference = "Pisinger and Ropke, Large neighborhood search, Handbook of Metaheuristics 2010"
+    capabilities = frozenset(
+        {
+            Capability.SELECTION,
+            Capability.JOINT,
+            Capability.GLOBAL_BUDGET,
+            Capability.LINEAR_TERM,
+            Capability.RANDOMISED,
+            Capability.WARM_START,
+            Capability.TIME_LIMIT,
+            Capability.BOUND,
+        }
+    )
+
+    backend: str = option("branch_bound", "the exact solver of the sub-problems, with its options")
+    start: str = option("auto", "solver of the first mask; auto is tabu, or obs for the joint objective")
+    size: int = option(40, "weights freed per round", minimum=2)
+    rounds: int = option(60, "rounds", minimum=1)
+    patience: int = option(30, "rounds without a better mask that end the search", minimum=1)
+    round_seconds: float = option(5.0, "time limit of one sub-problem", minimum=1e-3)
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Start, free, decide, keep."""
+        backend = make_inner(self.backend, self.name)
+        pruned = self._first_mask(problem, context)
+        context.record(problem.value(pruned))
+        rng = context.rng()
+        tolerance = _TOLERANCE * problem.scale
+        bound, improved, idle, done = -math.inf, 0, 0, 0
+        reason = Reason.ITERATION_LIMIT
+        for done in range(1, self.rounds + 1):
+            if context.deadline.expired():
+                reason = Reason.TIME_LIMIT
+                break
+            everything = problem.n <= self.size
+            free = np.arange(problem.n) if everything else choose_free(problem, pruned, self.size, rng)
+            part = subproblem(problem, pruned, free)
+            if part is None or part.problem.n_prune in (0, part.problem.n):
+                idle += 1
+            else:
+                seconds = context.deadline.remaining()
+                current = pruned[part.free]
+                # One that frees everything is the problem itself, and may use all the time there is.
+                limit = seconds if everything else min(seconds, self.round_seconds)
+                proposal = run_inner(
+                    backend, part.problem, context, seed=context.seed + done, seconds=limit, start=current
+                )
+                gain = part.problem.value(current) - part.problem.value(proposal.pruned)
+                idle += 1
+                if gain > tolerance:
+                    pruned, idle = part.widen(pruned, proposal.pruned), 0
+                    improved += 1
+                    context.record(problem.value(pruned))
+                if everything:
+                    bound = part.constant + proposal.bound
+                    reason = proposal.reason
+                    break
+            if idle >= self.patience:
+                reason = Reason.COMPLETED
+                break
+        statistics = {"rounds": float(done), "improved": float(improved)}
+        return Proposal(pruned, bound=bound, reason=reason, statistics=statistics)
+
+    def _first_mask(self, problem: SelectionProblem, context: Context) -> Mask:
+        if context.start is not None:
+            return context.start
+        spec = self.start
+        if spec == "auto":
+            spec = "obs" if problem.objective is Objective.JOINT else "tabu"
+        seconds = 0.5 * context.deadline.remaining()
+        return run_inner(make_inner(spec, self.name), problem, context, seed=context.seed, seconds=seconds).pruned
+
+
+def choose_free(problem: SelectionProblem, pruned: Mask, size: int, rng: np.random.Generator) -> Index:
+    """About `size` weights around a random one, half removed and half kept where there are as many; int64, sorted.
+
+    A removed i scores |γ(seed, i)| + max(α_i, 0), a kept j scores |γ(seed, j)| + c_j over β_j: interacting with the
+    seed, cheap to remove. Scores are perturbed, so that rounds differ even for the same seed weight.
+    """
+    state = SwapState(problem, pruned)
+    forces = state.forces()
+    inside, outside = np.flatnonzero(pruned), np.flatnonzero(~pruned)
+    rises = forces[outside] + state.curvature[outside]
+    seed = int(rng.integers(problem.n))
+    linked = np.abs(state.interaction(seed))
+    tiny = max(problem.scale, np.finfo(np.float64).tiny) * 1e-9 / problem.n
+    score_in = linked[inside] + np.maximum(forces[inside] - state.curvature[inside], 0.0)
+    score_out = (linked[outside] + state.curvature[outside] + tiny) / np.maximum(rises, tiny)
+    score_in = (score_in + tiny) * np.exp(rng.normal(size=inside.shape[0]))
+    score_out = score_out * np.exp(rng.normal(size=outside.shape[0]))
+    from_inside = min(inside.shape[0], max(size // 2, size - outside.shape[0]))
+    chosen_in = inside[np.argsort(-score_in, kind="stable")[:from_inside]]
+    chosen_out = outside[np.argsort(-score_out, kind="stable")[: size - from_inside]]
+    free: Index = np.sort(np.concatenate([chosen_in, chosen_out]))
+    return free
