@@ -183,7 +183,7 @@ def test_an_unknown_structure_is_refused_with_a_suggestion() -> None:
     "bad",
     [
         {"n_rows": 0}, {"n_rows": 1.5}, {"n_rows": True}, {"batch_size": 0}, {"memory_budget": -1},
-        {"dtype": "float16"}, {"damping": -1e-3}, {"damping": float("nan")}, {"damping": float("inf")}, 
+        {"dtype": "float16"}, {"damping": -1e-3}, {"damping": float("nan")}, {"damping": float("inf")},
         {"damping": "small"}, {"damping": True},
     ],
     ids=str,
