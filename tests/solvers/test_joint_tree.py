@@ -1,0 +1,282 @@
+"""The joint tree against brute force, and its bound against every mask."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solvers.errors import ProblemError
+from solvers.exact import joint_kernels as kernels
+from solvers.exact import joint_search as search
+from solvers.exact.joint_tree import joint_root_bound, solve_joint_tree
+from solvers.solution import Reason
+from solvers.solver import Deadline
+
+BLOCKS = Path(__file__).resolve().parents[2].parent / "shared" / "blocks"
+
+
+def joint_value(weights, factor, damping, gradient, pruned):
+    """CBS-U by least squares on [A; √λ I], independent of the code under test."""
+    n = weights.shape[0]
+    damping = np.broadcast_to(damping, (n,))
+    root = np.vstack([factor, np.diag(np.sqrt(damping))])
+    kept = ~pruned
+    gradient = np.zeros(n) if gradient is None else gradient
+    linear = -float(gradient[pruned] @ weights[pruned])
+    target = root[:, pruned] @ weights[pruned]
+    if not kept.any():
+        return 0.5 * float(target @ target) + linear
+    columns = root[:, kept]
+    if not gradient.any():
+        residual = target - columns @ np.linalg.lstsq(columns, target, rcond=1e-13)[0]
+        return 0.5 * float(residual @ residual)
+    hessian = columns.T @ columns
+    right = columns.T @ target - gradient[kept]
+    step = np.linalg.lstsq(hessian, right, rcond=1e-13)[0]
+    change = columns @ step - target
+    return 0.5 * float(change @ change) + float(gradient[kept] @ step) + linear
+
+
+def brute_force(weights, factor, damping, gradient, n_prune):
+    """Lowest joint value over all masks."""
+    n = weights.shape[0]
+    values = []
+    for removed in combinations(range(n), n_prune):
+        pruned = np.zeros(n, dtype=bool)
+        pruned[list(removed)] = True
+        values.append(joint_value(weights, factor, damping, gradient, pruned))
+    return min(values)
+
+
+def scale_of(weights, factor, damping, gradient):
+    diagonal = np.sum(factor**2, axis=0) + damping
+    linear = 0.0 if gradient is None else float(np.abs(gradient * weights).sum())
+    return 0.5 * float(diagonal @ weights**2) + linear
+
+
+def check(weights, factor, damping, gradient, n_prune, **options):
+    result = solve_joint_tree(weights, factor, damping, gradient, n_prune, **options)
+    best = brute_force(weights, factor, damping, gradient, n_prune)
+    found = joint_value(weights, factor, damping, gradient, result.pruned)
+    slack = 1e-6 * abs(best) + 1e-11 * scale_of(weights, factor, damping, gradient) + 1e-300
+    assert result.pruned.dtype == np.bool_ and int(result.pruned.sum()) == n_prune
+    assert found <= best + slack
+    assert result.bound <= best + slack
+    assert result.bound >= best - slack
+    assert result.reason is Reason.COMPLETED
+    return result
+
+
+@st.composite
+def instances(draw):
+    """Small blocks with what breaks solvers: duplicates, zero weights, low rank, no damping, huge and tiny scales."""
+    n = draw(st.integers(1, 9))
+    rank = draw(st.integers(1, 10))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    factor = rng.standard_normal((rank, n)) * np.exp(rng.uniform(-1, 1) * rng.standard_normal(n))
+    weights = rng.standard_normal(n)
+    if n > 2 and draw(st.booleans()):
+        factor[:, 1] = factor[:, 0]
+    if n > 3 and draw(st.booleans()):
+        weights[2] = 0.0
+    if n > 3 and draw(st.booleans()):
+        factor[:, 3] = 0.0
+    if n > 4 and draw(st.booleans()):
+        weights[4] = weights[0]
+    damping = draw(st.sampled_from([0.0, 1e-6, 1e-3, 1.0]))
+    gradient = None
+    if damping > 0.0 and draw(st.booleans()):
+        gradient = 0.1 * rng.standard_normal(n)
+    size = draw(st.sampled_from([1e-6, 1.0, 1e6]))
+    height = draw(st.sampled_from([1e-6, 1.0, 1e6]))
+    weights, factor, damping = weights * size, factor * height, damping * height**2
+    if gradient is not None:
+        gradient = gradient * size * height**2
+    return weights, factor, damping, gradient, draw(st.integers(0, n))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(instances())
+def test_agrees_with_brute_force(instance):
+    check(*instance)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("n_prune", [3, 6, 10])
+def test_agrees_with_brute_force_where_it_must_branch(seed, n_prune):
+    rng = np.random.default_rng(seed)
+    n = 13
+    factor = rng.standard_normal((8, n)) @ np.diag(np.exp(rng.standard_normal(n)))
+    result = check(rng.standard_normal(n), factor, 1e-3, None, n_prune)
+    assert result.statistics["nodes"] >= 1
+
+
+def test_gradient_moves_the_optimum():
+    rng = np.random.default_rng(3)
+    factor, weights, gradient = (
+        rng.standard_normal((12, 10)),
+        rng.standard_normal(10),
+        5.0 * rng.standard_normal(10),
+    )
+    result = check(weights, factor, 1e-2, gradient, 6)
+    assert result.bound < 0.0
+
+
+def test_several_dampings_of_a_block_diagonal_hessian():
+    rng = np.random.default_rng(4)
+    factor = np.zeros((9, 10))
+    factor[:4, :5], factor[4:, 5:] = rng.standard_normal((4, 5)), 3.0 * rng.standard_normal((5, 5))
+    check(rng.standard_normal(10), factor, np.repeat([1e-3, 1e-1], 5), None, 6)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_threads_and_a_given_incumbent_reach_the_same_value(n_threads):
+    rng = np.random.default_rng(5)
+    weights, factor = rng.standard_normal(12), rng.standard_normal((7, 12))
+    start = np.zeros(12, dtype=bool)
+    start[:7] = True
+    check(weights, factor, 1e-4, None, 7, n_threads=n_threads, incumbent=start)
+
+
+def test_one_thread_is_deterministic():
+    rng = np.random.default_rng(6)
+    arrays = rng.standard_normal(24), rng.standard_normal((14, 24)), 1e-4, None, 15
+    first, second = solve_joint_tree(*arrays, seed=1), solve_joint_tree(*arrays, seed=1)
+    assert np.array_equal(first.pruned, second.pruned)
+    assert first.bound == second.bound and first.statistics == second.statistics
+
+
+@pytest.mark.parametrize("node_limit", [1, 5])
+def test_stops_at_the_node_limit_with_a_valid_bound(node_limit):
+    rng = np.random.default_rng(7)
+    weights, factor = rng.standard_normal(14), rng.standard_normal((9, 14))
+    best = brute_force(weights, factor, 1e-4, None, 8)
+    result = solve_joint_tree(weights, factor, 1e-4, None, 8, node_limit=node_limit)
+    assert result.bound <= best * (1 + 1e-9)
+    assert result.reason in (Reason.NODE_LIMIT, Reason.COMPLETED)
+    assert joint_value(weights, factor, 1e-4, None, result.pruned) >= best * (1 - 1e-9)
+
+
+def test_an_expired_deadline_still_returns_a_mask_and_a_bound():
+    rng = np.random.default_rng(8)
+    weights, factor = rng.standard_normal(40), rng.standard_normal((20, 40))
+    result = solve_joint_tree(weights, factor, 1e-4, None, 25, deadline=Deadline(0.0))
+    value = joint_value(weights, factor, 1e-4, None, result.pruned)
+    assert result.reason is Reason.TIME_LIMIT
+    assert 0.0 <= result.bound <= value
+
+
+def test_unbounded_below_is_refused():
+    weights, factor, gradient = np.ones(3), np.array([[1.0, 0.0, 0.0]]), np.array([0.0, 1.0, 0.0])
+    with pytest.raises(ProblemError, match="unbounded"):
+        solve_joint_tree(weights, factor, 0.0, gradient, 1)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("n_prune", [0, 4, 8, 12])
+def test_root_bound_is_below_the_optimum_and_its_diagonal_is_feasible(n_prune, with_gradient):
+    rng = np.random.default_rng(9)
+    weights, factor = rng.standard_normal(12), rng.standard_normal((10, 12))
+    gradient = rng.standard_normal(12) if with_gradient else None
+    root = joint_root_bound(weights, factor, 1e-2, gradient, n_prune)
+    best = brute_force(weights, factor, 1e-2, gradient, n_prune)
+    hessian = factor.T @ factor + 1e-2 * np.eye(12)
+    assert root.bound <= best + 1e-9 * abs(best) + 1e-12
+    assert np.linalg.eigvalsh(hessian - np.diag(root.diagonal))[0] >= -1e-12 * np.linalg.norm(hessian)
+    if n_prune == 8 and not with_gradient:
+        # Better than anything the damping alone gives: the certificate with D = λ, at its maximiser over many points.
+        flat, scores = np.full(12, 1e-2), np.zeros(12)
+        points = [share * weights for share in np.linspace(0.0, 1.0, 51)]
+        plain = max(kernels.certificate(hessian, flat, weights, point, 4, scores)[0] for point in points)
+        assert root.bound > 1.5 * max(plain, 0.5 * 1e-2 * np.sort(weights**2)[:8].sum())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 8), st.floats(-3, 3))
+def test_the_certificate_holds_at_any_point_and_the_reduced_costs_with_it(seed, n, size):
+    rng = np.random.default_rng(seed)
+    factor = rng.standard_normal((n + 2, n))
+    matrix, target = factor.T @ factor, rng.standard_normal(n)
+    n_kept = int(rng.integers(1, n))
+    diagonal = np.full(n, 0.9 * np.linalg.eigvalsh(matrix)[0])
+    scores = np.zeros(n)
+    bound, order = kernels.certificate(
+        matrix, diagonal, target, rng.standard_normal(n) * 10.0**size, n_kept, scores
+    )
+    last_in, first_out = scores[order[n_kept - 1]], scores[order[n_kept]]
+    for kept in combinations(range(n), n_kept):
+        mask = np.ones(n, dtype=bool)
+        mask[list(kept)] = False
+        value = kernels.mask_value(matrix, target, mask)
+        forced = bound + max(
+            [0.0]
+            + [0.5 * (scores[i] - first_out) for i in order[:n_kept] if mask[i]]
+            + [0.5 * (last_in - scores[i]) for i in order[n_kept:] if not mask[i]]
+        )
+        assert value >= forced - 1e-9 * (abs(forced) + abs(bound) + value)
+
+
+def test_a_node_is_the_same_problem_again():
+    rng = np.random.default_rng(10)
+    n = 9
+    factor = rng.standard_normal((12, n))
+    hessian, centre = factor.T @ factor, rng.standard_normal(n)
+    status = np.zeros(n, dtype=np.int8)
+    status[[1, 5]], status[[2, 7]] = kernels.KEPT, kernels.REMOVED
+    undecided, matrix, target, base = kernels.reduce_node(hessian, centre, status)
+    for chosen in combinations(range(undecided.size), 2):
+        inner = np.zeros(undecided.size, dtype=bool)
+        inner[list(chosen)] = True
+        whole = status == kernels.REMOVED
+        whole[undecided[inner]] = True
+        assert kernels.mask_value(hessian, centre, whole) == pytest.approx(
+            base + kernels.mask_value(matrix, target, inner), rel=1e-9
+        )
+
+
+def test_descend_reaches_a_swap_optimum():
+    rng = np.random.default_rng(11)
+    n = 10
+    factor = rng.standard_normal((12, n))
+    hessian, centre = factor.T @ factor, rng.standard_normal(n)
+    start = np.arange(n) < 5
+    mask, value = search.descend(hessian, centre, start)
+    assert mask.sum() == 5 and value <= kernels.mask_value(hessian, centre, start)
+    for i in np.flatnonzero(mask):
+        for j in np.flatnonzero(~mask):
+            other = mask.copy()
+            other[i], other[j] = False, True
+            assert kernels.mask_value(hessian, centre, other) >= value * (1 - 1e-9)
+
+
+def test_dominates_refuses_what_is_not_psd():
+    matrix, scratch = np.array([[1.0, 0.5], [0.5, 1.0]]), np.zeros((2, 2))
+    assert kernels.dominates(matrix, np.array([0.4, 0.4]), scratch)
+    assert not kernels.dominates(matrix, np.array([0.5, 0.5]), scratch)
+    assert not kernels.dominates(matrix, np.array([0.9, 0.9]), scratch)
+
+
+def _stored():
+    if not BLOCKS.is_dir():
+        return []
+    rows = json.loads((BLOCKS / "optima.json").read_text())
+    return [row for row in rows if row["objective"] == "joint"]
+
+
+@pytest.mark.skipif(not BLOCKS.is_dir(), reason="the optional data folder ../shared/blocks is absent")
+@pytest.mark.parametrize("row", _stored(), ids=lambda row: f"{row['block']}-{row['n_prune']}")
+def test_proves_the_stored_blocks(row):
+    with np.load(BLOCKS / f"{row['block']}.npz") as data:
+        weights, factor, damping = data["weights"], data["factor"].astype(np.float64), float(data["damping"])
+    result = solve_joint_tree(weights, factor, damping, None, row["n_prune"])
+    value = joint_value(weights, factor, damping, None, result.pruned)
+    assert value <= row["best"] * (1 + 1e-6)
+    assert result.bound <= value * (1 + 1e-9)
+    assert math.isclose(result.bound, value, rel_tol=1e-6)
