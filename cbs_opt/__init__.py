@@ -28,6 +28,7 @@ from cbs_opt.prepared import Prepared, prepare
 from cbs_opt.prune import prune
 from cbs_opt.report import LayerReport, PruneReport
 from cbs_opt.results import PruneResult
+from cbs_opt.stage_options import StageOptions, StageRecord
 from cbs_opt.update import Update, Updated, update_weights
 from cbs_opt.workspace import Workspace, open_workspace
 from solvers.errors import (
@@ -71,6 +72,8 @@ __all__ = [
     "PruneResult",
     "PruningMask",
     "SingularHessianError",
+    "StageOptions",
+    "StageRecord",
     "Structure",
     "UnknownNameError",
     "Update",

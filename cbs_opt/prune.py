@@ -7,6 +7,8 @@ masks → report. Everything that can be refused is refused before gradients are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,9 +21,12 @@ from cbs_opt.layers import PrunableLayers, check_sparsity
 from cbs_opt.losses import MOST_SAMPLES
 from cbs_opt.prepared import pick_objective, prepare
 from cbs_opt.results import PruneResult
+from cbs_opt.stage_options import StageOptions
 from cbs_opt.update import Update, check_scale
-from solvers import Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
-from solvers.errors import OptionError
+from cbs_opt.workspace import open_workspace
+from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
+from solvers.allocation import ALLOCATIONS
+from solvers.errors import OptionError, UnknownNameError
 from solvers.solving import check_capabilities
 
 
@@ -44,7 +49,8 @@ def prune(
     time_limit: float | None = None,
     allocation: str | None = None,
     loss_samples: int = MOST_SAMPLES,
-    stages: int = 1,
+    stages: int | StageOptions = 1,
+    journal: Path | str | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Prune a network.
@@ -82,10 +88,13 @@ def prune(
         How to split the budget over blocks for solvers that cannot share one.
     loss_samples : int
         Calibration losses, by which solvers pick among masks, are taken over at most this many samples.
-    stages : int
-        How often gradients are recomputed on the way to the sparsity.
+    stages : int or StageOptions
+        How often gradients are recomputed on the way to the sparsity; see `cbs_opt.stages`. With more than one stage
+        the first-order term is always part of the model and the update is the combinatorial one, its length searched.
+    journal : path, optional
+        Folder that gets the state after each stage; a killed run that is started again goes on from there.
     progress : callable, optional
-        Called with (rows done, rows in all) while gradients are computed.
+        Called with (rows done, rows in all) while gradients are computed, or with (stages done, stages in all).
 
     Returns
     -------
@@ -102,15 +111,49 @@ def prune(
     check_scale(update_scale)
     fisher = fisher or FisherOptions()
     goal = pick_objective(chosen, objective)
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise OptionError(f"stages must be a positive integer, not {stages!r}")
-    if stages > 1:
-        raise OptionError(f"stages={stages} is not supported here; use stages=1")
+    staged = None if isinstance(stages, int) and stages == 1 else StageOptions.of(stages)
+    if staged is None and journal is not None:
+        raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
+    if staged is not None:
+        fisher = replace(fisher, first_order=True)
+        if objective is None and Capability.JOINT in chosen.capabilities:
+            goal = Objective.JOINT
+        _refuse_in_stages(how, update_scale, time_limit, fisher)
+    if allocation is not None and allocation not in ALLOCATIONS:
+        raise UnknownNameError.of("allocation", str(allocation), ALLOCATIONS)
 
     def check(layers: PrunableLayers) -> None:
         if allocation is None:
             check_capabilities(chosen, _outline(layers, fisher, sparsity, goal), time_limit, None)
 
+    if staged is not None:
+        from cbs_opt.staged_pruning import prune_in_stages
+
+        workspace = open_workspace(
+            model,
+            data,
+            loss_fn,
+            fisher=fisher,
+            calibration=calibration,
+            include=include,
+            exclude=exclude,
+            device=device,
+            seed=seed,
+            loss_samples=loss_samples,
+            check=check,
+        )
+        return prune_in_stages(
+            workspace,
+            n_kept=workspace.layers.n_kept(sparsity),
+            sparsity=float(sparsity),
+            solver=chosen,
+            objective=goal,
+            fisher=fisher,
+            options=staged,
+            allocation=allocation,
+            journal=journal,
+            progress=progress,
+        )
     prepared = prepare(
         model,
         data,
@@ -134,6 +177,20 @@ def prune(
         time_limit=time_limit,
         allocation=allocation,
     )
+
+
+def _refuse_in_stages(update: Update, scale: float, time_limit: float | None, fisher: FisherOptions) -> None:
+    """Raise OptionError for what stages decide themselves or do not support."""
+    if update is not Update.COMBINATORIAL:
+        raise OptionError(f"stages refit the kept weights: update must be 'combinatorial', not {update.value!r}")
+    if scale != 1.0:
+        raise OptionError(f"stages search the length of the update themselves: leave update_scale={scale!r} out")
+    if time_limit is not None:
+        raise OptionError("stages keep no time limit; leave time_limit out")
+    if fisher.damping <= 0.0:
+        raise OptionError("stages need a positive damping to start from, e.g. FisherOptions(damping=1e-4)")
+    if not fisher.spec.contiguous:
+        raise OptionError(f"stages rebuild the blocks as weights go; {str(fisher.spec)!r} is not supported, 'one' is")
 
 
 def _outline(layers: PrunableLayers, fisher: FisherOptions, sparsity: float, objective: Objective) -> SelectionProblem:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from cbs_opt.report import PruneReport, contributions, layer_reports
+from cbs_opt.stage_options import StageRecord
 from cbs_opt.update import Update, Updated
 from solvers import SelectionProblem, Solution
 from solvers.refit import refit
@@ -32,20 +33,23 @@ class PruneResult:
     masks : dict of str to bool tensor
         By layer name, in the shape of the weight; True = kept.
     report : PruneReport
-    solution : Solution
-        What the solver did, in the order of the blocks.
+    solution : Solution or None
+        What the solver did, in the order of the blocks; None where it was called in several stages.
     weights : float64 (n,)
         The new prunable weights in the order of the network, zero where pruned.
     pruned : bool (n,)
         True = removed, in the order of the network.
+    stages : tuple of StageRecord
+        What each stage did; empty for a single one.
     """
 
     model: nn.Module
     masks: dict[str, Tensor]
     report: PruneReport
-    solution: Solution
+    solution: Solution | None
     weights: Array
     pruned: Mask
+    stages: tuple[StageRecord, ...] = ()
 
 
 def assemble(

@@ -328,3 +328,48 @@ def test_the_first_order_term_takes_part(trained) -> None:
             short, data, F.cross_entropy, sparsity=0.2, solver="magnitude", fisher=fisher
         ).report.loss_pruned
     assert losses[True] < losses[False]
+
+
+def test_stages_end_at_exactly_k_with_a_report(trained, tmp_path) -> None:
+    model, data = trained
+    fisher = FisherOptions(n_rows=20, batch_size=4, damping=1e-2)
+    options = cbs_opt.StageOptions(n_stages=3, n_polish=1, held_out=20, max_evaluations=4)
+    ticks: list[tuple[int, int]] = []
+    result = cbs_opt.prune(
+        model, data, F.cross_entropy, sparsity=0.7, solver="obs", fisher=fisher, stages=options,
+        journal=tmp_path / "journal", progress=lambda *a: ticks.append(a),
+    )  # fmt: skip
+    report = result.report
+    assert report.n_kept == int(62 * (1 - 0.7)) == sum(int(m.sum()) for m in result.masks.values())
+    assert report.stages == len(result.stages) == 4 and result.solution is None
+    assert ticks == [(i, 4) for i in range(1, 5)]
+    x, y = data
+    assert report.loss_pruned == pytest.approx(F.cross_entropy(result.model(x), y).item(), rel=1e-5)
+    assert report.loss_dense == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
+    path = tmp_path / "report.json"
+    report.save(path)
+    assert str(PruneReport.load(path)) == str(report)
+    again = cbs_opt.prune(
+        model, data, F.cross_entropy, sparsity=0.7, solver="obs", fisher=fisher, stages=options,
+        journal=tmp_path / "journal",
+    )  # fmt: skip
+    assert np.array_equal(again.weights, result.weights) and "journal" in again.report.repairs[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": 3, "update": "none"}, "combinatorial"),
+        ({"stages": 3, "update_scale": 0.5}, "update_scale"),
+        ({"stages": 3, "time_limit": 1.0, "solver": "greedy_ls"}, "time_limit"),
+        ({"stages": 3, "fisher": FisherOptions(damping=0.0)}, "damping"),
+        ({"stages": 3, "fisher": FisherOptions(blocks="clusters:5")}, "clusters:5"),
+        ({"stages": 1, "journal": "somewhere"}, "journal"),
+        ({"stages": 2.5}, "stages"),
+        ({"allocation": "fair"}, "allocation"),
+    ],
+    ids=str,
+)
+def test_what_stages_do_not_support_is_refused_before_any_work(trained, arguments: dict, message: str) -> None:
+    with pytest.raises((OptionError, UnknownNameError), match=message):
+        cbs_opt.prune(trained[0], Untouchable(), F.cross_entropy, **arguments)
