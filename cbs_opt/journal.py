@@ -1,8 +1,8 @@
 """The journal of a staged pruning: whatever a killed run needs to go on as if it had not been.
 
 A folder with ``journal.json`` (what is being run, a record per finished stage) and ``stage-0007.safetensors`` (weights,
-mask, damping and batch-norm statistics after stage 7). A stage counts once ``journal.json`` names it. Both files are written under
-another name and then moved, the state first, so a run killed at any instant leaves a journal that is whole.
+mask, damping and batch-norm statistics after stage 7). A stage counts once ``journal.json`` names it. Both files are
+written under another name and then moved, the state first, so a run killed at any instant leaves a whole journal.
 Random numbers are no part of it: they are derived from the seed and the number of the stage.
 """
 
@@ -97,7 +97,7 @@ class Journal:
             raise CheckpointError(
                 f"the journal {path} cannot be read ({error}); remove the folder to start anew"
             ) from error
-        for key in sorted(set(found) | set(run)):
+        for key in dict.fromkeys((*run, *found)):
             if found.get(key) != run.get(key):
                 raise OutputError(
                     f"the journal in {self.folder} belongs to another run: {key} is {found.get(key)!r} there and "

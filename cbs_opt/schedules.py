@@ -86,4 +86,4 @@ def _after(shape: Schedule, n_start: int, n_kept: int, t: float) -> int:
         value = n_kept + (n_start - n_kept) * (1.0 - t) ** 3
     else:
         value = n_start - (n_start - n_kept) * t
-    return min(n_start, max(n_kept, int(value)))
+    return min(n_start, max(n_kept, int(value + 1e-9)))

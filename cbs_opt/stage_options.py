@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,9 @@ class StageOptions:
         Rows are taken relative to their mean, so that AᵀA ≈ H/b without the gradient's own outer product, which would
         shorten the steps.
     regrow : float
-        In every stage this many removed weights, relative to those kept, may come back where the model gains most by
-        them; the solver then chooses among these and the kept ones. The last `settle` stages swap nothing.
+        In every stage this many removed weights, relative to those kept, may come back: those that promise most by
+        gradient and curvature; the solver then chooses among these and the kept ones. The last `settle` stages swap
+        nothing.
     settle : int
         See `regrow`.
     batch_norm : bool
@@ -57,7 +59,7 @@ class StageOptions:
     batch_norm_samples : int
         Samples for that.
     augment : callable, optional
-        Augmentation of the inputs, for networks trained with one: on training samples as they are their gradients vanish.
+        Augmentation of the inputs, for networks trained with one: on samples as they are their gradients vanish.
     """
 
     n_stages: int = 15
@@ -95,7 +97,7 @@ class StageOptions:
             if not self.levels:
                 raise OptionError("levels is empty; give the sparsity after each stage, or None for a schedule")
             levels = [check_sparsity(level) for level in self.levels]
-            if any(b < a for a, b in zip(levels, levels[1:], strict=False)):
+            if any(b < a for a, b in pairwise(levels)):
                 raise OptionError(f"levels must not fall, not {self.levels!r}: weights are removed stage by stage")
         if not (isinstance(self.regrow, (int, float)) and math.isfinite(self.regrow) and self.regrow >= 0):
             raise OptionError(f"regrow must be a finite number, zero or more, not {self.regrow!r}")
