@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cbs_opt.calibration import CalibrationData, Forward, Index
 from cbs_opt.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
 from cbs_opt.layers import PrunableLayers
-from cbs_opt.network_checks import check_loss
+from cbs_opt.network_checks import check_loss, typed_failures
 from cbs_opt.network_checks import evaluation_mode as evaluation_mode
 from cbs_opt.outer_products import NotApplicableError
 from cbs_opt.trees import Tree, leaves, split_rows
@@ -149,7 +149,15 @@ def sample_gradients(
         for start in range(0, rows, chunk):
             part = index[start : start + chunk]
             target = factor[start : start + chunk]
-            total += engine(model, layers, forward, *_rows(data, part, place), target, scale).double().sum()
+            samples = _rows(data, part, place)
+            try:
+                with typed_failures(*samples):
+                    losses = engine(model, layers, forward, *samples, target, scale)
+            except NotApplicableError as error:
+                raise ModelError(
+                    f"rows {start} to {start + len(part) - 1}: {error}; use method='vmap' or 'loop'"
+                ) from error
+            total += losses.double().sum()
             mean += target.sum(0, dtype=torch.float64)
             if progress is not None:
                 progress(min(start + chunk, rows), rows)
@@ -190,7 +198,8 @@ def _choose(
     rows = _rows(data, index[: min(2, len(index))], device)
     dtype = layers.parameters(model)[0].dtype
     expected = torch.empty(len(index[:2]), layers.n, dtype=dtype, device=device)
-    loop_rows(model, layers, forward, *rows, expected, 1.0)
+    with typed_failures(*rows):
+        loop_rows(model, layers, forward, *rows, expected, 1.0)
     wanted = [GradientMethod.OUTER, GradientMethod.VMAP] if method is GradientMethod.AUTO else [method]
     for candidate in wanted:
         problem = _compare(candidate, model, layers, forward, rows, expected)

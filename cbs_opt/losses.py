@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cbs_opt.calibration import CalibrationData, Forward
 from cbs_opt.layers import PrunableLayers
-from cbs_opt.network_checks import evaluation_mode
+from cbs_opt.network_checks import evaluation_mode, typed_failures
 from cbs_opt.trees import Tree
 
 #: Most calibration samples a loss is taken over, as in the published experiments.
@@ -64,6 +64,7 @@ class LossMeter:
         total = 0.0
         with evaluation_mode(self._model), torch.no_grad():
             for inputs, targets, count in self._batches:
-                loss = self._forward.loss(self._forward.output(self._model, inputs, targets), inputs, targets)
+                with typed_failures(inputs, targets):
+                    loss = self._forward.loss(self._forward.output(self._model, inputs, targets), inputs, targets)
                 total += float(loss) * count
         return total / self.n_samples

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbs_opt.calibration import CalibrationData, Forward, Index
-from solvers.errors import ModelError
+from cbs_opt.trees import Tree, leaves
+from solvers.errors import CBSError, ModelError
 
 
 @contextmanager
@@ -44,13 +45,29 @@ def check_mode(model: nn.Module) -> None:
             )
 
 
+@contextmanager
+def typed_failures(inputs: Tree, targets: Tree | None) -> Iterator[None]:
+    """Turn whatever network or loss throw at calibration samples into a ModelError that shows what they were given."""
+    try:
+        yield
+    except CBSError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        given = [f"{path or 'x'} {tuple(t.shape)} {t.dtype}" for path, t in leaves(inputs)]
+        expected = [f"{path or 'y'} {tuple(t.shape)} {t.dtype}" for path, t in leaves(targets)]
+        raise ModelError(
+            f"network or loss fail on calibration samples of {', '.join(given + expected)}: {type(error).__name__}: "
+            f"{str(error).strip()}; check shapes, dtypes and the range of the targets"
+        ) from error
+
+
 def check_loss(model: nn.Module, data: CalibrationData, forward: Forward, row: Index, device: torch.device) -> None:
     """The loss is a finite scalar, a mean, and the same when taken twice."""
     single = np.array([int(row[0])])
 
     def loss_of(numbers: Index) -> Tensor:
         inputs, targets = data.batch(numbers, device)
-        with torch.no_grad():
+        with torch.no_grad(), typed_failures(inputs, targets):
             loss = forward.loss(forward.output(model, inputs, targets), inputs, targets)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -96,8 +96,7 @@ def outer_product_rows(
 def row_losses(forward: Forward, output: Any, inputs: Tree, targets: Tree | None, rows: int, size: int) -> Tensor:
     """The loss (R,) of each row from the network's output for all R·b samples."""
 
-    if not isinstance(output, (Tensor, tuple, list, dict)):
-        raise NotApplicableError(f"the network returns a {type(output).__name__}")
+    _require_plain(output)
     for _, t in leaves(output):
         if t.ndim == 0 or t.shape[0] != rows * size:
             raise NotApplicableError(f"an output of shape {tuple(t.shape)} is not one entry per sample")
@@ -110,6 +109,16 @@ def row_losses(forward: Forward, output: Any, inputs: Tree, targets: Tree | None
     except (RuntimeError, ValueError, NotImplementedError):
         # A loss with data-dependent control flow cannot be vmapped; row by row is the same sum.
         return torch.stack([forward.loss(row_of(parts, r), row_of(inputs, r), row_of(targets, r)) for r in range(rows)])
+
+
+def _require_plain(output: Any) -> None:
+    """Outputs are taken apart and rebuilt for every row, which would lose what a class of their own carries."""
+    if isinstance(output, Tensor):
+        return
+    if type(output) not in (tuple, list, dict):
+        raise NotApplicableError(f"the network returns a {type(output).__name__}, not tensors, tuples, lists or dicts")
+    for value in output.values() if isinstance(output, dict) else output:
+        _require_plain(value)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -118,6 +118,50 @@ def test_dict_batches_and_dict_outputs() -> None:
         torch.testing.assert_close(found.factor * math.sqrt(5), expected)
 
 
+def test_outputs_of_a_class_of_their_own_reach_the_loss_as_they_are() -> None:
+    class Output(dict):
+        @property
+        def logits(self) -> Tensor:
+            return self["logits"]
+
+    class Wrapped(Mlp):
+        def forward(self, x: Tensor) -> Output:
+            return Output(logits=super().forward(x))
+
+    torch.manual_seed(0)
+    model = Wrapped().double()
+    data = CalibrationData.read(inputs_for(Mlp, 8))
+    forward = Forward(model, lambda output, target: F.cross_entropy(output.logits, target))
+    index = data.draw(4, 2, 0)
+    found = sample_gradients(model, find_layers(model), data, forward, index, dtype=torch.float64)
+    assert found.method == "vmap" and "Output" in found.notes[0]
+    torch.testing.assert_close(found.factor * 2, oracle_rows(model, find_layers(model), forward, data, index))
+
+
+@pytest.mark.parametrize("case", ["positions first", "output not per sample", "functional use"])
+def test_networks_the_fast_method_cannot_follow_still_get_the_right_rows(case: str) -> None:
+    class Odd(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            if case == "positions first":
+                both = torch.stack([x, x * 0.5, x - 1.0])
+                return self.fc3(torch.tanh(self.fc2(F.relu(self.fc1(both))))).sum(0)
+            if case == "output not per sample":
+                return super().forward(x).mean(0, keepdim=True)
+            return self.fc3(torch.tanh(F.linear(self.fc1(x), self.fc2.weight)))
+
+    torch.manual_seed(0)
+    model = Odd().double()
+    data = CalibrationData.read(inputs_for(Mlp, 9))
+    loss = lambda output, target: F.cross_entropy(output, target[: len(output)])  # noqa: E731
+    forward = Forward(model, loss)
+    index = data.draw(4, 1, 0)
+    found = sample_gradients(model, find_layers(model), data, forward, index, dtype=torch.float64)
+    assert found.method != "outer" and found.notes
+    torch.testing.assert_close(found.factor * 2, oracle_rows(model, find_layers(model), forward, data, index))
+    with pytest.raises(ModelError, match="does not apply"):
+        sample_gradients(model, find_layers(model), data, forward, index, method="outer")
+
+
 def test_chunks_of_any_size_give_the_same_rows() -> None:
     model, layers, data, forward = setting(ConvNet)
     index = data.draw(11, 1, 0)
@@ -258,6 +302,33 @@ def test_unknown_methods_dtypes_and_budgets_are_refused() -> None:
         sample_gradients(*arguments, index, memory_budget=0)
     with pytest.raises(OptionError, match=r"GB .*fewer rows"):
         sample_gradients(*arguments, np.broadcast_to(np.int64(0), (10**13, 1)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.ones(4, 7), torch.zeros(4, dtype=torch.long), r"x \(1, 7\).*check shapes"),
+        (torch.ones(4, 6), torch.full((4,), 9), r"range of the targets"),
+        (torch.ones(4, 6), torch.zeros(4, 5), r"y \(1, 5\)"),
+        (torch.ones(4, 6, dtype=torch.long), torch.zeros(4, dtype=torch.long), r"torch\.int64"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_refused_with_their_shapes(x: Tensor, y: Tensor, message: str) -> None:
+    model, layers, _, forward = setting(Mlp)
+    data = CalibrationData.read((x, y)).cast(torch.float64)
+    with pytest.raises(ModelError, match=message):
+        sample_gradients(model, layers, data, forward, np.arange(4).reshape(4, 1))
+
+
+@pytest.mark.parametrize("method", ["outer", "vmap", "loop"])
+def test_a_target_out_of_range_among_many_is_refused(method: str) -> None:
+    model, layers, _, forward = setting(Mlp)
+    x, y = inputs_for(Mlp, 8)
+    y[6] = 11
+    with pytest.raises(ModelError, match="range of the targets"):
+        sample_gradients(
+            model, layers, CalibrationData.read((x, y)), forward, np.arange(8).reshape(8, 1), method=method
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
