@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from experiments.datasets import Dataset, load_dataset
+from experiments.datasets.parquet import SOURCES
 from experiments.evaluation import Evaluation, evaluate
 from experiments.literature import published_kept
 from experiments.networks import Network, load_network
@@ -68,6 +69,8 @@ class Runner:
         self.listener = listener
         experiment = options.experiment
         listener.working("loading data", 0, 0)
+        if options.data_dir is None and experiment.dataset in SOURCES:
+            listener.say(f"no --data-dir: asking the Hugging Face hub for {SOURCES[experiment.dataset].repository}")
         self.dataset: Dataset = load_dataset(experiment.dataset, options.data_dir)
         listener.say(f"data: {self.dataset.source}")
         self.network: Network = load_network(

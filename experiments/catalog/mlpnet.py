@@ -12,8 +12,8 @@ MLPNET = Experiment(
     model=MLPNet,
     dataset="mnist",
     checkpoint="mlpnet_mnist.safetensors",
-    # Chosen to land near the published network's 93.97 %, which is far from what 784-40-20-10 can reach.
-    recipe=Recipe(epochs=10, batch_size=64, learning_rate=0.05, weight_decay=1e-4),
+    # Stops where the published network does, at a training loss of 0.20 and 94 %; the architecture can reach 97 %.
+    recipe=Recipe(epochs=2, batch_size=64, learning_rate=0.005, weight_decay=1e-4),
     train_on_demand=True,
     sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
     fisher_samples=10_000,
