@@ -55,6 +55,19 @@ def back_project(factor: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return torch.cat([factor[:, chunk].double().T @ z for chunk in column_chunks(factor)])
 
 
+def gather_columns(factor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A[:, index] in the factor's dtype, (r, m).
+
+    On the CPU ``index_select`` copies all of a factor that is not contiguous, such as one layer's columns of a larger
+    matrix; here only the wanted columns are read.
+    """
+    if factor.is_contiguous() or factor.device.type != "cpu":
+        return factor.index_select(1, index)
+    if factor.T.is_contiguous():
+        return factor.T.index_select(0, index).T
+    return torch.from_numpy(factor.numpy()[:, index.numpy()])
+
+
 def column_squares(factor: torch.Tensor) -> torch.Tensor:
     """diag(AᵀA), float64 (n,); a few rows at a time, so that the conversion stays in a CPU's cache."""
     height = max(1, (CHUNK_ENTRIES if factor.is_cuda else 1 << 19) // factor.shape[1])

@@ -212,7 +212,7 @@ class QuadraticBlock:
         chosen = torch.as_tensor(index, device=self.device)
         if chosen.dtype == torch.bool:
             chosen = chosen.nonzero().squeeze(1)
-        return self.factor.index_select(1, chosen).double()
+        return linalg.gather_columns(self.factor, chosen).double()
 
     @cached_property
     def diagonal(self) -> torch.Tensor:

@@ -25,7 +25,7 @@ from solvers.solver import Capability, Context, Solver, option
 Ranks = npt.NDArray[np.int32]
 
 #: Entries of a batch of masked weight vectors that are projected in one product.
-_BATCH_ENTRIES = 1 << 23
+_BATCH_ENTRIES = 1 << 21
 #: Relative error allowed for a product in the factor's own precision; draws closer than this are compared in float64.
 _SCREEN_TOLERANCE = 1e-4
 

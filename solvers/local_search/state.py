@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from solvers import linalg
 from solvers.problem import Array, Mask, SelectionProblem
 
 Index = npt.NDArray[np.int64]
@@ -94,7 +95,7 @@ class SwapState:
             block = self.problem.blocks[number]
             mine = np.flatnonzero(owner == number)
             local = torch.as_tensor(index[mine] - self._offsets[number], device=block.device)
-            gathered: npt.NDArray[Any] = block.factor.index_select(1, local).T.cpu().numpy()
+            gathered: npt.NDArray[Any] = linalg.gather_columns(block.factor, local).T.cpu().numpy()
             out[mine, : block.n_rows] = gathered
         return out
 

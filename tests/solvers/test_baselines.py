@@ -93,7 +93,7 @@ def test_grouped_draws_keep_exactly_k_and_never_the_smaller_of_a_group(n: int, f
     kept = np.diff(bounds) * (n - n_prune) // n
     rng.permutation(np.flatnonzero(kept < np.diff(bounds)))
     order = rng.permutation(n)
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in itertools.pairwise(bounds):
         members = order[low:high]
         gone, stay = members[pruned[members]], members[~pruned[members]]
         if gone.size and stay.size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,7 +108,7 @@ def test_cardinality_is_exact_and_the_objective_never_rises(
     assert solution.n_pruned == n_prune
     path = [point.objective for point in solution.trace]
     slack = 1e-10 * problem.scale
-    assert all(later <= earlier + slack for earlier, later in zip(path, path[1:], strict=False))
+    assert all(later <= earlier + slack for earlier, later in pairwise(path))
     assert path[-1] == pytest.approx(solution.objective, rel=1e-9, abs=slack)
 
 
