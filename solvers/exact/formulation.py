@@ -22,7 +22,7 @@ tolerances relative ones. See `Model.safe_bound` for what is subtracted from a c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +139,11 @@ class Model:
     incumbent_value: float
 
     @property
+    def least(self) -> float:
+        """What no mask can fall below: 0 without a gradient, for both objectives are then sums of squares."""
+        return -math.inf if self.problem.has_gradient else 0.0
+
+    @property
     def n_rows(self) -> int:
         """Number of z."""
         return int(self.columns.shape[0])
@@ -159,14 +164,16 @@ class Model:
         """What the tolerances of a solver may hide, in solver units.
 
         Each of the m terms z_j² ≤ t_j may be violated by the feasibility tolerance τ, each z_j may be off by τ at
-        the slope 2|z_j|, and each x_i may be off an integer by τ at the slope 2 zᵀb_i + |linear_i|; with Σ z² at most
-        TARGET + |linear part| this adds up to the figure below. The change p enters z like x does. Rounding in
-        the solver's own data is at the level of 1e-15 of the largest coefficients and is added too.
+        the slope 2|z_j|, and each x_i may be off an integer by τ at the slope 2 zᵀb_i + linear_i. Σ z² and the
+        positive linear terms are at most TARGET plus the gain N that the negative linear terms allow; that adds up
+        to the figure below. The change p enters z like x does. Rounding in the solver's own data is at the level of
+        1e-15 of the largest coefficients and is added too.
         """
-        height = math.sqrt(TARGET + float(np.abs(self.linear).clip(max=TARGET).sum()))
+        gain = float(-np.sort(self.linear)[: self.problem.n_prune].clip(max=0.0).sum())
+        height = math.sqrt(TARGET + gain)
         column_norms = np.linalg.norm(self.columns, axis=0)
-        slope = 2.0 * height * (float(column_norms.sum()) + self.n_rows) + float(np.abs(self.linear).sum())
-        tolerance = FEASIBILITY * (self.n_rows + TARGET + slope)
+        slope = 2.0 * height * (float(column_norms.sum()) + self.n_rows) + TARGET - float(self.linear.clip(max=0).sum())
+        tolerance = FEASIBILITY * (self.n_rows + TARGET + gain + slope)
         rounding = 1e-15 * (float((column_norms**2).sum()) + float(np.abs(self.linear).sum()))
         return tolerance + rounding
 
@@ -187,7 +194,7 @@ class Model:
         masks = [self.incumbent] if x is None else [self.mask(x), self.incumbent]
         values = [self.problem.value(mask) for mask in masks]
         best = int(np.argmin(values))
-        bound = min(self.safe_bound(claimed), values[best])
+        bound = min(max(self.safe_bound(claimed), self.least), values[best])
         context.record(values[best], bound)
         return Proposal(masks[best], bound=bound, reason=reason, statistics=statistics)
 
@@ -200,7 +207,16 @@ def _split(root: Array, square: Square | None, n_kept: int, unit: float) -> tupl
     """
     n = root.shape[1]
     norms = np.linalg.norm(root, axis=0)
-    if root.shape[0] < n or not norms.all():
+    active = norms > 0
+    if not active.all():
+        base, diagonal = np.zeros((root.shape[0], n)), np.zeros(n)
+        if active.any():
+            inner = None if square is None else replace(square, centre=square.centre[active])
+            part, diagonal[active] = _split(root[:, active], inner, n_kept, unit)
+            base = np.zeros((part.shape[0], n))
+            base[:, active] = part
+        return base, diagonal
+    if root.shape[0] < n:
         return root, np.zeros(n)
     scaled = root / norms
     # Rounding in H is of the order n·eps of its diagonal; stay clear of it so that H₀ is certainly PSD.
@@ -248,7 +264,8 @@ def build(problem: SelectionProblem, context: Context) -> Model:
     if square is not None:
         # ½ c_i²/(H⁻¹)_ii + constant bounds every mask that removes i, under either objective.
         least = 0.5 * square.centre**2 / inverse + square.constant
-        slack = 1e-6 * abs(value) + 1e-9 * problem.scale
+        # No mask worse than the incumbent is of interest; the slack covers the rounding of `least` alone.
+        slack = 1e-9 * abs(value) + 1e-13 * problem.scale
         free = np.flatnonzero((least <= value + slack) | incumbent)
     centre = square.centre if joint and square is not None else arrays.weights
     height = value - constant
@@ -266,7 +283,10 @@ def build(problem: SelectionProblem, context: Context) -> Model:
         units = np.where(norms > 0, 1.0 / np.where(norms > 0, norms, 1.0), 1.0)
         changes = base * units
         curvature = diagonal * units**2
-        limit = np.sqrt(2.0 * max(height, 0.0) * inverse) * factor * norms * (1 + 1e-6) + 1e-6
+        # A column of zeros can change nothing, so its p is fixed.
+        limit = np.zeros(problem.n)
+        limit[norms > 0] = np.sqrt(2.0 * max(height, 1e-12 * unit) * inverse[norms > 0]) * factor * norms[norms > 0]
+        limit[norms > 0] = limit[norms > 0] * (1 + 1e-6) + 1e-6
     else:
         changes, curvature, limit = np.zeros((base.shape[0], 0)), np.zeros(0), np.zeros(0)
     return Model(
@@ -295,18 +315,19 @@ def _unit(problem: SelectionProblem, height: float, arrays: ProblemArrays, joint
 
 
 def _inverse_diagonal(root: Array) -> Array:
-    """An upper estimate of diag(H⁻¹), float64 (n,); inf where H is singular."""
+    """An upper estimate of diag(H⁻¹), float64 (n,); inf where H is singular, and for columns that are zero."""
     n = root.shape[1]
-    if root.shape[0] < n:
-        return np.full(n, np.inf)
-    triangular = np.linalg.qr(root, mode="r")
+    inverse = np.full(n, np.inf)
+    active = np.linalg.norm(root, axis=0) > 0
+    count = int(active.sum())
+    if count == 0 or root.shape[0] < count:
+        return inverse
+    triangular = np.linalg.qr(root[:, active], mode="r")
     norms = np.linalg.norm(triangular, axis=0)
-    if not norms.all():
-        return np.full(n, np.inf)
     scaled = triangular / norms
     condition = float(np.linalg.cond(scaled))
     if not math.isfinite(condition) or condition > 1e12:
-        return np.full(n, np.inf)
-    inverse = scipy.linalg.solve_triangular(scaled, np.eye(n))
-    relative = 1.0 + 1e-14 * n * condition
-    return np.asarray(np.sum(inverse**2, axis=1) / norms**2 * relative, dtype=np.float64)
+        return inverse
+    inner = scipy.linalg.solve_triangular(scaled, np.eye(count))
+    inverse[active] = np.sum(inner**2, axis=1) / norms**2 * (1.0 + 1e-14 * n * condition)
+    return inverse

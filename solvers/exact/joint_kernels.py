@@ -34,6 +34,10 @@ OPEN, KEPT, REMOVED = 0, 1, 2
 PRUNED, SOLVED, BRANCH = 0, 1, 2
 #: Relative error allowed for in a factorisation of a correlation matrix of unit diagonal, per row.
 ROUNDING = 1e-15
+#: Columns whose squared sine is below this are dependent.
+DEPENDENT = 1e-13
+#: Nodes with fewer choices than this times m³ are enumerated at once; with fewer than the second, when the bound fails.
+DIRECT, AFTER_BOUND = 2.5, 15.0
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
@@ -275,26 +279,131 @@ def mask_value(hessian, centre, removed_mask):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def best_pair(matrix, vector, size, largest):
-    """Positions (i, j) of the one (i = j) or two entries with extreme ½ v_Rᵀ (M_RR)⁻¹ v_R, |R| = `size`."""
-    m = vector.size
-    sign = 1.0 if largest else -1.0
-    best, first, second = -np.inf, 0, min(1, m - 1) if size == 2 else 0
+def cheapest_removal(inverse, target, size):
+    """Positions (i, j) of the one (i = j) or two weights R with the least ½ v_Rᵀ (inverse_RR)⁻¹ v_R."""
+    m = target.size
+    best, first, second = np.inf, 0, size - 1
     for x in range(m):
         if size == 1:
-            value = sign * vector[x] * vector[x] / matrix[x, x]
-            if value > best:
+            value = target[x] * target[x] / inverse[x, x]
+            if value < best:
                 best, first, second = value, x, x
             continue
         for y in range(x):
-            determinant = matrix[x, x] * matrix[y, y] - matrix[x, y] * matrix[x, y]
-            if determinant <= 0.0:
+            determinant = inverse[x, x] * inverse[y, y] - inverse[x, y] * inverse[x, y]
+            if determinant <= DEPENDENT * inverse[x, x] * inverse[y, y]:
                 continue
-            value = vector[x] * vector[x] * matrix[y, y] + vector[y] * vector[y] * matrix[x, x]
-            value = sign * (value - 2.0 * vector[x] * vector[y] * matrix[x, y]) / determinant
-            if value > best:
+            value = target[x] * target[x] * inverse[y, y] + target[y] * target[y] * inverse[x, x]
+            value = (value - 2.0 * target[x] * target[y] * inverse[x, y]) / determinant
+            if value < best:
                 best, first, second = value, x, y
     return first, second
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def best_subset(matrix, slope, size, needed):
+    """The `size` ≥ 2 columns S with the largest gain ½ slope_Sᵀ (matrix_SS)⁻¹ slope_S, if it exceeds `needed`.
+
+    All but the last two columns are walked depth-first with Schur complements; the pairs that complete them are
+    scanned without divisions. About 3 ns a subset.
+
+    Returns
+    -------
+    gain : float
+        `needed` where no subset exceeds it.
+    chosen : int (size,)
+        −1 where no subset exceeds it.
+    """
+    m = slope.size
+    levels = size - 2
+    grams = np.empty((levels + 1, m, m))
+    slopes = np.empty((levels + 1, m))
+    gains = np.zeros(levels + 1)
+    grams[0] = matrix
+    slopes[0] = slope
+    chosen = np.full(size, -1)
+    best_chosen = np.full(size, -1)
+    squares, pivots = np.empty(m), np.empty(m)
+    # Gains are doubled throughout.
+    best = 2.0 * needed
+    level, item = 0, 0
+    while True:
+        gram, part = grams[level], slopes[level]
+        if level == levels:
+            first = chosen[level - 1] + 1 if level > 0 else 0
+            need = best - gains[level]
+            for y in range(first, m):
+                squares[y] = part[y] * part[y]
+                pivots[y] = gram[y, y]
+            for x in range(first + 1, m):
+                row = gram[x]
+                pivot, square, double = pivots[x], squares[x], 2.0 * part[x]
+                hits = 0
+                for y in range(first, x):
+                    determinant = pivot * pivots[y] - row[y] * row[y]
+                    value = square * pivots[y] + squares[y] * pivot - double * part[y] * row[y]
+                    hits += value > need * determinant
+                if hits > 0:
+                    for y in range(first, x):
+                        determinant = pivot * pivots[y] - row[y] * row[y]
+                        if determinant <= DEPENDENT * pivot * pivots[y]:
+                            continue
+                        value = square * pivots[y] + squares[y] * pivot - double * part[y] * row[y]
+                        if value > need * determinant:
+                            need = value / determinant
+                            best = need + gains[level]
+                            chosen[size - 2], chosen[size - 1] = x, y
+                            best_chosen[:] = chosen
+        elif item <= m - (size - level):
+            pivot = gram[item, item]
+            chosen[level] = item
+            if pivot <= DEPENDENT * matrix[item, item]:
+                item += 1
+                continue
+            gains[level + 1] = gains[level] + part[item] * part[item] / pivot
+            below, rest = grams[level + 1], slopes[level + 1]
+            for x in range(item + 1, m):
+                ratio = gram[x, item] / pivot
+                rest[x] = part[x] - ratio * part[item]
+                for y in range(item + 1, x + 1):
+                    below[x, y] = gram[x, y] - ratio * gram[y, item]
+            level += 1
+            item += 1
+            continue
+        if level == 0:
+            break
+        level -= 1
+        item = chosen[level] + 1
+    return 0.5 * best, best_chosen
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def count_subsets(m, size):
+    """The binomial coefficient as a float."""
+    count = 1.0
+    for i in range(size):
+        count *= (m - i) / (i + 1.0)
+    return count
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def enumerate_kept(hessian, centre, status, undecided, matrix, target, base, to_keep, cutoff):
+    """(outcome, bound, mask, value) of a node by looking at every choice of the weights to keep."""
+    inner = matrix @ target
+    height = 0.5 * np.dot(target, inner)
+    rounding = 1e-13 * height
+    if to_keep == 1:
+        chosen = np.array([np.argmax(inner * inner / np.diag(matrix))])
+        gain = 0.5 * inner[chosen[0]] ** 2 / matrix[chosen[0], chosen[0]]
+    else:
+        gain, chosen = best_subset(matrix, inner, to_keep, base + height - cutoff - rounding)
+    mask = status != KEPT
+    if chosen[0] < 0:
+        return PRUNED, cutoff, mask, np.inf
+    for x in chosen:
+        mask[undecided[x]] = False
+    value = mask_value(hessian, centre, mask)
+    return SOLVED, min(value, base + height - gain - rounding), mask, value
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
@@ -343,19 +452,19 @@ def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barri
         room = cutoff - base
         if room <= 0.0:
             return PRUNED, base, -1, mask, np.inf
-        if to_keep <= 2 or to_remove <= 2:
-            if to_remove <= 2:
-                first, second = best_pair(np.linalg.inv(matrix), target, to_remove, False)
-                mask = status == REMOVED
-                mask[undecided[first]] = True
-                mask[undecided[second]] = True
-            else:
-                first, second = best_pair(matrix, matrix @ target, to_keep, True)
-                mask = status != KEPT
-                mask[undecided[first]] = False
-                mask[undecided[second]] = False
+        if to_remove <= 2:
+            first, second = cheapest_removal(np.linalg.inv(matrix), target, to_remove)
+            mask = status == REMOVED
+            mask[undecided[first]] = True
+            mask[undecided[second]] = True
             value = mask_value(hessian, centre, mask)
             return SOLVED, value, -1, mask, value
+        effort = count_subsets(n_open, to_keep) / n_open**3
+        if to_keep == 1 or effort < DIRECT:
+            outcome, low, mask, value = enumerate_kept(
+                hessian, centre, status, undecided, matrix, target, base, to_keep, cutoff
+            )
+            return outcome, max(best, low), -1, mask, value
         start = share[undecided]
         excess = to_keep - np.sum(start)
         if excess > 0.0:
@@ -369,6 +478,11 @@ def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barri
         best = max(best, base + bound)
         if bound >= room:
             return PRUNED, best, -1, mask, np.inf
+        if effort < AFTER_BOUND:
+            outcome, low, mask, value = enumerate_kept(
+                hessian, centre, status, undecided, matrix, target, base, to_keep, cutoff
+            )
+            return outcome, max(best, low), -1, mask, value
         for x in range(n_open):
             diagonal[undecided[x]] = inner[x]
             share[undecided[x]] = z[x]

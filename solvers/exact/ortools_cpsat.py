@@ -126,7 +126,8 @@ class OrtoolsCpSatSolver(Solver):
         objectives = [problem.value(mask) for mask in candidates]
         best = int(np.argmin(objectives))
         # Before the first bound CP-SAT reports the least value of the objective's own range, which is valid but weak.
-        bound = min(bound, objectives[best]) if math.isfinite(bound) else -math.inf
+        bound = max(bound, model.least) if math.isfinite(bound) else model.least
+        bound = min(bound, objectives[best])
         context.record(objectives[best], bound)
         reason = Reason.COMPLETED if status == cp_model.OPTIMAL else Reason.TIME_LIMIT
         return Proposal(candidates[best], bound=bound, reason=reason, statistics={"branches": float(engine.num_branches)})

@@ -119,9 +119,11 @@ def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
             program.add_linear_constraint(change - limit * kept[at] <= 0.0)
             program.add_linear_constraint(change + limit * kept[at] >= 0.0)
         elif at is not None:
-            program.add_indicator_constraint(
-                indicator=kept[at], activate_on_zero=True, implied_constraint=change == 0.0
-            )
+            # Two inequalities: GSCIP rejects an equality, and MathOpt fails to say so.
+            for implied in (change <= 0.0, change >= 0.0):
+                program.add_indicator_constraint(
+                    indicator=kept[at], activate_on_zero=True, implied_constraint=implied
+                )
         if curvature > 0:
             epigraph = program.add_variable(lb=0.0, name=f"s{i}")
             cost.append((epigraph, 1.0))

@@ -13,9 +13,9 @@ Whatever z is, convexity gives the certificate f(z) + min over feasible s of ∇
 partial derivatives; less a rounding margin it is the node's bound, so that errors in P cost tightness and never
 validity. Its partial derivatives also fix weights (reduced costs).
 
-Branching: if F alone were left free, fixing z_q to 0 or 1 would raise f by ½ z_q²/P_qq or ½ (1 − z_q)²/P_qq, the strong
-branching of quadratic programming, for nothing; the product of the two, capped at three times what is needed to prune and
-weighted by their sum, chooses q. The child with the smaller rise is searched first.
+Branching: if F alone were left free, fixing z_q to 0 or 1 would raise f by ½ z_q²/P_qq or ½ (1 − z_q)²/P_qq: strong
+branching for nothing. The product of the two, each capped at three times what is needed to prune, weighted by
+their sum, chooses q. The child with the smaller rise is searched first.
 """
 
 from __future__ import annotations
@@ -151,9 +151,7 @@ def certificate(
 
 
 @numba.njit(cache=True, nogil=True)
-def _branching_position(
-    inverse: Array, members: Indices, size: int, z: Array, needed: float
-) -> int:
+def _branching_position(inverse: Array, members: Indices, size: int, z: Array, needed: float) -> int:
     """The position in F to branch on."""
     best, chosen = -1.0, 0
     for q in range(size):

@@ -39,6 +39,7 @@ _NODES_PER_TASK = 4000
 #: A new shift when the free weights have become fewer than this fraction of those the old one was made for.
 _SHRINKAGE = 0.8
 _MAX_OPEN = 200_000
+_NEVER = 2**31
 _TABU_ROUNDS = 10
 _TABU_MOVES = 1000
 
@@ -164,8 +165,9 @@ class _Tree:
             full, full_point = node.status.copy(), np.zeros(node.status.size)
             full[free], full_point[free] = status, child_point
             # A node that could not even be branched on is given its own shift next time.
-            kept = made_for if counters[kernels.STUCK] == 0 else math.inf
-            children.append(_Node(max(node.bound, float(bound) * unit), 0, full, full_point, shift, int(min(kept, 2**31))))
+            kept = made_for if counters[kernels.STUCK] == 0 else _NEVER
+            lower = max(node.bound, float(bound) * unit)
+            children.append(_Node(lower, 0, full, full_point, shift, kept))
         return _Outcome(value * unit, mask, children, int(counters[kernels.NODES]), shifts)
 
 
@@ -240,7 +242,7 @@ def _search(tree: _Tree, n_threads: int, node_limit: float) -> tuple[float, Reas
     """Empty the tree, or stop at a limit; (bound in the tree's units, reason, statistics)."""
     n = tree.quadratic.shape[0]
     everything = np.full(n, 2, dtype=np.int8)
-    heap = [_Node(-math.inf, 0, everything, np.full(n, tree.count / n), None, 2**31)]
+    heap = [_Node(-math.inf, 0, everything, np.full(n, tree.count / n), None, _NEVER)]
     searched, shifts, serial, root_bound, reason = 0, 0, 1, -math.inf, Reason.COMPLETED
     with ThreadPoolExecutor(max(1, n_threads)) as workers:
         while heap:
