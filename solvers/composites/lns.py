@@ -21,6 +21,8 @@ from solvers.solver import Capability, Context, Solver, option
 
 #: An improvement smaller than this, relative to the problem's scale, may be rounding.
 _TOLERANCE = 1e-13
+#: Standard deviations of the perturbation of log scores, one drawn per round.
+_NOISE = (0.5, 1.5, 5.0)
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,27 @@ class LargeNeighbourhoodSolver(Solver):
 def choose_free(problem: SelectionProblem, pruned: Mask, size: int, rng: np.random.Generator) -> Index:
     """About `size` weights around a random one, half removed and half kept where there are as many; int64, sorted.
 
-    A removed i scores |γ(seed, i)| + max(α_i, 0), a kept j scores |γ(seed, j)| + c_j over β_j: interacting with the
-    seed, cheap to remove. Scores are perturbed, so that rounds differ even for the same seed weight.
+    A removed i scores |γ(seed, i)| + max(α_i, 0), a kept j scores (|γ(seed, j)| + c_j) / β_j: interacting with the
+    seed, cheap to remove. For the joint objective, where the kept weights make up for the removed ones, α and β
+    are the saliencies c alone. Scores are perturbed, in some rounds slightly and in some wildly.
     """
     state = SwapState(problem, pruned)
-    forces = state.forces()
     inside, outside = np.flatnonzero(pruned), np.flatnonzero(~pruned)
-    rises = forces[outside] + state.curvature[outside]
+    if problem.objective is Objective.JOINT:
+        drops, rises = state.curvature[inside], state.curvature[outside]
+    else:
+        forces = state.forces()
+        drops, rises = forces[inside] - state.curvature[inside], forces[outside] + state.curvature[outside]
     seed = int(rng.integers(problem.n))
     linked = np.abs(state.interaction(seed))
     tiny = max(problem.scale, np.finfo(np.float64).tiny) * 1e-9 / problem.n
-    score_in = linked[inside] + np.maximum(forces[inside] - state.curvature[inside], 0.0)
+    noise = _NOISE[int(rng.integers(len(_NOISE)))]
+    score_in = linked[inside] + np.maximum(drops, 0.0) + tiny
     score_out = (linked[outside] + state.curvature[outside] + tiny) / np.maximum(rises, tiny)
-    score_in = (score_in + tiny) * np.exp(rng.normal(size=inside.shape[0]))
-    score_out = score_out * np.exp(rng.normal(size=outside.shape[0]))
+    rank_in = np.log(score_in) + noise * rng.normal(size=inside.shape[0])
+    rank_out = np.log(score_out) + noise * rng.normal(size=outside.shape[0])
     from_inside = min(inside.shape[0], max(size // 2, size - outside.shape[0]))
-    chosen_in = inside[np.argsort(-score_in, kind="stable")[:from_inside]]
-    chosen_out = outside[np.argsort(-score_out, kind="stable")[: size - from_inside]]
+    chosen_in = inside[np.argsort(-rank_in, kind="stable")[:from_inside]]
+    chosen_out = outside[np.argsort(-rank_out, kind="stable")[: size - from_inside]]
     free: Index = np.sort(np.concatenate([chosen_in, chosen_out]))
     return free
