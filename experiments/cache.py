@@ -28,7 +28,7 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("cbs_opt", appauthor=False))
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
 
     Raises
@@ -51,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise
 
 
-def try_write(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+def try_write(path: Path, write: Callable[[BinaryIO], object]) -> bool:
     """Like `write_atomically`, but an unwritable cache only warns. Returns whether the file was written."""
     try:
         write_atomically(path, write)

@@ -74,8 +74,4 @@ def save_checkpoint(model: nn.Module, path: Path | str, note: str = "") -> None:
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     blob = save(tensors, metadata={"note": note} if note else None)
-
-    def write(stream: object) -> None:
-        stream.write(blob)  # type: ignore[attr-defined]
-
-    write_atomically(Path(path), write)
+    write_atomically(Path(path), lambda stream: stream.write(blob))

@@ -101,6 +101,9 @@ def train_experiment(experiment: Experiment, model: nn.Module, dataset: Dataset,
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         train_to_file(model, dataset.train, recipe, target, device=device, report=report)
+    except CheckpointError:
+        # An OSError too, but of a training cut off earlier, which must not be thrown away unasked.
+        raise
     except OSError as error:
         if path is not None:
             raise

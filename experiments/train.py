@@ -46,12 +46,10 @@ def main(
     try:
         train_experiment(chosen, model, dataset, path=target, device=where,
                          say=lambda message: console.print(message, soft_wrap=True, highlight=False))
+    except CBSError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error}") from error
-    except ValueError as error:
-        if isinstance(error, CBSError):
-            raise
-        raise OutputError(str(error)) from error
     result = evaluate(model, dataset.test, device=where)
     console.print(f"{target}: test accuracy {result.accuracy:.2f} %, test loss {result.loss:.4f}",
                   soft_wrap=True, highlight=False)

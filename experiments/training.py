@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from experiments.cache import write_atomically
 from experiments.checkpoints import save_checkpoint
 from experiments.datasets.images import ImageSet, crop_and_flip
+from solvers.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def train(model: nn.Module, samples: ImageSet, recipe: Recipe, *, state_path: Pa
 
     Raises
     ------
-    ValueError
-        ``state_path`` holds the state of another recipe or network.
+    CheckpointError
+        ``state_path`` holds the state of another recipe or network, or is damaged.
     OSError
         The state cannot be written.
     """
@@ -160,4 +161,5 @@ def _restore(path: Path, model: nn.Module, velocity: dict[str, Tensor], recipe: 
             v.copy_(tensors[f"velocity.{name}"])
         return int(metadata["epoch"])
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"cannot resume the training in {path} ({error}); delete the file to begin anew") from error
+        raise CheckpointError(f"cannot resume the training in {path} ({error}); "
+                              "delete the file to begin anew") from error

@@ -16,6 +16,7 @@ from experiments.datasets.images import ImageSet
 from experiments.literature import columns, published_kept
 from experiments.models import ResNet20
 from experiments.networks import cached_checkpoint, find_checkpoint, load_network
+from experiments.training import train
 from solvers.errors import CheckpointError, UnknownNameError
 
 QUICK: Experiment = replace(EXPERIMENTS[DEFAULT], recipe=replace(EXPERIMENTS[DEFAULT].recipe, epochs=2))
@@ -48,6 +49,14 @@ def test_unwritable_cache_trains_all_the_same(tmp_path: Path, monkeypatch: pytes
     network = load_network(QUICK, load_dataset("digits"), say=said.append)
     assert network.origin == "trained for this run"
     assert any("without keeping" in line for line in said)
+
+
+def test_training_cut_off_under_another_recipe_is_not_thrown_away(own_cache: Path) -> None:
+    state = cached_checkpoint(QUICK).with_suffix(".training")
+    train(QUICK.model(), load_dataset("digits").train, replace(QUICK.recipe, epochs=1), state_path=state)
+    with pytest.raises(CheckpointError, match="delete the file"):
+        load_network(QUICK, load_dataset("digits"))
+    assert state.exists()
 
 
 def test_checkpoint_beside_the_data_comes_before_the_cache(tmp_path: Path, own_cache: Path) -> None:

@@ -15,6 +15,7 @@ from experiments.datasets.images import ImageSet
 from experiments.evaluation import evaluate
 from experiments.models import DigitsMLP
 from experiments.training import Epoch, Recipe, train, train_to_file
+from solvers.errors import CheckpointError
 
 RECIPE = Recipe(epochs=4, batch_size=64, learning_rate=0.05, augment=True)
 
@@ -62,10 +63,10 @@ def test_cut_off_training_resumes_to_the_same_weights(samples: ImageSet, tmp_pat
 def test_state_of_another_recipe_or_damaged_is_refused(samples: ImageSet, tmp_path: Path) -> None:
     state = tmp_path / "net.training"
     train(fresh(), samples, replace(RECIPE, epochs=1), state_path=state)
-    with pytest.raises(ValueError, match=r"another recipe.*delete the file"):
+    with pytest.raises(CheckpointError, match=r"another recipe.*delete the file"):
         train(fresh(), samples, RECIPE, state_path=state)
     state.write_bytes(state.read_bytes()[:50])
-    with pytest.raises(ValueError, match="cannot resume"):
+    with pytest.raises(CheckpointError, match="cannot resume"):
         train(fresh(), samples, replace(RECIPE, epochs=1), state_path=state)
 
 
