@@ -45,6 +45,8 @@ def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[tor
     SingularHessianError
         If H is singular to float64.
     """
+    if count == 0:
+        return problem.linear.new_zeros(0, dtype=torch.int64), problem.linear.new_zeros(0)
     factor = linalg.cholesky(problem.hessian, f"block {name!r}: H of {problem.hessian.shape[0]} kept weights")
     inverse = torch.cholesky_inverse(factor)
     value = torch.cholesky_solve(problem.linear.unsqueeze(1), factor).squeeze(1)

@@ -35,7 +35,7 @@ def metric_of(problem: SelectionProblem, kind: str) -> tuple[Array, list[str]]:
             parts.append(np.ones(block.n))
         elif kind == "diagonal":
             parts.append((block.diagonal - block.damping + damping).cpu().numpy())
-        elif block.n <= block.n_rows:
+        elif block.n <= block.n_rows and not repair:
             parts.append((1.0 / block.inverse_diagonal).cpu().numpy())
         else:
             system = KeptSystem(block, torch.ones(block.n, dtype=torch.bool, device=block.device), damping)

@@ -44,12 +44,13 @@ class ReducedProblem:
 
 
 def effective_damping(block: QuadraticBlock) -> tuple[float, str]:
-    """(λ as used, repair or ""): a documented tiny damping where λ is nil and r < n makes H singular.
+    """(λ as used, repair or ""): a tiny damping where there is none to speak of and H may be singular.
 
-    The framework judges the mask with the damping as given; only the search uses the repaired one.
+    The framework judges the mask with the damping as given; only the search uses the repaired one. Raises
+    SingularHessianError where factor and damping are all zero.
     """
     floor = _REPAIR * float(block.diagonal.mean())
-    if block.damping >= floor or block.n <= block.n_rows:
+    if block.damping >= floor > 0.0:
         return block.damping, ""
     if floor <= 0.0:
         raise SingularHessianError(
@@ -57,8 +58,8 @@ def effective_damping(block: QuadraticBlock) -> tuple[float, str]:
             "pass a damping > 0 or another factor"
         )
     return floor, (
-        f"block {block.name!r}: damping {block.damping:g} with {block.n_rows} rows for {block.n} weights leaves H "
-        f"singular; the search used {floor:.3g}"
+        f"block {block.name!r}: damping {block.damping:g} with {block.n_rows} rows for {block.n} weights does not "
+        f"keep H from being singular; the search used {floor:.3g}"
     )
 
 
