@@ -36,8 +36,10 @@ Progress = Callable[[int, int], None]
 
 #: Bytes of temporary memory by device type. On a CPU more does not make it faster: small chunks stay in the cache.
 MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 2 << 30}
-#: Most samples in a chunk by device type, from measurements.
+#: Most samples in a chunk of a network with convolutions by device type, from measurements; without convolutions a
+#: chunk of 4,000 is four times as fast as one of 128 on a CPU.
 _MOST_SAMPLES = {"cpu": 128, "cuda": 8192}
+_MOST_WITHOUT_CONVOLUTIONS = 4096
 #: Largest relative difference from autograd that rounding explains, by dtype.
 _AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 
@@ -307,6 +309,8 @@ def _chunk_rows(
     size = index.shape[1]
     per_row = width * (size * (3 * elements + 2 * patches) + 2 * largest)
     most = _MOST_SAMPLES.get(device.type, _MOST_SAMPLES["cpu"])
+    if not patches:
+        most = max(most, _MOST_WITHOUT_CONVOLUTIONS)
     return int(max(1, min(budget // max(1, per_row), max(1, most // size), len(index))))
 
 

@@ -104,6 +104,18 @@ class Journal:
                     f"{run.get(key)!r} here; choose another folder or remove this one"
                 )
 
+    @classmethod
+    def open(cls, folder: Path | str) -> Journal:
+        """The journal in a folder, whatever run it belongs to; raises OutputError if there is none."""
+        path = Path(folder) / _NAME
+        if not path.exists():
+            raise OutputError(f"there is no journal in {folder}")
+        try:
+            run = dict(json.loads(path.read_text())["run"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the journal {path} cannot be read: {error}") from error
+        return cls(folder, run)
+
     @property
     def records(self) -> tuple[StageRecord, ...]:
         """Of the stages done."""

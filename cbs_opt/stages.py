@@ -289,7 +289,7 @@ class _Stager:
             spec, seconds_solve = self.solver.spec, clock.lap()
         loss_before = self.loss(weights)
         outcome = self._step(model, pruned, None if pruning else loss_before, state.damping)
-        if outcome.length == 0.0 and not np.array_equal(pruned, state.pruned):
+        if not pruning and outcome.length == 0.0 and not np.array_equal(pruned, state.pruned):
             # The swaps do not pay: the same refit without them.
             pruned = state.pruned
             outcome = self._step(model, pruned, loss_before, state.damping)

@@ -192,6 +192,17 @@ def test_any_solver_selects(solver: str) -> None:
     assert run.records[0].solver.startswith(solver)
 
 
+def test_a_pruning_stage_prunes_even_where_no_step_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = _trained()
+    monkeypatch.setattr(DampedRefits, "step", lambda self, factor: 1e3 * np.ones(len(self.start)) * (self.start != 0))
+    run = _run(model, data, options=_options(n_stages=1, n_polish=1, regrow=0.0))
+    layers = find_layers(model)
+    assert run.state.n_kept == layers.n_kept(0.8)
+    assert int((layers.read(model) != 0).sum()) == layers.n_kept(0.8)
+    assert [r.step for r in run.records] == [0.0, 0.0]
+    assert run.records[0].damping > FISHER.damping
+
+
 def test_blocks_per_layer_and_fixed_settings() -> None:
     model, data = _trained()
     fisher = FisherOptions(n_rows=40, batch_size=5, damping=1e-2, blocks="per_layer")

@@ -1,0 +1,110 @@
+"""How each network is pruned in stages for the tables: one nested path per seed, most sparse last.
+
+A network on its way to 98 % passes 90 %. So one path of stages per seed gives the whole table: it stops at each
+sparsity of the table for some polishing stages, the state at the end of which is the table's entry, and goes on from
+there. All settings were chosen on held-out training images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cbs_opt import FisherOptions, StageOptions
+from solvers.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some stages with the same options.
+
+    Attributes
+    ----------
+    levels
+        (sparsity, stages at it): the first of these stages removes weights, the others polish.
+    regrow
+        As in `cbs_opt.StageOptions`.
+    """
+
+    levels: tuple[tuple[float, int], ...]
+    regrow: float = 0.0
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The sparsity after each stage."""
+        return tuple(level for level, count in self.levels for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a table.
+
+    Attributes
+    ----------
+    experiment, solver
+        Names.
+    fisher, stages
+        Options of every stage; levels and regrowth come from the phases.
+    phases
+        One after the other.
+    reported
+        Sparsities of the table.
+    augment
+        Whether training images are cropped and flipped at random.
+    """
+
+    experiment: str
+    solver: str
+    fisher: FisherOptions
+    stages: StageOptions
+    phases: tuple[Phase, ...]
+    reported: tuple[float, ...]
+    augment: bool = False
+
+
+# Swaps pay where few weights are left; before that they only cost time.
+_MLPNET = Plan(
+    experiment="mlpnet-mnist",
+    solver="obs[chunks=2,pool=0]",
+    fisher=FisherOptions(n_rows=1000, batch_size=100, damping=1e-4),
+    stages=StageOptions(settle=1),
+    phases=(
+        Phase(((0.5, 6), (0.6, 3), (0.7, 3), (0.8, 3), (0.85, 2))),
+        Phase(((0.9, 5), (0.92, 1), (0.935, 1), (0.95, 6), (0.96, 2), (0.967, 1), (0.975, 1), (0.98, 14), (0.984, 2),
+               (0.987, 2), (0.99, 14)), regrow=0.3),
+    ),
+    reported=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
+)
+
+_RESNET20 = Plan(
+    experiment="resnet20-cifar10",
+    solver="obs[chunks=2,pool=0]",
+    fisher=FisherOptions(n_rows=500, batch_size=16, damping=2e-3, method="loop"),
+    stages=StageOptions(held_out=1000, max_evaluations=7, batch_norm_samples=2000),
+    phases=(
+        Phase(((0.3, 1), (0.4, 1), (0.5, 1), (0.6, 1), (0.7, 2), (0.75, 1), (0.8, 3), (0.84, 1), (0.87, 1), (0.9, 7))),
+    ),
+    reported=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    augment=True,
+)
+
+_CIFARNET = Plan(
+    experiment="cifarnet-cifar10",
+    solver="obs[chunks=2,pool=0]",
+    fisher=FisherOptions(n_rows=500, batch_size=32, damping=1e-4),
+    stages=StageOptions(held_out=2000, max_evaluations=8),
+    phases=(
+        Phase(((0.3, 1), (0.4, 1), (0.5, 1), (0.6, 1), (0.7, 2), (0.75, 1), (0.8, 2), (0.84, 1), (0.87, 1), (0.9, 4))),
+    ),
+    reported=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    augment=True,
+)
+
+PLANS = {plan.experiment: plan for plan in (_MLPNET, _RESNET20, _CIFARNET)}
+
+
+def get_plan(name: str) -> Plan:
+    """The plan of an experiment; raises UnknownNameError."""
+    try:
+        return PLANS[name]
+    except KeyError:
+        raise UnknownNameError.of("table", name, PLANS) from None
