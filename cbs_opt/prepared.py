@@ -138,7 +138,10 @@ class Prepared:
         scale: float = 1.0,
     ) -> Updated:
         """New values of the kept weights, in the order of the blocks."""
-        return update_weights(problem, solution.pruned, update, scale=scale)
+        partition = self.blocks.partition
+        return update_weights(
+            problem, solution.pruned, update, scale=scale, loss=lambda weights: self.loss(partition.to_network(weights))
+        )
 
     def result(
         self,

@@ -68,7 +68,7 @@ def prune(
         Fraction of the prunable weights to remove; int(n·(1 − sparsity)) weights stay.
     solver : str or Solver
         See `solvers.available_solvers`; options in brackets, ``"greedy_ls[window=20]"``.
-    update : {"combinatorial", "single", "none"}
+    update : {"combinatorial", "searched", "single", "none"}
         How the kept weights are re-optimised; see `cbs_opt.update`.
     update_scale : float
         Multiplies the step of the kept weights.

@@ -7,6 +7,8 @@ With P removed, S kept, E_P the columns of the identity that belong to P:
                      δ = −H⁻¹ E_P (w_P / diag(H⁻¹)_P), then v_P = 0. With a first-order term the optimal brain surgeon
                      removes from the unconstrained minimiser u = w − H⁻¹g, so δ = −H⁻¹g − H⁻¹E_P (u_P / diag(H⁻¹)_P).
 * ``combinatorial``  CBS-U, the minimiser of the quadratic model for this P (`solvers.refit`)
+* ``searched``       CBS-U with the damping and the length of its step searched by the calibration loss
+                     (`cbs_opt.step_search`): far from w the model is wrong, and the network itself has the last word
 
 and v_S = w_S + scale · δ_S. Sources: Singh and Alistarh, *WoodFisher*, NeurIPS 2020; Yu et al., ICML 2022.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cbs_opt.damped_refits import DampedRefits
+from cbs_opt.stage_options import StageOptions
+from cbs_opt.step_search import search_step
 from solvers import QuadraticBlock, SelectionProblem, linalg
 from solvers.errors import OptionError, UnknownNameError
 from solvers.refit import refit
@@ -36,6 +42,7 @@ class Update(str, Enum):
     NONE = "none"
     SINGLE = "single"
     COMBINATORIAL = "combinatorial"
+    SEARCHED = "searched"
 
     def __str__(self) -> str:
         return self.value
@@ -83,7 +90,12 @@ def check_scale(scale: float) -> float:
 
 
 def update_weights(
-    problem: SelectionProblem, pruned: Mask, update: Update | str = Update.COMBINATORIAL, *, scale: float = 1.0
+    problem: SelectionProblem,
+    pruned: Mask,
+    update: Update | str = Update.COMBINATORIAL,
+    *,
+    scale: float = 1.0,
+    loss: Callable[[Array], float] | None = None,
 ) -> Updated:
     """Update the kept weights of a mask.
 
@@ -94,6 +106,8 @@ def update_weights(
     update : Update or str
     scale : float
         Multiplies the step of the kept weights.
+    loss : callable, optional
+        Weights (n,) → loss of the network on training data; ``searched`` needs it.
 
     Raises
     ------
@@ -111,6 +125,15 @@ def update_weights(
     elif chosen is Update.SINGLE:
         parts = [_single(block, pruned[where]) for block, where in zip(problem.blocks, problem.slices, strict=True)]
         new = np.concatenate(parts)
+    elif chosen is Update.SEARCHED:
+        if loss is None:
+            raise OptionError("update 'searched' needs a loss to search by; use cbs_opt.prune, or pass loss=")
+        if factor != 1.0:
+            raise OptionError(f"update 'searched' finds its own length; leave update_scale={factor:g} out")
+        if min(block.damping for block in problem.blocks) <= 0.0:
+            raise OptionError("update 'searched' varies the damping; pass a positive one, e.g. damping=1e-3")
+        refits = DampedRefits(problem, pruned)
+        new = search_step(refits.start, refits.step, loss, StageOptions()).weights
     else:
         result = refit(problem, pruned)
         new, value, repairs = result.weights, result.value, result.repairs

@@ -16,6 +16,7 @@ import typer
 from cbs_opt import resolve_device
 from experiments.cache import CacheWarning
 from experiments.catalog import DEFAULT, EXPERIMENTS, get_experiment
+from experiments.catalog.experiment import StageDefaults
 from experiments.cli import run_app, wide_console
 from experiments.options import Rounding, RunOptions
 from experiments.plots import Series, plot_accuracy, series_of
@@ -42,7 +43,7 @@ def main(
         help="Shares of the weights removed; default: those of the paper's table.")] = None,
     seed: Annotated[list[int], typer.Option(help="Of the calibration sample and the solver.")] = [0],  # noqa: B006
     update: Annotated[list[str], typer.Option(
-        help="Of the kept weights: none, single or combinatorial.")] = ["combinatorial"],  # noqa: B006
+        help="Of the kept weights: none, single, combinatorial or searched.")] = ["combinatorial"],  # noqa: B006
     update_scale: Annotated[float, typer.Option(help="Multiplies the update.")] = 1.0,
     objective: Annotated[str | None, typer.Option(
         help="What the solver minimises: selection or joint; default: what it can.")] = None,
@@ -52,7 +53,8 @@ def main(
     blocks: Annotated[str | None, typer.Option(
         help="Fisher blocks: one, per_layer, per_row, fixed:SIZE, components[:T], clusters:SIZE.")] = None,
     first_order: Annotated[bool, typer.Option("--first-order", help="Keep the mean gradient in the model.")] = False,
-    stages: Annotated[int, typer.Option(help="Recompute the gradients at as many points on the way.")] = 1,
+    stages: Annotated[int, typer.Option(
+        help="Prune in as many steps, each from gradients anew; a few more polish.")] = 1,
     include: Annotated[list[str] | None, typer.Option(help="Patterns of the layers to prune.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Patterns of the layers to leave alone.")] = None,
     allocation: Annotated[str | None, typer.Option(
@@ -75,15 +77,17 @@ def main(
     """Prune the network of an experiment, and report accuracy, objective, bound and time of every row."""
     started = time.perf_counter()
     chosen = get_experiment(experiment)
+    one_shot = StageDefaults(chosen.fisher_samples, chosen.fisher_batch, chosen.damping)
+    usual = chosen.staged if stages > 1 else one_shot
     options = RunOptions(
         experiment=chosen,
         solvers=tuple(solver),
         sparsities=tuple(sparsity) if sparsity else chosen.sparsities,
         seeds=tuple(seed),
         updates=tuple(update),
-        fisher_samples=chosen.fisher_samples if fisher_samples is None else fisher_samples,
-        fisher_batch=chosen.fisher_batch if fisher_batch is None else fisher_batch,
-        damping=chosen.damping if damping is None else damping,
+        fisher_samples=usual.samples if fisher_samples is None else fisher_samples,
+        fisher_batch=usual.batch if fisher_batch is None else fisher_batch,
+        damping=usual.damping if damping is None else damping,
         blocks=blocks or chosen.blocks,
         objective=objective,
         update_scale=update_scale,

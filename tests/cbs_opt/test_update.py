@@ -91,8 +91,28 @@ def test_the_scale_shortens_the_step_of_the_kept_weights_only(how: str) -> None:
 def test_pruning_nothing_changes_nothing_without_a_gradient() -> None:
     problem, pruned = random_case(0, (12,), 30, False)
     nothing = np.zeros_like(pruned)
-    for how in Update:
+    for how in (Update.NONE, Update.SINGLE, Update.COMBINATORIAL):
         assert np.array_equal(update_weights(problem, nothing, how).weights, problem.weights)
+
+
+def test_the_searched_update_is_the_best_step_by_the_loss_it_is_given() -> None:
+    problem, pruned = random_case(0, (12,), 30, False, damping=0.1)
+    hessian, w = problem.arrays().hessian, problem.weights
+    target = update_weights(problem, pruned, scale=0.5).weights
+
+    def loss(v: np.ndarray) -> float:
+        return float((v - target) @ hessian @ (v - target))
+
+    found = update_weights(problem, pruned, "searched", loss=loss).weights
+    assert (found[pruned] == 0).all()
+    assert loss(found) <= 1e-12 * loss(np.where(pruned, 0, w))
+    with pytest.raises(OptionError, match="needs a loss"):
+        update_weights(problem, pruned, "searched")
+    with pytest.raises(OptionError, match="own length"):
+        update_weights(problem, pruned, "searched", loss=loss, scale=0.5)
+    undamped, mask = random_case(0, (12,), 30, False, damping=0.0)
+    with pytest.raises(OptionError, match="positive"):
+        update_weights(undamped, mask, "searched", loss=loss)
 
 
 def test_bad_arguments_are_refused() -> None:
