@@ -92,6 +92,20 @@ class RunOptions:
         if self.time_limit is not None and not (math.isfinite(self.time_limit) and self.time_limit > 0.0):
             raise OptionError(f"--time-limit must be a positive number of seconds, got {self.time_limit!r}")
 
+        if self.stages > 1:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Stages search damping and length of the combinatorial update themselves."""
+        if self.updates != (Update.COMBINATORIAL.value,):
+            raise OptionError(f"--stages {self.stages} goes with --update combinatorial only, got {self.updates}")
+        if self.update_scale != 1.0:
+            raise OptionError(f"--stages {self.stages} searches the update's length itself; leave --update-scale out")
+        if self.time_limit is not None:
+            raise OptionError(f"--stages {self.stages} keeps no time limit; leave --time-limit out")
+        if self.damping == 0.0:
+            raise OptionError(f"--stages {self.stages} needs a positive --damping to start from")
+
     @property
     def n_rows(self) -> int:
         """Rows in all."""

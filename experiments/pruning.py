@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from torch.nn import functional as F
 import cbs_opt
 from cbs_opt.blocks import contiguous_partition
 from cbs_opt.prepared import pick_objective
+from experiments.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet
 from experiments.options import RunOptions
-from solvers import QuadraticBlock, SelectionProblem, Solution, make_solver
+from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, make_solver
 from solvers.solving import check_capabilities
 
 #: Fewest training images of a calibration sample, where the training set has as many.
@@ -128,14 +130,28 @@ class Pruner:
 
 
 def prune_in_stages(model: nn.Module, train: ImageSet, options: RunOptions, seed: int, device: torch.device,
-                    solver: str, n_kept: int, update: str, progress: Progress | None = None) -> Pruned:
-    """Prune with gradients taken anew at ``options.stages`` points on the way; arguments as for `Pruner`."""
+                    solver: str, n_kept: int, journal: Path, progress: Progress | None = None) -> Pruned:
+    """Prune with gradients taken anew at ``options.stages`` points on the way.
+
+    Parameters
+    ----------
+    model, train, options, seed, device
+        As for `Pruner`.
+    journal
+        Folder which gets the state after each stage: a run which was killed goes on from there.
+    progress
+        Called with stages done and in all.
+    """
     layers = layers_of(model, options)
+    # On images as they are, the gradients of a network trained on cropped and flipped ones vanish.
+    augment = CropAndFlip.of(train) if options.experiment.recipe.augment else None
+    stages = cbs_opt.StageOptions(n_stages=options.stages, augment=augment,
+                                  held_out=min(cbs_opt.StageOptions.held_out, len(train) // 5))
     result = cbs_opt.prune(
         model, calibration(train, options, seed), F.cross_entropy, sparsity=sparsity_of(layers.n, n_kept),
-        solver=solver, update=update, update_scale=options.update_scale, objective=options.objective,
-        fisher=fisher_of(options), include=options.include or ("*",), exclude=options.exclude, device=device, seed=seed,
-        time_limit=options.time_limit, allocation=options.allocation, stages=options.stages, progress=progress)
+        solver=solver, objective=options.objective, fisher=fisher_of(options), include=options.include or ("*",),
+        exclude=options.exclude, device=device, seed=seed, allocation=options.allocation, stages=stages,
+        journal=journal, progress=progress)
     report = result.report
     return Pruned(
         model=result.model.to(device).eval(),
@@ -180,9 +196,12 @@ def sparsity_of(n: int, n_kept: int) -> float:
     return max(sparsity, 0.0)
 
 
-def objective_of(solver: str, asked: str | None) -> str:
-    """The objective asked for, else the selection objective where the solver can minimise it, else the joint one."""
-    return pick_objective(make_solver(solver), asked).value
+def objective_of(solver: str, options: RunOptions) -> str:
+    """The objective asked for, else that which `cbs_opt.prune` takes for this solver."""
+    can = make_solver(solver).capabilities
+    if options.objective is None and options.stages > 1 and Capability.JOINT in can:
+        return Objective.JOINT.value
+    return pick_objective(make_solver(solver), options.objective).value
 
 
 def check_solvers(layers: cbs_opt.PrunableLayers, options: RunOptions) -> None:
@@ -198,7 +217,8 @@ def check_solvers(layers: cbs_opt.PrunableLayers, options: RunOptions) -> None:
     spec = cbs_opt.BlockSpec.parse(options.blocks)
     sizes = contiguous_partition(layers, spec).sizes if spec.contiguous else (layers.n,)
     zeros = [torch.zeros(size) for size in sizes]
-    blocks = [QuadraticBlock(z, z.unsqueeze(0), gradient=z if options.first_order else None) for z in zeros]
+    linear = options.first_order or options.stages > 1
+    blocks = [QuadraticBlock(z, z.unsqueeze(0), gradient=z if linear else None) for z in zeros]
     for solver in options.solvers:
-        problem = SelectionProblem(blocks, layers.n // 2, objective_of(solver, options.objective))
+        problem = SelectionProblem(blocks, layers.n // 2, objective_of(solver, options))
         check_capabilities(make_solver(solver), problem, options.time_limit, None)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +108,8 @@ class Runner:
         if row is None:
             row = row_of(settings, self.measure(task))
             self.results.append(row)
+            # The stages' states have served: the row is on disk.
+            shutil.rmtree(self._journal(settings), ignore_errors=True)
         self.rows.append(row)
         self.listener.finished(row, new)
         return row
@@ -155,8 +159,11 @@ class Runner:
         model, train = self.network.model, self.dataset.train
         if self.options.stages > 1:
             n_kept = self.n_kept(layers_of(model, self.options).n, task.sparsity)
-            return prune_in_stages(model, train, self.options, task.seed, self.device, task.solver, n_kept, task.update,
-                                   progress=self._progress(what))
+            journal = self._journal(self.settings(task))
+            if self.options.overwrite:
+                shutil.rmtree(journal, ignore_errors=True)
+            return prune_in_stages(model, train, self.options, task.seed, self.device, task.solver, n_kept, journal,
+                                   progress=self._progress(f"{what}, stages"))
         if self._pruner is None:
             gradients = f"gradients, seed {task.seed}"
             pruner = Pruner(model, train, self.options, task.seed, self.device, progress=self._progress(gradients))
@@ -165,6 +172,10 @@ class Runner:
             self._pruner = pruner
         self.listener.working(what, 0, 0)
         return self._pruner.prune(task.solver, self.n_kept(self._pruner.n, task.sparsity), task.update)
+
+    def _journal(self, settings: Settings) -> Path:
+        """Where the stages of a row leave their states until it is finished."""
+        return self.results.folder / "journals" / settings.key
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         self.listener.working(what, 0, 0)
@@ -182,7 +193,7 @@ class Runner:
         return Settings(
             experiment=o.experiment.name, solver=task.solver, update=task.update, update_scale=o.update_scale,
             sparsity=task.sparsity, sparsity_rounding=o.rounding.value, seed=task.seed,
-            objective_kind=objective_of(task.solver, o.objective), fisher_samples=o.fisher_samples,
+            objective_kind=objective_of(task.solver, o), fisher_samples=o.fisher_samples,
             fisher_batch=o.fisher_batch, damping=o.damping, blocks=o.blocks, first_order=o.first_order,
             stages=o.stages, allocation=o.allocation, time_limit=o.time_limit, weights=self.weights,
             device=self.device.type, extra={"include": list(o.include), "exclude": list(o.exclude)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.catalog.experiment import Experiment
+from experiments.catalog.experiment import Experiment, StageDefaults
 from experiments.models import CIFARNet
 from experiments.training import Recipe
 
@@ -20,4 +20,5 @@ CIFARNET = Experiment(
     fisher_batch=1,
     damping=1e-5,
     blocks="per_layer",
+    staged=StageDefaults(500, 32, 1e-4),
 )

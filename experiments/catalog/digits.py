@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.catalog.experiment import Experiment
+from experiments.catalog.experiment import Experiment, StageDefaults
 from experiments.models import DigitsMLP
 from experiments.training import Recipe
 
@@ -20,5 +20,6 @@ DIGITS = Experiment(
     fisher_batch=1,
     damping=1e-3,
     blocks="one",
+    staged=StageDefaults(200, 16, 1e-3),
     reference=True,
 )

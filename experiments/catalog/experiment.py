@@ -11,6 +11,22 @@ from experiments.training import Recipe
 
 
 @dataclass(frozen=True)
+class StageDefaults:
+    """The quadratic model of each stage where ``--stages`` asks for several: means over batches and more damping.
+
+    Attributes
+    ----------
+    samples, batch, damping
+        As ``fisher_samples``, ``fisher_batch`` and ``damping`` of `Experiment`; the stages search the damping from
+        there.
+    """
+
+    samples: int
+    batch: int
+    damping: float
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A network on a data set.
 
@@ -38,6 +54,8 @@ class Experiment:
         Added to the diagonal of the Fisher matrix.
     blocks
         Partition of the weights into Fisher blocks.
+    staged
+        What replaces samples, batch and damping in several stages.
     reference
         Whether magnitude pruning is so quick that it is shown without being asked for.
     stale_batch_norm
@@ -56,6 +74,7 @@ class Experiment:
     fisher_batch: int
     damping: float
     blocks: str
+    staged: StageDefaults
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     reference: bool = False

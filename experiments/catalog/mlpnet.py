@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.catalog.experiment import Experiment
+from experiments.catalog.experiment import Experiment, StageDefaults
 from experiments.models import MLPNet
 from experiments.training import Recipe
 
@@ -20,5 +20,6 @@ MLPNET = Experiment(
     fisher_batch=1,
     damping=1e-3,
     blocks="one",
+    staged=StageDefaults(1_000, 100, 1e-4),
     reference=True,
 )

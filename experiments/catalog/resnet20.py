@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.catalog.experiment import Experiment
+from experiments.catalog.experiment import Experiment, StageDefaults
 from experiments.models import ResNet20
 from experiments.training import Recipe
 
@@ -19,6 +19,7 @@ RESNET20 = Experiment(
     fisher_batch=1,
     damping=1e-5,
     blocks="per_layer",
+    staged=StageDefaults(500, 16, 2e-3),
     include=("layer*.conv*",),
     stale_batch_norm=True,
 )

@@ -177,7 +177,39 @@ def test_published_rounding(tmp_path: Path) -> None:
     assert row["n_kept"] == 51 * 6 and row["refit_objective"] is None
 
 
+def test_stages(tmp_path: Path) -> None:
+    run("--solver", "obs", "--sparsity", "0.9", "--stages", "3", "--output-dir", tmp_path)
+    row, = rows_of(tmp_path)
+    assert row["stages"] == 3 and row["n_kept"] == 271 and row["objective_kind"] == "joint"
+    assert row["fisher_batch"] == EXPERIMENTS["digits-mlp"].staged.batch
+    assert row["accuracy"] > 93
+    assert not any((tmp_path / "journals").iterdir())
+
+
+def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["--solver", "obs", "--sparsity", "0.9", "--stages", "2"]
+    run(*command, "--output-dir", tmp_path / "straight")
+    real = runner_module.Runner._progress
+
+    def stop_after_two(self: runner_module.Runner, what: str) -> Any:
+        def told(done: int, total: int) -> None:
+            if done == 2:
+                raise KeyboardInterrupt
+        return told
+
+    monkeypatch.setattr(runner_module.Runner, "_progress", stop_after_two)
+    assert leaves_with(*command, "--output-dir", tmp_path / "cut") == 130
+    monkeypatch.setattr(runner_module.Runner, "_progress", real)
+    run(*command, "--output-dir", tmp_path / "cut")
+    one, two = rows_of(tmp_path / "straight")[0], rows_of(tmp_path / "cut")[0]
+    assert one["accuracy"] == two["accuracy"] and one["train_loss"] == two["train_loss"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["--stages", "3", "--update", "none"], "--update combinatorial only"),
+    (["--stages", "3", "--damping", "0"], "positive --damping"),
+    (["--stages", "3", "--update-scale", "0.5"], "--update-scale"),
+    (["--stages", "3", "--time-limit", "5"], "--time-limit"),
     (["--solver", "greedy_sl"], "greedy_ls"),
     (["--solver", "greedy_ls[windwo=3]"], "window"),
     (["--solver", "greedy_ls[window=-3]"], "-3"),
