@@ -2,6 +2,12 @@
 
 Each rule returns how many weights every block removes; they sum to ``n_prune`` exactly and never exceed a
 block. A mask found block by block carries no bound on the shared budget, so none is claimed.
+
+``marginal`` splits by cost curves. Let F_b(k) be the cost of removing k weights from block b, along the block's own
+backward elimination (joint objective) or its cheapest diagonal saliencies (selection). Minimising Σ_b F_b(k_b) subject
+to Σ_b k_b = n_prune by a Lagrange multiplier μ removes from every block while a removal costs less than μ; on the
+lower convex hull of each F_b, where slopes rise, that is exactly the n_prune smallest slopes over all blocks (the
+optimum for the convexified curves; Shoham and Gersho, 1988, for bit allocation).
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from solvers.errors import UnknownNameError
-from solvers.problem import Array, Mask, SelectionProblem
+from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Context, Deadline, Solver
 
@@ -48,10 +54,53 @@ def by_saliency(problem: SelectionProblem) -> Counts:
     return _by_score(problem, problem.diagonal * problem.weights**2)
 
 
+def by_marginal_cost(problem: SelectionProblem) -> Counts:
+    """The split at which one more removal costs the same in every block, on convexified cost curves."""
+    slopes = []
+    for block, where in zip(problem.blocks, problem.slices, strict=True):
+        alone = SelectionProblem([block], block.n, problem.objective)
+        slopes.append(convex_slopes(_marginal_costs(alone, min(block.n, problem.n_prune))))
+        if slopes[-1].size < where.stop - where.start:
+            # Beyond the whole budget no more can be asked of a block.
+            slopes[-1] = np.concatenate([slopes[-1], np.full(block.n - slopes[-1].size, np.inf)])
+    return _by_score(problem, np.concatenate(slopes))
+
+
+def _marginal_costs(alone: SelectionProblem, count: int) -> Array:
+    """What each of `count` removals adds in a problem of one block, float64 (count,)."""
+    if alone.objective is Objective.SELECTION:
+        saliency = 0.5 * alone.diagonal * alone.weights**2
+        if alone.gradient is not None:
+            saliency = saliency - alone.gradient * alone.weights
+        return np.sort(saliency, kind="stable")[:count]
+    from solvers.joint.elimination import EliminationPlan, elimination_costs
+
+    return elimination_costs(alone.with_n_prune(count), EliminationPlan(chunks=8, pool=0))
+
+
+def convex_slopes(increments: Array) -> Array:
+    """Slopes of the lower convex hull of a curve given by its increments, non-decreasing, same shape.
+
+    Pooling adjacent violators: increments that fall are averaged until they rise.
+    """
+    heights: list[float] = []
+    widths: list[int] = []
+    for increment in increments.tolist():
+        height, width = increment, 1
+        while heights and heights[-1] >= height:
+            total = heights.pop() * widths[-1] + height * width
+            width += widths.pop()
+            height = total / width
+        heights.append(height)
+        widths.append(width)
+    return np.repeat(np.array(heights), np.array(widths, dtype=np.int64)) if heights else np.zeros(0)
+
+
 ALLOCATIONS: dict[str, Callable[[SelectionProblem], Counts]] = {
     "uniform": uniform,
     "magnitude": by_magnitude,
     "saliency": by_saliency,
+    "marginal": by_marginal_cost,
 }
 
 

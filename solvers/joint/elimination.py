@@ -22,7 +22,7 @@ import torch
 
 from solvers.joint.path import eliminate_dense
 from solvers.joint.woodbury import KeptSystem, dense_problem, effective_damping
-from solvers.problem import Mask, QuadraticBlock, SelectionProblem
+from solvers.problem import Array, Mask, QuadraticBlock, SelectionProblem
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
@@ -53,12 +53,29 @@ class EliminationPlan:
 
 @dataclass(frozen=True)
 class Elimination:
-    """What was removed: mask (n,), why it stopped, repairs, rounds taken."""
+    """What was removed.
+
+    Attributes
+    ----------
+    pruned : numpy bool (n,)
+    reason : Reason
+    repairs : tuple of str
+    rounds : int
+    order : int64 (n_prune,)
+        The weights removed, round by round (within a round block by block).
+    costs : tuple of float64 arrays, one per round
+        What each of them costs: exactly and in order where weights went one at a time, alone otherwise.
+    exact : tuple of bool, one per round
+        Whether all its weights went one at a time.
+    """
 
     pruned: Mask
     reason: Reason
     repairs: tuple[str, ...]
     rounds: int
+    order: npt.NDArray[np.int64]
+    costs: tuple[Array, ...]
+    exact: tuple[bool, ...]
 
 
 class _Path:
@@ -69,6 +86,7 @@ class _Path:
         count = min(most, int(index.numel()))
         order, costs = eliminate_dense(dense_problem(block, index, damping), count, block.name)
         self._order = index[order].cpu().numpy()
+        self._spent = costs.cpu().numpy()
         self._level = costs.cummax(0).values.cpu().numpy() if count else costs.cpu().numpy()
         self._taken = 0
         self.n_kept = int(index.numel())
@@ -76,6 +94,10 @@ class _Path:
     def offer(self) -> npt.NDArray[Any]:
         """Costs of the removals to come, in order (non-decreasing)."""
         return self._level[self._taken :]
+
+    def costs(self, count: int) -> Array:
+        """What the next `count` removals add, in order."""
+        return self._spent[self._taken : self._taken + count]
 
     def take(self, count: int) -> npt.NDArray[Any]:
         """Remove the first `count` of the last offer; their positions in the block."""
@@ -110,6 +132,10 @@ class _Large:
         self._index = pool[order]
         self._costs = costs.cummax(0).values
         return self._costs.cpu().numpy()
+
+    def costs(self, count: int) -> Array:
+        """What the last offer's first `count` removals cost."""
+        return np.asarray(self._costs[:count].cpu().numpy())
 
     def take(self, count: int) -> npt.NDArray[Any]:
         """Remove the first `count` of the last offer; their positions in the block."""
@@ -168,6 +194,8 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
     floor = max(problem.n_kept, sum(min(member.n_kept, plan.exact_below) for member in members), 1)
     ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0
     rounds, reason = 0, Reason.COMPLETED
+    order = [np.flatnonzero(pruned)]
+    costs, exact = [np.zeros(order[0].size)] if order[0].size else [], [True] if order[0].size else []
     while left > 0:
         for index, (block, member, damping) in enumerate(zip(problem.blocks, members, dampings, strict=True)):
             if isinstance(member, _Large) and member.n_kept <= plan.exact_below:
@@ -180,15 +208,43 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
             else:
                 share = min(left, max(1, now - math.floor(now * ratio)))
         rounds += 1
-        taken = _take_round(members, share, pool)
+        exact.append(all(isinstance(member, _Path) for member in members))
+        taken, spent = _take_round(members, share, pool)
+        costs.append(spent)
         for where, part in zip(problem.slices, taken, strict=True):
             pruned[where.start + part] = True
+            order.append(where.start + part)
         left -= sum(part.size for part in taken)
-    return Elimination(pruned, reason, tuple(repairs), rounds)
+    return Elimination(pruned, reason, tuple(repairs), rounds, np.concatenate(order), tuple(costs), tuple(exact))
 
 
-def _take_round(members: list[_Path | _Large], share: int, pool: int) -> list[npt.NDArray[Any]]:
-    """Remove `share` weights over all blocks; positions removed in each."""
+def elimination_costs(problem: SelectionProblem, plan: EliminationPlan) -> Array:
+    """What each of ``problem.n_prune`` removals adds to the joint objective along the elimination, (n_prune,).
+
+    Exact for each removal once weights go one at a time; in earlier rounds the costs of each alone are scaled to what
+    the round really added.
+    """
+    result = eliminate(problem, plan)
+    curve: list[Array] = []
+    mask = np.zeros(problem.n, dtype=bool)
+    value = problem.joint_value(mask)
+    done = 0
+    for costs, exact in zip(result.costs, result.exact, strict=True):
+        mask[result.order[done : done + costs.size]] = True
+        done += costs.size
+        if not exact or (done < problem.n_prune):
+            after = problem.joint_value(mask)
+            total = float(costs.sum())
+            scale = (after - value) / total if total > 0.0 else 1.0
+            curve.append(costs if exact else costs * max(scale, 0.0))
+            value = after
+        else:
+            curve.append(costs)
+    return np.concatenate(curve) if curve else np.zeros(0)
+
+
+def _take_round(members: list[_Path | _Large], share: int, pool: int) -> tuple[list[npt.NDArray[Any]], Array]:
+    """Remove `share` weights over all blocks: positions removed in each, and their costs in that order."""
     offers = [m.rank() if isinstance(m, _Large) else m.offer() for m in members]
     if 2 * share <= pool:
         # Interactions among the cheapest are resolved one removal at a time before the share is cut.
@@ -198,4 +254,5 @@ def _take_round(members: list[_Path | _Large], share: int, pool: int) -> list[np
             for m, offer, count in zip(members, offers, counts, strict=True)
         ]
     counts = _cheapest(offers, share)
-    return [m.take(count) for m, count in zip(members, counts, strict=True)]
+    spent = np.concatenate([m.costs(count) for m, count in zip(members, counts, strict=True)])
+    return [m.take(count) for m, count in zip(members, counts, strict=True)], spent

@@ -1,0 +1,89 @@
+"""Splits of one budget over several blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from solvers import QuadraticBlock, SelectionProblem, UnknownNameError, solve
+from solvers.allocation import ALLOCATIONS, allocate, convex_slopes
+from solvers.joint.elimination import EliminationPlan, elimination_costs
+from tests.conftest import random_block, random_problem
+
+
+@pytest.mark.parametrize("rule", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("objective", ["selection", "joint"])
+def test_counts_sum_to_the_budget_and_fit_the_blocks(rule: str, objective: str) -> None:
+    for n_prune in (1, 7, 16, 25):
+        problem = random_problem(1, (3, 14, 9), n_prune, objective, gradient=True)
+        counts = allocate(problem, rule)
+        assert counts.sum() == n_prune
+        assert (counts >= 0).all()
+        assert (counts <= [3, 14, 9]).all()
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="marginal"):
+        allocate(random_problem(1, (3, 4), 2), "marginale")
+
+
+def test_uniform_splits_by_size() -> None:
+    np.testing.assert_array_equal(allocate(random_problem(2, (10, 20, 30), 30), "uniform"), [5, 10, 15])
+
+
+def test_slopes_are_those_of_the_lower_hull() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        increments = rng.exponential(size=9)
+        curve = np.concatenate([[0.0], np.cumsum(increments)])
+        slopes = convex_slopes(increments)
+        hull = np.concatenate([[0.0], np.cumsum(slopes)])
+        # The lower hull at k is the least value of any chord over k.
+        for k in range(10):
+            chords = [
+                curve[a] + (curve[b] - curve[a]) * (k - a) / max(b - a, 1) for a in range(k + 1) for b in range(k, 10)
+            ]
+            assert hull[k] == pytest.approx(min(chords), abs=1e-12)
+    np.testing.assert_allclose(convex_slopes(np.array([1.0, 2.0, 3.0])), [1.0, 2.0, 3.0])
+    assert convex_slopes(np.zeros(0)).size == 0
+
+
+@pytest.mark.parametrize("plan", [EliminationPlan(), EliminationPlan(chunks=5, exact_below=4, pool=0)])
+def test_elimination_costs_add_up_to_the_objective(plan: EliminationPlan) -> None:
+    problem = SelectionProblem([random_block(3, 30, 12, gradient=True)], 25, "joint")
+    costs = elimination_costs(problem, plan)
+    assert costs.shape == (25,)
+    nothing = problem.joint_value(np.zeros(30, dtype=bool))
+    exact = np.flatnonzero(np.ones(25))
+    if plan.pool:
+        for k in exact[::6]:
+            reached = solve(problem.with_n_prune(int(k) + 1), "obs").objective
+            assert costs[: k + 1].sum() == pytest.approx(reached - nothing, rel=1e-8)
+    else:
+        reached = solve(problem, "obs[chunks=5,exact_below=4,pool=0]").objective
+        assert costs.sum() == pytest.approx(reached - nothing, rel=1e-8)
+
+
+def test_the_marginal_split_is_the_optimum_for_convex_curves() -> None:
+    # Uncorrelated weights: cost curves are exact, convex sums of single costs, for both objectives.
+    rng = np.random.default_rng(4)
+    blocks = [
+        QuadraticBlock(rng.normal(size=n) * scale, np.diag(rng.uniform(0.5, 2.0, n)), 0.1, name=str(n))
+        for n, scale in ((4, 1.0), (6, 0.3), (5, 2.0))
+    ]
+    for objective, n_prune in itertools.product(("selection", "joint"), (3, 8, 12)):
+        problem = SelectionProblem(blocks, n_prune, objective)
+        best = np.sort(0.5 * problem.diagonal * problem.weights**2)[:n_prune].sum()
+        assert solve(problem, "obd" if objective == "selection" else "obs", allocation="marginal").objective == (
+            pytest.approx(best, rel=1e-9)
+        )
+
+
+def test_the_marginal_split_beats_a_uniform_one_on_unequal_blocks() -> None:
+    blocks = [random_block(5 + i, 40, 20, scale=scale) for i, scale in enumerate((0.1, 1.0, 5.0))]
+    problem = SelectionProblem(blocks, 72, "joint")
+    marginal = solve(problem, "obs", allocation="marginal").objective
+    assert marginal < 0.8 * solve(problem, "obs", allocation="uniform").objective
+    assert marginal <= 1.2 * solve(problem, "obs").objective
