@@ -50,7 +50,7 @@ class LargeNeighbourhoodSolver(Solver):
 
     backend: str = option("branch_bound", "the exact solver of the sub-problems, with its options")
     start: str = option("auto", "solver of the first mask; auto is tabu, or obs for the joint objective")
-    size: int = option(40, "weights freed per round", minimum=2)
+    size: int | None = option(None, "weights freed per round; none = 60, or 24 for the joint objective", minimum=2)
     rounds: int = option(60, "rounds", minimum=1)
     patience: int = option(30, "rounds without a better mask that end the search", minimum=1)
     round_seconds: float = option(5.0, "time limit of one sub-problem", minimum=1e-3)
@@ -61,6 +61,7 @@ class LargeNeighbourhoodSolver(Solver):
         pruned = self._first_mask(problem, context)
         context.record(problem.value(pruned))
         rng = context.rng()
+        size = self.size or (24 if problem.objective is Objective.JOINT else 60)
         tolerance = _TOLERANCE * problem.scale
         bound, improved, idle, done = -math.inf, 0, 0, 0
         reason = Reason.ITERATION_LIMIT
@@ -68,8 +69,8 @@ class LargeNeighbourhoodSolver(Solver):
             if context.deadline.expired():
                 reason = Reason.TIME_LIMIT
                 break
-            everything = problem.n <= self.size
-            free = np.arange(problem.n) if everything else choose_free(problem, pruned, self.size, rng)
+            everything = problem.n <= size
+            free = np.arange(problem.n) if everything else choose_free(problem, pruned, size, rng)
             part = subproblem(problem, pruned, free)
             if part is None or part.problem.n_prune in (0, part.problem.n):
                 idle += 1

@@ -52,7 +52,7 @@ class AnnealingSolver(Solver):
     start: Literal["rmp", "magnitude", "obd", "woodfisher", "random"] = option(
         "obd", "where the search starts unless a mask is given", choices=STARTS
     )
-    sweeps: int = option(5000, "proposed swaps per weight", minimum=1)
+    sweeps: int = option(20_000, "proposed swaps per weight", minimum=1)
     hot: float = option(1.0, "first temperature over the mean diagonal saliency of P", minimum=1e-12)
     cooling: float = option(1e-3, "last temperature over the first", minimum=1e-12, maximum=1.0)
 
