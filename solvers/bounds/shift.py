@@ -93,8 +93,9 @@ def best_shift(
     point = np.full(n, count / n)
     rhs = np.zeros(n + 1)
     rhs[0] = 1.0
-    iteration = 0
-    for iteration in range(1, max_iterations + 1):
+    iterations = 0
+    while iterations < max_iterations:
+        iterations += 1
         gap = float(np.sum(primal * slack))
         if gap <= tolerance * abs(duals[0]) or duals[0] > target or gap <= 1e-13:
             break
@@ -104,8 +105,8 @@ def best_shift(
             inverse = 0.5 * (inverse + inverse.T)
             lifted, lifted_inverse = basis @ primal @ basis.T, basis @ inverse @ basis.T
             system = _schur(lifted, lifted_inverse)
-            direction = scipy.linalg.solve(
-                system, rhs - barrier * _constraints(lifted_inverse), assume_a="pos", check_finite=True
+            direction = scipy.linalg.cho_solve(
+                scipy.linalg.cho_factor(system), rhs - barrier * _constraints(lifted_inverse)
             )
             change_slack = -_adjoint(direction, basis)
             change = barrier * inverse - primal - primal @ change_slack @ inverse
@@ -121,7 +122,7 @@ def best_shift(
         point = (basis @ (primal @ basis[0]))[1:]
         if max(step_primal, step_dual) < 1e-5:
             break
-    return Shift(2.0 * duals[1:], np.clip(point, 0.0, 1.0), float(duals[0]), iteration)
+    return Shift(2.0 * duals[1:], np.clip(point, 0.0, 1.0), float(duals[0]), iterations)
 
 
 def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0) -> Array:
