@@ -42,7 +42,7 @@ def reestimate(model: nn.Module, samples: ImageSet, *, seed: int = 0, batch_size
     training = model.training
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(samples), generator=generator)
-    batches = order.split(batch_size)
+    batches = torch.split(order, batch_size)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None

@@ -82,9 +82,9 @@ def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float
         axes.errorbar(_steps(line.points), means, yerr=errors if any(errors) else None, label=line.label, capsize=2,
                       color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.4)
     for i, line in enumerate(s for s in series if s.quoted):
-        means = [mean_and_error(v)[0] for v in line.points.values()]
+        quoted = [mean_and_error(v)[0] for v in line.points.values()]
         colour = COLOURS[-1 - i % len(COLOURS)]
-        axes.plot(_steps(line.points), means, ":", color=colour, linewidth=1.1, label=line.label)
+        axes.plot(_steps(line.points), quoted, ":", color=colour, linewidth=1.1, label=line.label)
     everything = sorted({s for line in series for s in line.points})
     axes.set_xticks(_steps(everything), [f"{100 * s:g}" for s in everything])
     axes.set_xlabel("sparsity (%), scaled by the logarithm of the weights kept")

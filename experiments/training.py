@@ -84,7 +84,7 @@ def train(model: nn.Module, samples: ImageSet, recipe: Recipe, *, state_path: Pa
     first = 0
     if state_path is not None and state_path.exists():
         first = _restore(state_path, model, velocity, recipe)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     per_epoch = -(-len(samples) // recipe.batch_size)
     model.train()
     for epoch in range(first, recipe.epochs):
@@ -92,7 +92,7 @@ def train(model: nn.Module, samples: ImageSet, recipe: Recipe, *, state_path: Pa
         generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
         order = torch.randperm(len(samples), generator=generator)
         total = 0.0
-        for step, indices in enumerate(order.split(recipe.batch_size)):
+        for step, indices in enumerate(torch.split(order, recipe.batch_size)):
             images = samples.images[indices]
             if recipe.augment:
                 images = crop_and_flip(images, generator)

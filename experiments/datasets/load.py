@@ -42,13 +42,13 @@ def load_dataset(name: str, data_dir: Path | str | None = None) -> Dataset:
         raise DataError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
     source = SOURCES[name]
     if data_dir is None:
-        return Dataset(name, *(_image_set(source, *download(source, split)) for split in ("train", "test")),
-                       source=f"downloaded from {source.repository}")
+        train, test = (_image_set(source, *download(source, split)) for split in ("train", "test"))
+        return Dataset(name, train, test, source=f"downloaded from {source.repository}")
     data_dir = Path(data_dir).expanduser()
     # Both splits are looked for before either is decoded: a missing file should cost no time.
     files = {split: find_files(source, data_dir, split) for split in ("train", "test")}
-    return Dataset(name, *(_image_set(source, *_cached(source, split, files[split])) for split in ("train", "test")),
-                   source=str(files["train"][0].parent))
+    train, test = (_image_set(source, *_cached(source, split, files[split])) for split in ("train", "test"))
+    return Dataset(name, train, test, source=str(files["train"][0].parent))
 
 
 def _image_set(source: Source, images: np.ndarray, labels: np.ndarray) -> ImageSet:

@@ -30,4 +30,5 @@ class CIFARNet(nn.Module):
         x = F.avg_pool2d(torch.relu(self.conv2(x)), 3, 2)
         x = F.avg_pool2d(torch.relu(self.conv3(x)), 3, 2)
         x = torch.relu(self.fc1(x.flatten(1)))
-        return self.fc2(x)
+        logits: Tensor = self.fc2(x)
+        return logits

@@ -25,7 +25,8 @@ class MLPNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.fc1(x.flatten(1)))
         x = torch.relu(self.fc2(x))
-        return self.fc3(x)
+        logits: Tensor = self.fc3(x)
+        return logits
 
 
 class DigitsMLP(nn.Module):
@@ -43,4 +44,5 @@ class DigitsMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.fc1(x.flatten(1)))
         x = torch.relu(self.fc2(x))
-        return self.fc3(x)
+        logits: Tensor = self.fc3(x)
+        return logits
