@@ -22,6 +22,7 @@ import numpy as np
 
 from solvers.baselines.ranking import prune_smallest
 from solvers.errors import CapabilityError, SingularHessianError
+from solvers.joint.admm import AdmmSolver
 from solvers.joint.dense_search import DenseJoint, search
 from solvers.joint.pool_search import pool_search
 from solvers.joint.woodbury import effective_damping
@@ -111,6 +112,7 @@ class JointLocalSearchSolver(Solver):
         if context.start is None:
             starts.append(~prune_smallest(np.abs(arrays.weights), problem.n_prune))
             starts.append(~prune_smallest(np.diag(hessian) * arrays.weights**2, problem.n_prune))
+            starts.append(~run_backend(AdmmSolver(), problem, with_remaining_time(context)).pruned)
         iterations = int(self.iterations * min(1.0, (200 / problem.n) ** 2))
         dense = DenseJoint(hessian, linear, constant)
         try:

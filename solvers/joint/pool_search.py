@@ -114,10 +114,14 @@ def _pools(
     measured = [_measure(system) for system in systems]
     chosen: list[set[int]] = [set() for _ in systems]
     for attribute, sign, names in (("cost", 1.0, "inside"), ("gain", -1.0, "outside")):
-        scores = torch.cat([sign * getattr(m, attribute) for m in measured]).cpu()
+        scores = torch.cat([sign * getattr(m, attribute) for m in measured]).cpu().numpy()
         owner = np.repeat(np.arange(len(measured)), [getattr(m, attribute).numel() for m in measured])
         positions = torch.cat([getattr(m, names) for m in measured]).cpu().numpy()
-        for pick in torch.topk(scores, min(width, scores.numel()), largest=False).indices.tolist():
+        order = np.argsort(scores, kind="stable")
+        picks = order[:width].tolist()
+        # The best swap across blocks takes the first of one list and the first of another block in the other.
+        picks.extend(order[owner[order] != owner[order[0]]][:1].tolist())
+        for pick in picks:
             chosen[owner[pick]].add(int(positions[pick]))
     complete = True
     pairs: list[tuple[float, int, int, int]] = []

@@ -21,6 +21,8 @@ METRICS = ("obs", "diagonal", "identity")
 
 #: Supports of up to this many weights are refitted exactly instead of by conjugate gradients.
 _DIRECT = 400
+#: So are supports of blocks with up to this many rows, through the r × r system.
+_DIRECT_ROWS = 3000
 
 
 def metric_of(problem: SelectionProblem, kind: str) -> tuple[Array, list[str]]:
@@ -53,7 +55,10 @@ def keep_largest(scores: Array, n_kept: int) -> Mask:
 
 
 class SupportModel:
-    """The joint objective on one support, minimised approximately by conjugate gradients.
+    """The joint objective on one support, minimised exactly or by conjugate gradients.
+
+    Small systems (few rows or few kept weights) are solved exactly; beyond, conjugate gradients are run from where
+    the caller stands.
 
     Parameters
     ----------
@@ -62,46 +67,41 @@ class SupportModel:
     """
 
     def __init__(self, problem: SelectionProblem, kept: Mask) -> None:
-        self.kept = kept
-        self._blocks: list[tuple[QuadraticBlock, torch.Tensor, torch.Tensor, float, slice]] = []
-        start = 0
-        for block, where in zip(problem.blocks, problem.slices, strict=True):
-            index = block.tensor_of(np.flatnonzero(kept[where]))
-            columns = block.factor.index_select(1, index)
-            stop = start + int(index.numel())
-            self._blocks.append((block, index, columns, effective_damping(block)[0], slice(start, stop)))
-            start = stop
-        self._n_kept = start
+        self.problem, self.kept = problem, kept
 
     def refine(self, solution: Array, steps: int) -> tuple[Array, float]:
-        """`steps` preconditioned conjugate-gradient steps from `solution` (n,), zero where pruned.
-
-        Returns (v (n,), joint objective of v).
-        """
+        """(v (n,), joint objective of v) exactly, or after `steps` steps from `solution` (n,)."""
         result = np.zeros_like(solution)
-        positions = np.flatnonzero(self.kept)
         total = 0.0
-        for block, index, columns, damping, where in self._blocks:
-            value = block.tensor_of(solution[positions[where]])
-            value, objective = _refine_block(block, index, columns, damping, value, steps)
-            result[positions[where]] = value.cpu().numpy()
+        for block, where in zip(self.problem.blocks, self.problem.slices, strict=True):
+            kept = block.tensor_of(self.kept[where])
+            damping, _ = effective_damping(block)
+            if block.n_rows <= _DIRECT_ROWS and int(kept.sum()) > _DIRECT:
+                system = KeptSystem(block, kept, damping)
+                value, objective = system.solution(), system.objective()
+            else:
+                value, objective = _refine_block(block, kept, damping, block.tensor_of(solution[where]), steps)
+            result[where] = value.cpu().numpy()
             total += objective
         return result, total
 
 
 def _refine_block(
-    block: QuadraticBlock, index: torch.Tensor, columns: torch.Tensor, damping: float, value: torch.Tensor, steps: int
+    block: QuadraticBlock, kept: torch.Tensor, damping: float, start: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, float]:
-    """Conjugate gradients on one block's support: (v_S, joint objective)."""
-    weights = block.weights[index]
+    """One block by a dense solve or by conjugate gradients: (v (n,), joint objective)."""
+    index = kept.nonzero().squeeze(1)
+    columns = block.factor.index_select(1, index)
+    weights, value = block.weights[index], start[index]
     gradient = torch.zeros_like(weights) if block.gradient is None else block.gradient[index]
-    residue = linalg.project(columns, value) - block.project(block.weights)
+    target = block.project(block.weights)
+    residue = linalg.project(columns, value) - target
     downhill = -(linalg.back_project(columns, residue) + damping * (value - weights) + gradient)
-    diagonal = block.diagonal[index] - block.damping + damping
     if value.shape[0] <= _DIRECT:
         value = value + _solve_dense(block, columns, damping, downhill)
-        residue = linalg.project(columns, value) - block.project(block.weights)
+        residue = linalg.project(columns, value) - target
         steps = 0
+    diagonal = block.diagonal[index] - block.damping + damping
     direction = torch.zeros_like(value)
     previous = first = 1.0
     for step in range(steps):
@@ -120,12 +120,13 @@ def _refine_block(
         value = value + length * direction
         residue = residue + length * image
         downhill = downhill - length * (linalg.back_project(columns, image) + damping * direction)
-    removed = block.weights.square().sum() - weights.square().sum()
-    change = value - weights
-    objective = 0.5 * (residue @ residue) + 0.5 * damping * (change @ change + removed) + gradient @ change
+    result = torch.zeros_like(start)
+    result[index] = value
+    change = result - block.weights
+    objective = 0.5 * (residue @ residue) + 0.5 * damping * (change @ change)
     if block.gradient is not None:
-        objective = objective - (block.gradient @ block.weights - gradient @ weights)
-    return value, float(objective)
+        objective = objective + block.gradient @ change
+    return result, float(objective)
 
 
 def _solve_dense(block: QuadraticBlock, columns: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ Source: Woodbury's identity; the saliency is that of Hassibi and Stork (Optimal 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from solvers import linalg
 from solvers.errors import SingularHessianError
 from solvers.problem import QuadraticBlock
 
-#: Smallest λ relative to the largest diagonal entry of AAᵀ for which float32 products still rank saliencies.
+#: Smallest λ relative to the scale of AAᵀ for which float32 products still rank saliencies.
 _SINGLE_PRECISION_FLOOR = 3e-7
 #: Damping put in place of none (relative to the mean of H_ii) where H is singular; always reported.
 _REPAIR = 1e-9
@@ -95,7 +96,8 @@ class KeptSystem:
         self.centre = block.weights.clone()
         if block.gradient is not None:
             self.centre -= block.gradient / damping
-        largest = float(row_squares(block.factor).max())
+        # The largest eigenvalue of AAᵀ lies between its mean row and its trace.
+        largest = float(block.diagonal.sum()) / math.sqrt(block.n_rows)
         single = block.factor.dtype == torch.float32 and damping >= _SINGLE_PRECISION_FLOOR * largest
         self.dtype = torch.float32 if single else torch.float64
         self._rebuild()
@@ -127,16 +129,18 @@ class KeptSystem:
 
     def change(self, removed: torch.Tensor | None = None, added: torch.Tensor | None = None) -> None:
         """Take weights (positions) out of S and put others in."""
-        for index, sign in ((removed, -1), (added, 1)):
-            if index is None or index.numel() == 0:
-                continue
+        moves = [
+            (index, sign) for index, sign in ((removed, -1), (added, 1)) if index is not None and index.numel() > 0
+        ]
+        for index, sign in moves:
             self.kept[index] = sign > 0
             self._n_kept += sign * int(index.numel())
-            if 2 * self._n_kept > self._n_fresh:
-                self._gram.add_(self._gram_of(index), alpha=sign)
-                self._right -= sign * (self.block.columns(index) @ self.centre[index])
-        if 2 * self._n_kept <= self._n_fresh:
+        if 2 * self._n_kept <= self._n_fresh or self._n_kept >= 2 * self._n_fresh:
             self._rebuild()
+            return
+        for index, sign in moves:
+            self._gram.add_(self._gram_of(index), alpha=sign)
+            self._right -= sign * (self.block.columns(index) @ self.centre[index])
         self._factorised = False
 
     def factorise(self) -> None:
@@ -191,6 +195,11 @@ class KeptSystem:
             value = value - (self.block.gradient / self.damping).square().sum()
         return 0.5 * self.damping * float(value)
 
+    def solution(self) -> torch.Tensor:
+        """v, float64 (n,), zero where pruned."""
+        self.factorise()
+        return torch.where(self.kept, self.centre + self.block.back_project(self._dual), 0.0)
+
     def cross(self, index: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """a_iᵀK_S⁻¹a_j for i in `index` (m,) and j in `others` (k,): (m, k) in the working precision."""
         self.factorise()
@@ -216,11 +225,3 @@ class KeptSystem:
         hessian.diagonal().add_(1.0)
         linear = self.centre[pool] + half.T @ whitened
         return ReducedProblem(hessian.mul_(self.damping), linear.mul_(self.damping))
-
-
-def row_squares(factor: torch.Tensor) -> torch.Tensor:
-    """|A_k|² of every row, float64 (r,)."""
-    total = torch.zeros(factor.shape[0], dtype=torch.float64, device=factor.device)
-    for chunk in linalg.column_chunks(factor):
-        total += factor[:, chunk].double().square().sum(1)
-    return total

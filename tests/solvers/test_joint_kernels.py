@@ -83,6 +83,15 @@ def test_scores_have_their_textbook_forms() -> None:
     )
 
 
+def test_an_exchange_across_the_point_of_rebuilding_is_not_half_done() -> None:
+    block = random_block(5, 8, 5, damping=0.05, gradient=True)
+    system = KeptSystem(block, torch.tensor([True] * 4 + [False] * 4), block.damping)
+    system.change(removed=torch.tensor([0, 1, 2]), added=torch.tensor([5, 6, 7]))
+    fresh = KeptSystem(block, system.kept, block.damping)
+    torch.testing.assert_close(system.removal_costs()[1], fresh.removal_costs()[1], rtol=1e-9, atol=0.0)
+    assert system.objective() == pytest.approx(fresh.objective(), rel=1e-9)
+
+
 def test_changes_leave_the_same_state_as_a_fresh_system() -> None:
     block = single(random_block(5, 60, 9, damping=0.05, gradient=True))
     kept = torch.ones(60, dtype=torch.bool)
