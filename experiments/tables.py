@@ -78,6 +78,15 @@ def main(
     console.print((folder / "table.md").read_text(), markup=False, highlight=False, soft_wrap=True)
 
 
+class _LowPrecision(Forward):
+    """The network in bfloat16, which halves the time of convolutions on processors that have it."""
+
+    def output(self, call: Any, inputs: Any, targets: Any) -> Any:
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            logits = super().output(call, inputs, targets)
+        return logits.float()
+
+
 class StagedPath:
     """The path of one seed.
 
@@ -104,7 +113,7 @@ class StagedPath:
             # Convolutions of small images run about twice as fast with channels last on a CPU.
             self.model = self.model.to(memory_format=torch.channels_last)
         self.layers: PrunableLayers = find_layers(self.model, include=include, exclude=exclude)
-        self.forward = Forward(self.model, F.cross_entropy)
+        self.forward = (_LowPrecision if plan.bfloat16 else Forward)(self.model, F.cross_entropy)
         train = dataset.train
         self.data = CalibrationData(*train.batch(slice(None)), len(train))
         self.augment = CropAndFlip.of(train) if plan.augment else None
@@ -124,9 +133,10 @@ class StagedPath:
             options = replace(self.plan.stages, levels=levels, n_polish=polish, regrow=phase.regrow,
                               augment=self.augment)
             journal = self.folder / "journals" / f"seed-{self.seed}-phase-{position}-{len(levels)}"
+            fisher = replace(self.plan.fisher, n_rows=phase.n_rows or self.plan.fisher.n_rows)
             run = run_stages(
                 self.model, self.layers, self.data, self.forward, n_kept=last, solver=self.plan.solver, options=options,
-                fisher=self.plan.fisher, device=self.device, seed=self.seed, start=start, journal=journal,
+                fisher=fisher, device=self.device, seed=self.seed, start=start, journal=journal,
                 progress=lambda record, _: say(record, None),
             )
             rows.extend(self._rows(journal, run.records, past, levels, say))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,8 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)).eval()
 
 
-def _rows(folder: Path, until: float = 0.9, said: list | None = None) -> list[dict]:
-    path = tables.StagedPath(TINY, _model(), load_dataset("digits"), ("*",), (), torch.device("cpu"), 0, folder)
+def _rows(folder: Path, until: float = 0.9, said: list | None = None, plan: Plan = TINY) -> list[dict]:
+    path = tables.StagedPath(plan, _model(), load_dataset("digits"), ("*",), (), torch.device("cpu"), 0, folder)
     return path.run(until, lambda record, accuracy: said.append((record.stage, accuracy)) if said is not None else None)
 
 
@@ -54,6 +55,16 @@ def test_a_path_gives_a_row_per_reported_sparsity_and_resumes(tmp_path: Path) ->
 
 def test_a_path_may_stop_early(tmp_path: Path) -> None:
     assert [row["sparsity"] for row in _rows(tmp_path, until=0.5)] == [0.5]
+
+
+def test_phases_may_take_fewer_rows_and_bfloat16_changes_little(tmp_path: Path) -> None:
+    phases = (Phase(((0.5, 2),), n_rows=10), Phase(((0.9, 2),)))
+    rows = _rows(tmp_path / "float32", plan=replace(TINY, phases=phases))
+    assert [row["images"] for row in rows] == [2 * 10 * 8, 2 * 10 * 8 + 2 * 30 * 8]
+    low = _rows(tmp_path / "bfloat16", plan=replace(TINY, phases=phases, bfloat16=True))
+    assert low[0]["n_kept"] == rows[0]["n_kept"]
+    assert low[0]["held_out_loss"] != rows[0]["held_out_loss"]
+    assert low[0]["held_out_loss"] == pytest.approx(rows[0]["held_out_loss"], rel=0.1)
 
 
 def test_the_table_shows_the_literature_and_the_seeds(tmp_path: Path) -> None:
