@@ -1,0 +1,279 @@
+"""Solvers × blocks × budgets × objectives: the tasks of a comparison, run in parallel in processes that can be killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.results import ResultsFile, versions
+from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
+from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
+from solvers.exact.isolation import Worker
+from solvers.solving import check_capabilities
+
+#: Most points of a trace that a row keeps.
+TRACE_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Task:
+    """One solve. `digest` identifies the numbers of the block, whatever its file is called."""
+
+    block: str
+    digest: str
+    n: int
+    n_prune: int
+    objective_kind: str
+    solver: str
+    seed: int
+    time_limit: float | None
+    gradient: bool
+
+    @property
+    def key(self) -> str:
+        """Digest of all of it: rows of equal keys are the same measurement."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def instance(self) -> tuple[str, int, str, bool]:
+        """What is solved, whoever solves it."""
+        return self.digest, self.n_prune, self.objective_kind, self.gradient
+
+
+@dataclass(frozen=True)
+class BlockFile:
+    """A block on disk."""
+
+    path: Path
+    name: str
+    n: int
+    digest: str
+    has_gradient: bool
+
+
+def find_blocks(folder: Path) -> list[BlockFile]:
+    """All blocks of a folder, smallest first.
+
+    Raises
+    ------
+    ProblemError
+        If the folder holds none, or one that cannot be read.
+    """
+    paths = sorted(folder.expanduser().glob("*.npz"))
+    if not paths:
+        raise ProblemError(f"no .npz blocks in {folder}; give another --blocks, or cut some with --from EXPERIMENT")
+    found = []
+    for path in paths:
+        block = load_block(path)
+        digest = hashlib.sha256()
+        for tensor in (block.weights, block.factor, block.gradient):
+            digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
+        digest.update(repr(block.damping).encode())
+        found.append(BlockFile(path, path.stem, block.n, digest.hexdigest()[:16], block.gradient is not None))
+    return sorted(found, key=lambda b: (b.n, b.name))
+
+
+def plan(
+    blocks: Sequence[BlockFile],
+    solvers: Sequence[str],
+    *,
+    fractions: Sequence[float],
+    budgets: Sequence[int],
+    objectives: Sequence[str],
+    seeds: Sequence[int],
+    time_limit: float | None,
+    gradient: bool,
+) -> tuple[list[Task], list[str]]:
+    """The tasks, and in words what was left out because a solver does not declare it.
+
+    A fraction f of n weights is round(f·n) of them. Solvers that ignore the seed run with the first one only.
+
+    Raises
+    ------
+    UnknownNameError, OptionError, BackendError
+        For a solver that cannot be made.
+    """
+    tasks: list[Task] = []
+    left_out: dict[str, None] = {}
+    for spec in solvers:
+        solver = make_solver(spec)
+        usable = seeds if Capability.RANDOMISED in solver.capabilities else seeds[:1]
+        limit = time_limit if Capability.TIME_LIMIT in solver.capabilities else None
+        for block in blocks:
+            loaded = load_block(block.path, use_gradient=gradient)
+            wanted = sorted({round(f * block.n) for f in fractions} | {b for b in budgets if b <= block.n})
+            for n_prune in wanted:
+                for objective in objectives:
+                    problem = SelectionProblem([loaded], n_prune, objective)
+                    try:
+                        check_capabilities(solver, problem, limit, None)
+                    except CapabilityError as error:
+                        left_out[f"{solver.name}, n={block.n}, {objective}: {error}"] = None
+                        continue
+                    tasks.extend(
+                        Task(
+                            block=block.name,
+                            digest=block.digest,
+                            n=block.n,
+                            n_prune=n_prune,
+                            objective_kind=Objective.parse(objective).value,
+                            solver=solver.spec,
+                            seed=seed,
+                            time_limit=limit,
+                            gradient=gradient and block.has_gradient,
+                        )
+                        for seed in usable
+                    )
+    # By instance, so that after an interruption whole instances can be compared.
+    order = {task.instance: at for at, task in reversed(list(enumerate(tasks)))}
+    tasks.sort(key=lambda task: (task.n, order[task.instance]))
+    return list(dict.fromkeys(tasks)), list(left_out)
+
+
+def stored_optima(folder: Path, blocks: Sequence[BlockFile]) -> dict[tuple[str, int, str, bool], float]:
+    """Best-known values from ``optima.json`` of a folder, by instance; empty where there is no such file.
+
+    Raises
+    ------
+    ProblemError
+        If the file is there but is not a list of such values.
+    """
+    path = folder.expanduser() / "optima.json"
+    if not path.is_file():
+        return {}
+    digests = {block.name: block.digest for block in blocks}
+    known: dict[tuple[str, int, str, bool], float] = {}
+    try:
+        for entry in json.loads(path.read_text()):
+            if entry["block"] in digests:
+                gradient = bool(entry.get("gradient", False))
+                instance = digests[entry["block"]], int(entry["n_prune"]), str(entry["objective"]), gradient
+                known[instance] = min(float(entry["best"]), known.get(instance, math.inf))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ProblemError(f"{path} is not a list of best-known values ({error!r}); repair or remove it") from error
+    return known
+
+
+class Comparison:
+    """Runs tasks and appends their rows; finished rows are not made again, failed ones are.
+
+    Parameters
+    ----------
+    tasks
+    paths
+        File of each block by digest.
+    results
+    best_known
+        By instance; rows improve on it as they come in.
+    workers
+        Child processes. Each solves on one thread, so that times do not depend on their number more than they must.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        paths: dict[str, Path],
+        results: ResultsFile,
+        best_known: dict[tuple[str, int, str, bool], float],
+        workers: int,
+    ) -> None:
+        self.tasks, self.paths, self.results, self.workers = tasks, paths, results, workers
+        self.best_known = dict(best_known)
+        self._local = threading.local()
+        self._children: list[Worker] = []
+        done = {row["key"]: row for row in results.rows if row.get("error") is None and "key" in row}
+        self.finished = [done[task.key] for task in tasks if task.key in done]
+        self.missing = [task for task in tasks if task.key not in done]
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Make the rows that are missing; each is on disk when it is yielded."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            pending = {pool.submit(self._measure, task): task for task in self.missing}
+            for future in as_completed(pending):
+                row = self._judged(pending[future], future.result())
+                self.results.append(row)
+                self.finished.append(row)
+                yield row
+        finally:
+            # Reached by an interruption, too: what is under way is killed, what waits is dropped.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in self._children:
+                child.close()
+            pool.shutdown(wait=True)
+
+    def _measure(self, task: Task) -> dict[str, Any]:
+        if not hasattr(self._local, "worker"):
+            self._local.worker = Worker()
+            self._children.append(self._local.worker)
+        hard = None if task.time_limit is None else 3.0 * task.time_limit + 120.0
+        try:
+            figures: dict[str, Any] = self._local.worker.call(measure, task, self.paths[task.digest], limit=hard)
+        except CBSError as error:
+            figures = {"error": f"{type(error).__name__}: {error}"}
+        return figures
+
+    def _judged(self, task: Task, figures: dict[str, Any]) -> dict[str, Any]:
+        """The row: task, figures, and how far they are from the best value known by now."""
+        value = figures.get("objective")
+        if value is not None:
+            self.best_known[task.instance] = min(value, self.best_known.get(task.instance, math.inf))
+        best = self.best_known.get(task.instance)
+        row = {**asdict(task), "key": task.key, "error": None, **figures, "versions": versions()}
+        row["best_known"] = best
+        row["gap_to_best"] = None if value is None or best is None else gap_between(value, best)
+        return row
+
+
+def gap_between(value: float, best: float) -> float:
+    """(value − best)/|best|, not below 0; inf where the best is 0 and the value is not."""
+    if value <= best:
+        return 0.0
+    return (value - best) / abs(best) if best != 0.0 else math.inf
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: Path, gradient: bool) -> QuadraticBlock:
+    return load_block(path, use_gradient=gradient)
+
+
+def measure(task: Task, path: Path) -> dict[str, Any]:
+    """Solve one task, in a child process; the figures of its row."""
+    torch.set_num_threads(1)
+    problem = SelectionProblem([_loaded(path, task.gradient)], task.n_prune, task.objective_kind)
+    cpu = time.process_time()
+    solution = solve(problem, task.solver, time_limit=task.time_limit, seed=task.seed)
+    cpu = time.process_time() - cpu
+    row = solution.as_row()
+    row["seconds"] = row.pop("seconds_solve")
+    if not math.isfinite(solution.objective):
+        raise BackendError(f"the objective of {task.block} is {solution.objective}; it has no optimum to compare with")
+    row["seconds_cpu"] = cpu
+    row["trace"] = [[p.seconds, _finite(p.objective), _finite(p.bound)] for p in _thinned(solution.trace)]
+    row["statistics"] = {name: _finite(float(value)) for name, value in solution.statistics.items()}
+    return row
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _thinned(points: Sequence[Any]) -> list[Any]:
+    """At most TRACE_POINTS of them, the last included."""
+    if len(points) <= TRACE_POINTS:
+        return list(points)
+    step = (len(points) - 1) / (TRACE_POINTS - 1)
+    return [points[round(i * step)] for i in range(TRACE_POINTS)]
+
+
