@@ -2,7 +2,7 @@
 
 While some swap of i ∈ P and j ∈ S has β_j − α_i − γ_ij < 0, make the best one. Up to a few thousand weights the best of
 all pairs is made; on larger problems the best pair of a working set, and the end is still a proven 1-swap optimum:
-see `solvers.local_search.working_set`.
+see `solvers.local_search.descent`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from solvers.local_search.descent import descend
 from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import SwapState
-from solvers.local_search.working_set import descend
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option

@@ -30,9 +30,9 @@ from typing import Literal
 
 import numpy as np
 
+from solvers.local_search.descent import descend
 from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import Index, SwapState
-from solvers.local_search.working_set import descend
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Deadline, Solver, option

@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 
 from solvers.local_search import dense
+from solvers.local_search.descent import descend
 from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import SwapState
-from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, descend, promising
+from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option

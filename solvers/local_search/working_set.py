@@ -15,8 +15,6 @@ from solvers.solver import Deadline
 
 #: Up to this many weights the whole problem is one table (float64: 128 MB).
 DENSE_LIMIT = 4000
-#: Weights of P and of S in a table of a larger problem.
-_HALF = 512
 #: A swap must gain more than this fraction of the sizes involved, or rounding could make it cycle.
 ROUNDING = 1e-13
 _SWAPS_BETWEEN_CHECKS = 200
@@ -71,24 +69,7 @@ def rounding_gain(state: SwapState) -> float:
     return ROUNDING * size
 
 
-def descend(state: SwapState, min_gain: float, deadline: Deadline) -> tuple[int, bool]:
-    """Swap until no swap gains more than `min_gain`; in place; (swaps made, whether that is proven).
-
-    Up to `DENSE_LIMIT` weights every swap is the best of all. Beyond, the best of a working set: the pairs of P and S
-    are visited in tiles in the order of α, a tile's pairs being screened by |γ_ij| ≤ 2 √(c_i c_j); where a tile holds
-    a gaining pair its most promising weights become a dense table that is brought to a local optimum. The search ends
-    when every tile has been visited since the last swap without a gaining pair.
-    """
-    min_gain = max(min_gain, rounding_gain(state))
-    if state.problem.n <= DENSE_LIMIT:
-        everything = WorkingSet(state, np.arange(state.problem.n), state.forces())
-        swaps, settled = _settle(everything, min_gain, deadline)
-        state.refresh()
-        return swaps, settled
-    return _descend_by_tiles(state, min_gain, deadline)
-
-
-def _settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int, bool]:
+def settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int, bool]:
     """Steepest descent on a working set, committed; (swaps, whether it ended before the deadline)."""
     total, swaps = 0.0, 0
     while True:
@@ -100,57 +81,6 @@ def _settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int
         if done or deadline.expired():
             piece.commit(total)
             return swaps, done
-
-
-def _descend_by_tiles(state: SwapState, min_gain: float, deadline: Deadline) -> tuple[int, bool]:
-    swaps = 0
-    while True:
-        forces = state.forces()
-        found = _gaining_tile(state, forces, min_gain, deadline)
-        if found is None:
-            state.refresh()
-            return swaps, not deadline.expired()
-        made, _ = _settle(WorkingSet(state, found, forces), min_gain, deadline)
-        swaps += made
-        if made == 0 or deadline.expired():
-            state.refresh()
-            return swaps, False
-
-
-def _gaining_tile(state: SwapState, forces: Array, min_gain: float, deadline: Deadline) -> Index | None:
-    """Weights of the first tile that holds a gaining pair, the most promising ones; None if there is no such pair.
-
-    None too when the deadline expires.
-    """
-    root = np.sqrt(state.curvature)
-    inside, outside = np.flatnonzero(state.pruned), np.flatnonzero(~state.pruned)
-    drops, rises = forces[inside] - state.curvature[inside], forces[outside] + state.curvature[outside]
-    by_drop, by_rise = np.argsort(-drops, kind="stable"), np.argsort(rises, kind="stable")
-    inside, drops, outside, rises = inside[by_drop], drops[by_drop], outside[by_rise], rises[by_rise]
-    for start in range(0, inside.shape[0], _HALF):
-        rows, row_drops = inside[start : start + _HALF], drops[start : start + _HALF]
-        # Bounds over the tile first: a weight of S that gains with no member of it is not gathered.
-        reach = rises - row_drops[0] - 2.0 * root[outside] * float(root[rows].max())
-        row_columns: Array | None = None
-        candidates = np.flatnonzero(reach < -min_gain)
-        for offset in range(0, candidates.shape[0], 2 * _HALF):
-            if deadline.expired():
-                return None
-            some = candidates[offset : offset + 2 * _HALF]
-            bound = rises[some] - row_drops[:, None] - 2.0 * root[rows][:, None] * root[outside[some]]
-            some = some[(bound < -min_gain).any(0)]
-            if some.size == 0:
-                continue
-            if row_columns is None:
-                row_columns = state.columns(rows)
-            columns = outside[some]
-            change = rises[some] - row_drops[:, None]
-            change -= interaction_table(state, rows, row_columns, columns, state.columns(columns))
-            if float(change.min()) < -min_gain:
-                best_rows = np.argsort(change.min(1), kind="stable")[:_HALF]
-                best_columns = np.argsort(change.min(0), kind="stable")[:_HALF]
-                return np.concatenate([rows[best_rows], columns[best_columns]])
-    return None
 
 
 def promising(state: SwapState, forces: Array, size: int) -> Index:

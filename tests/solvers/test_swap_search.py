@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import solvers
 from solvers import QuadraticBlock, Reason, SelectionProblem
-from solvers.local_search import annealing, tabu, working_set
+from solvers.local_search import annealing, descent, tabu
+from solvers.local_search.descent import descend
 from solvers.local_search.state import SwapState
-from solvers.local_search.working_set import WorkingSet, descend
+from solvers.local_search.working_set import WorkingSet
 from solvers.solver import Deadline
 from tests.conftest import random_problem
 from tests.solvers.test_greedy_ls import random_mask
@@ -75,8 +76,10 @@ def test_small_problems_are_solved(spec: str) -> None:
 def test_the_tiled_descent_of_large_problems_ends_in_a_true_local_optimum(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(working_set, "DENSE_LIMIT", 10)
-    monkeypatch.setattr(working_set, "_HALF", 7)
+    monkeypatch.setattr(descent, "DENSE_LIMIT", 10)
+    monkeypatch.setattr(descent, "_TILE", 7)
+    monkeypatch.setattr(descent, "_CHUNK", 11)
+    monkeypatch.setattr(descent, "_CACHE_ENTRIES", 400)
     for seed in range(4):
         problem = random_problem(seed, sizes, sum(sizes) // 2, gradient=seed % 2 == 0)
         state = SwapState(problem, random_mask(problem, seed))
@@ -88,7 +91,7 @@ def test_the_tiled_descent_of_large_problems_ends_in_a_true_local_optimum(
 
 @pytest.mark.parametrize("spec", ["tabu[iterations=3000]", "annealing[sweeps=20]"])
 def test_large_problems_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    for module in (working_set, tabu, annealing):
+    for module in (descent, tabu, annealing):
         monkeypatch.setattr(module, "DENSE_LIMIT", 20)
     monkeypatch.setattr(tabu, "_WORKING_SET", 24)
     monkeypatch.setattr(tabu, "_MOVES_PER_ROUND", 500)
