@@ -221,7 +221,7 @@ def bound_node(matrix, target, n_kept, diagonal, share, barrier, barrier_end, n_
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def reduce_node(hessian, centre, status):
+def reduce_node(hessian, root, centre, status):
     """(open indices, G, v, F(O)) of a node; see the module's docstring."""
     n = centre.size
     kept = np.nonzero(status == KEPT)[0]
@@ -251,14 +251,15 @@ def reduce_node(hessian, centre, status):
             right[x] /= lower[x, x]
         for x in range(size):
             change[support[x]] = right[x]
-    base = 0.5 * np.dot(change, hessian @ change)
+    image = root @ change
+    base = 0.5 * np.dot(image, image)
     corner = lower[first:, first:].copy()
     return undecided, corner @ corner.T, centre[undecided] + change[undecided], base
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def mask_value(hessian, centre, removed_mask):
-    """½ dᵀHd of the refit of a mask (n,), d = v − c."""
+def mask_value(hessian, root, centre, removed_mask):
+    """½ ‖root·d‖² of the refit of a mask (n,), d = v − c; dᵀHd would lose half the digits where terms cancel."""
     change = np.zeros(centre.size)
     removed = np.nonzero(removed_mask)[0]
     kept = np.nonzero(~removed_mask)[0]
@@ -275,7 +276,8 @@ def mask_value(hessian, centre, removed_mask):
         solution = np.linalg.solve(block, right)
         for x in range(kept.size):
             change[kept[x]] = solution[x]
-    return 0.5 * np.dot(change, hessian @ change)
+    image = root @ change
+    return 0.5 * np.dot(image, image)
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
@@ -309,8 +311,8 @@ def best_subset(matrix, slope, size, needed):
 
     Returns
     -------
-    gain : float
-        `needed` where no subset exceeds it.
+    gain, second : float
+        The largest and the next; `needed` where no subset exceeds it.
     chosen : int (size,)
         −1 where no subset exceeds it.
     """
@@ -325,13 +327,13 @@ def best_subset(matrix, slope, size, needed):
     best_chosen = np.full(size, -1)
     squares, pivots = np.empty(m), np.empty(m)
     # Gains are doubled throughout.
-    best = 2.0 * needed
+    best, second = 2.0 * needed, 2.0 * needed
     level, item = 0, 0
     while True:
         gram, part = grams[level], slopes[level]
         if level == levels:
             first = chosen[level - 1] + 1 if level > 0 else 0
-            need = best - gains[level]
+            need = second - gains[level]
             for y in range(first, m):
                 squares[y] = part[y] * part[y]
                 pivots[y] = gram[y, y]
@@ -350,10 +352,14 @@ def best_subset(matrix, slope, size, needed):
                             continue
                         value = square * pivots[y] + squares[y] * pivot - double * part[y] * row[y]
                         if value > need * determinant:
-                            need = value / determinant
-                            best = need + gains[level]
-                            chosen[size - 2], chosen[size - 1] = x, y
-                            best_chosen[:] = chosen
+                            value = value / determinant + gains[level]
+                            if value > best:
+                                best, second = value, best
+                                chosen[size - 2], chosen[size - 1] = x, y
+                                best_chosen[:] = chosen
+                            else:
+                                second = value
+                            need = second - gains[level]
         elif item <= m - (size - level):
             pivot = gram[item, item]
             chosen[level] = item
@@ -374,7 +380,7 @@ def best_subset(matrix, slope, size, needed):
             break
         level -= 1
         item = chosen[level] + 1
-    return 0.5 * best, best_chosen
+    return 0.5 * best, 0.5 * second, best_chosen
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
@@ -387,32 +393,38 @@ def count_subsets(m, size):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def enumerate_kept(hessian, centre, status, undecided, matrix, target, base, to_keep, cutoff):
+def enumerate_kept(hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff):
     """(outcome, bound, mask, value) of a node by looking at every choice of the weights to keep."""
     inner = matrix @ target
     height = 0.5 * np.dot(target, inner)
-    rounding = 1e-13 * height
+    rounding = 4.0 * ROUNDING * height
     if to_keep == 1:
-        chosen = np.array([np.argmax(inner * inner / np.diag(matrix))])
-        gain = 0.5 * inner[chosen[0]] ** 2 / matrix[chosen[0], chosen[0]]
+        gains = 0.5 * inner * inner / np.diag(matrix)
+        order = np.argsort(-gains)
+        chosen = order[:1]
+        gain, second = gains[order[0]], gains[order[1]]
     else:
-        gain, chosen = best_subset(matrix, inner, to_keep, base + height - cutoff - rounding)
+        gain, second, chosen = best_subset(matrix, inner, to_keep, base + height - cutoff - rounding)
     mask = status != KEPT
     if chosen[0] < 0:
         return PRUNED, cutoff, mask, np.inf
     for x in chosen:
         mask[undecided[x]] = False
-    value = mask_value(hessian, centre, mask)
-    return SOLVED, min(value, base + height - gain - rounding), mask, value
+    value = mask_value(hessian, root, centre, mask)
+    # How far the gain of the best is off its value tells what to allow for in the next best.
+    rounding += 2.0 * abs(base + height - gain - value)
+    return SOLVED, min(value, base + height - second - rounding), mask, value
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barrier, barrier_end, n_steps):
+def process_node(
+    hessian, root, centre, status, n_kept, diagonal, share, cutoff, barrier, barrier_end, n_steps
+):
     """Bound a node, fix what its reduced costs decide, and pick a weight to branch on.
 
     Parameters
     ----------
-    hessian : (n, n), centre : (n,)
+    hessian : (n, n), root : (r, n) with rootᵀroot = hessian, centre : (n,)
     status : int8 (n,)
         OPEN, KEPT or REMOVED; modified by the fixings.
     n_kept : int
@@ -445,9 +457,9 @@ def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barri
             mask = status == REMOVED
             if to_keep == 0:
                 mask = status != KEPT
-            value = mask_value(hessian, centre, mask)
+            value = mask_value(hessian, root, centre, mask)
             return SOLVED, value, -1, mask, value
-        undecided, matrix, target, base = reduce_node(hessian, centre, status)
+        undecided, matrix, target, base = reduce_node(hessian, root, centre, status)
         best = max(best, base)
         room = cutoff - base
         if room <= 0.0:
@@ -457,12 +469,12 @@ def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barri
             mask = status == REMOVED
             mask[undecided[first]] = True
             mask[undecided[second]] = True
-            value = mask_value(hessian, centre, mask)
+            value = mask_value(hessian, root, centre, mask)
             return SOLVED, value, -1, mask, value
         effort = count_subsets(n_open, to_keep) / n_open**3
         if to_keep == 1 or effort < DIRECT:
             outcome, low, mask, value = enumerate_kept(
-                hessian, centre, status, undecided, matrix, target, base, to_keep, cutoff
+                hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff
             )
             return outcome, max(best, low), -1, mask, value
         start = share[undecided]
@@ -480,7 +492,7 @@ def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barri
             return PRUNED, best, -1, mask, np.inf
         if effort < AFTER_BOUND:
             outcome, low, mask, value = enumerate_kept(
-                hessian, centre, status, undecided, matrix, target, base, to_keep, cutoff
+                hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff
             )
             return outcome, max(best, low), -1, mask, value
         for x in range(n_open):
@@ -504,4 +516,4 @@ def process_node(hessian, centre, status, n_kept, diagonal, share, cutoff, barri
         by_share = np.argsort(-z)
         for position in range(to_keep, n_open):
             mask[undecided[by_share[position]]] = True
-        return BRANCH, best, undecided[by_share[0]], mask, mask_value(hessian, centre, mask)
+        return BRANCH, best, undecided[by_share[0]], mask, mask_value(hessian, root, centre, mask)

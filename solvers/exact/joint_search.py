@@ -20,10 +20,10 @@ from solvers.exact.joint_kernels import mask_value
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def descend(hessian, centre, mask):
+def descend(hessian, root, centre, mask):
     """The one-swap local optimum reached from a mask (n,) by the steepest swaps, and its value."""
     mask = mask.copy()
-    value = mask_value(hessian, centre, mask)
+    value = mask_value(hessian, root, centre, mask)
     for _ in range(50 * centre.size):
         kept, removed = np.nonzero(~mask)[0], np.nonzero(mask)[0]
         k, p = kept.size, removed.size
@@ -63,7 +63,7 @@ def descend(hessian, centre, mask):
         if put_back < 0:
             break
         mask[put_back], mask[taken] = False, True
-        after = mask_value(hessian, centre, mask)
+        after = mask_value(hessian, root, centre, mask)
         if not after < value * (1.0 - 1e-10):
             mask[put_back], mask[taken] = True, False
             break
@@ -123,7 +123,7 @@ def forward(hessian, centre, n_kept):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def kicked(hessian, centre, mask, value, generator, rounds):
+def kicked(hessian, root, centre, mask, value, generator, rounds):
     """Iterated local search: exchange a few pairs, descend, accept what is not much worse; returns the best.
 
     `generator` is a numpy Generator.
@@ -140,7 +140,7 @@ def kicked(hessian, centre, mask, value, generator, rounds):
         for t in range(size):
             trial[kept[t]] = True
             trial[removed[t]] = False
-        trial, reached = descend(hessian, centre, trial)
+        trial, reached = descend(hessian, root, centre, trial)
         if reached <= height * (1.0 + 0.02 * generator.random()):
             current, height = trial, reached
         if reached < best:

@@ -93,6 +93,7 @@ class _Square:
     """The problem with unit-diagonal Hessian: value = unit · ½ (u − centre)ᵀ hessian (u − centre) + constant."""
 
     hessian: Array
+    scaled_root: Array
     centre: Array
     unit: float
     constant: float
@@ -212,7 +213,10 @@ def joint_root_bound(
         return JointRootBound(value, np.zeros(n), share)
     with threadpool_limits(limits=1, user_api="blas"):
         mask, height = search.descend(
-            square.hessian, square.centre, search.forward(square.hessian, square.centre, n - n_prune)
+            square.hessian,
+            square.scaled_root,
+            square.centre,
+            search.forward(square.hessian, square.centre, n - n_prune),
         )
         cutoff = max(height, SCALE_TOLERANCE)
         bound, diagonal, share, _, _ = kernels.bound_node(
@@ -253,10 +257,22 @@ def _prepare(weights: Array, factor: Array, damping: float | Array, gradient: Ar
     energy = 0.5 * float(square.target @ square.target)
     smallest = float(np.linalg.eigvalsh(hessian)[0])
     ridge = RIDGE if smallest < SINGULAR else 0.0
-    hessian[np.diag_indices(n)] += ridge
+    if ridge > 0.0:
+        hessian[np.diag_indices(n)] += ridge
+        scaled = np.linalg.qr(np.vstack([scaled, math.sqrt(ridge) * np.eye(n)]), mode="r")
     unit = energy
     scaled_centre = centre / math.sqrt(unit) if unit > 0.0 else np.zeros(n)
-    return _Square(hessian, scaled_centre, unit, square.constant, square.root, square.centre, norms, ridge)
+    return _Square(
+        hessian,
+        np.ascontiguousarray(scaled),
+        scaled_centre,
+        unit,
+        square.constant,
+        square.root,
+        square.centre,
+        norms,
+        ridge,
+    )
 
 
 def _first_diagonal(hessian: Array) -> Array:
@@ -324,7 +340,7 @@ class _Tree:
 
     def find_incumbent(self, start: Mask | None) -> bool:
         """Local search; True if its value is zero to rounding, so that nothing remains to be proven."""
-        hessian, centre = self.square.hessian, self.square.centre
+        hessian, root, centre = self.square.hessian, self.square.scaled_root, self.square.centre
         if self.square.unit == 0.0:
             self.mask[: self.n_prune] = True
             return True
@@ -334,13 +350,15 @@ class _Tree:
         ]
         starts += [] if start is None else [np.asarray(start, dtype=bool)]
         for first in starts:
-            self.offer(*search.descend(hessian, centre, first))
+            self.offer(*search.descend(hessian, root, centre, first))
         rounds = max(10, 6000 // self.n)
         generator = np.random.default_rng(self.seed)
         for _ in range(4):
             if self.best <= SCALE_TOLERANCE or self.deadline.elapsed() > 0.3 * self.deadline.limit:
                 break
-            self.offer(*search.kicked(hessian, centre, self.mask, self.best, generator, rounds // 4 + 1))
+            self.offer(
+                *search.kicked(hessian, root, centre, self.mask, self.best, generator, rounds // 4 + 1)
+            )
         return self.best <= SCALE_TOLERANCE
 
     def offer(self, mask: Mask, value: float) -> None:
@@ -354,6 +372,7 @@ class _Tree:
         """Run one node on writable copies and take what it found; (outcome, bound, branch)."""
         outcome, bound, branch, mask, value = kernels.process_node(
             self.square.hessian,
+            self.square.scaled_root,
             self.square.centre,
             status,
             self.n_kept,
@@ -368,7 +387,9 @@ class _Tree:
             with self.condition:
                 self.offer(mask, value)
             if outcome == kernels.BRANCH:
-                better, lower = search.descend(self.square.hessian, self.square.centre, mask)
+                better, lower = search.descend(
+                    self.square.hessian, self.square.scaled_root, self.square.centre, mask
+                )
                 with self.condition:
                     self.offer(better, lower)
         return int(outcome), float(bound), int(branch)

@@ -74,6 +74,10 @@ def check(weights, factor, damping, gradient, n_prune, **options):
     return result
 
 
+def root_of(matrix):
+    return np.ascontiguousarray(np.linalg.cholesky(matrix).T)
+
+
 @st.composite
 def instances(draw):
     """Small blocks with what breaks solvers: duplicates, zero weights, low rank, no damping, huge and tiny scales."""
@@ -93,7 +97,8 @@ def instances(draw):
     damping = draw(st.sampled_from([0.0, 1e-6, 1e-3, 1.0]))
     gradient = None
     if damping > 0.0 and draw(st.booleans()):
-        gradient = 0.1 * rng.standard_normal(n)
+        # A mean gradient lies in the rows' span; a little of it may not.
+        gradient = 0.1 * factor.T @ rng.standard_normal(rank) + 0.1 * damping * rng.standard_normal(n)
     size = draw(st.sampled_from([1e-6, 1.0, 1e6]))
     height = draw(st.sampled_from([1e-6, 1.0, 1e6]))
     weights, factor, damping = weights * size, factor * height, damping * height**2
@@ -102,7 +107,7 @@ def instances(draw):
     return weights, factor, damping, gradient, draw(st.integers(0, n))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(instances())
 def test_agrees_with_brute_force(instance):
     check(*instance)
@@ -198,7 +203,7 @@ def test_root_bound_is_below_the_optimum_and_its_diagonal_is_feasible(n_prune, w
         assert root.bound > 1.5 * max(plain, 0.5 * 1e-2 * np.sort(weights**2)[:8].sum())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 8), st.floats(-3, 3))
 def test_the_certificate_holds_at_any_point_and_the_reduced_costs_with_it(seed, n, size):
     rng = np.random.default_rng(seed)
@@ -214,7 +219,7 @@ def test_the_certificate_holds_at_any_point_and_the_reduced_costs_with_it(seed, 
     for kept in combinations(range(n), n_kept):
         mask = np.ones(n, dtype=bool)
         mask[list(kept)] = False
-        value = kernels.mask_value(matrix, target, mask)
+        value = kernels.mask_value(matrix, root_of(matrix), target, mask)
         forced = bound + max(
             [0.0]
             + [0.5 * (scores[i] - first_out) for i in order[:n_kept] if mask[i]]
@@ -230,14 +235,14 @@ def test_a_node_is_the_same_problem_again():
     hessian, centre = factor.T @ factor, rng.standard_normal(n)
     status = np.zeros(n, dtype=np.int8)
     status[[1, 5]], status[[2, 7]] = kernels.KEPT, kernels.REMOVED
-    undecided, matrix, target, base = kernels.reduce_node(hessian, centre, status)
+    undecided, matrix, target, base = kernels.reduce_node(hessian, factor, centre, status)
     for chosen in combinations(range(undecided.size), 2):
         inner = np.zeros(undecided.size, dtype=bool)
         inner[list(chosen)] = True
         whole = status == kernels.REMOVED
         whole[undecided[inner]] = True
-        assert kernels.mask_value(hessian, centre, whole) == pytest.approx(
-            base + kernels.mask_value(matrix, target, inner), rel=1e-9
+        assert kernels.mask_value(hessian, factor, centre, whole) == pytest.approx(
+            base + kernels.mask_value(matrix, root_of(matrix), target, inner), rel=1e-9
         )
 
 
@@ -247,13 +252,31 @@ def test_descend_reaches_a_swap_optimum():
     factor = rng.standard_normal((12, n))
     hessian, centre = factor.T @ factor, rng.standard_normal(n)
     start = np.arange(n) < 5
-    mask, value = search.descend(hessian, centre, start)
-    assert mask.sum() == 5 and value <= kernels.mask_value(hessian, centre, start)
+    mask, value = search.descend(hessian, factor, centre, start)
+    assert mask.sum() == 5 and value <= kernels.mask_value(hessian, factor, centre, start)
     for i in np.flatnonzero(mask):
         for j in np.flatnonzero(~mask):
             other = mask.copy()
             other[i], other[j] = False, True
-            assert kernels.mask_value(hessian, centre, other) >= value * (1 - 1e-9)
+            assert kernels.mask_value(hessian, factor, centre, other) >= value * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_best_subset_is_the_best_of_all(size):
+    rng = np.random.default_rng(12 + size)
+    factor, slope = rng.standard_normal((12, 8)), rng.standard_normal(8)
+    gram = factor.T @ factor
+    gains = {}
+    for chosen in combinations(range(8), size):
+        part = list(chosen)
+        gains[chosen] = 0.5 * float(slope[part] @ np.linalg.solve(gram[np.ix_(part, part)], slope[part]))
+    best = max(gains, key=gains.__getitem__)
+    gain, second, chosen = kernels.best_subset(gram, slope, size, 0.0)
+    assert gain == pytest.approx(gains[best], rel=1e-10)
+    assert second == pytest.approx(sorted(gains.values())[-2], rel=1e-10)
+    assert tuple(sorted(chosen)) == best
+    gain, second, chosen = kernels.best_subset(gram, slope, size, gains[best] * (1 + 1e-9))
+    assert np.all(chosen == -1)
 
 
 def test_dominates_refuses_what_is_not_psd():
