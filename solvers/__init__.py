@@ -8,6 +8,7 @@ print(solution.objective, solution.bound, solution.status)
 
 from __future__ import annotations
 
+from solvers.bounds import Bound, bound
 from solvers.errors import (
     BackendError,
     CapabilityError,
@@ -27,6 +28,7 @@ from solvers.storage import load_block, load_problem, save_block
 
 __all__ = [
     "BackendError",
+    "Bound",
     "CBSError",
     "Capability",
     "CapabilityError",
@@ -48,6 +50,7 @@ __all__ = [
     "TracePoint",
     "UnknownNameError",
     "available_solvers",
+    "bound",
     "describe",
     "load_block",
     "load_problem",

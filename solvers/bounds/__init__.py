@@ -1,1 +1,98 @@
-"""Certified lower bounds."""
+"""Certified lower bounds for problems nobody can solve exactly: `bound(problem, method=...)`.
+
+* ``frank_wolfe``: convex relaxation of any size, matrix-free (joint objective: perspective relaxation).
+* ``qcr``: semidefinite bound for up to about a thousand weights; the tightest.
+* ``lagrangian``: one semidefinite bound per block, coupled by the multiplier of the common budget.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from solvers.bounds.certificate import Bound, Certificate
+from solvers.errors import CapabilityError, OptionError, UnknownNameError
+from solvers.problem import Objective, SelectionProblem
+
+METHODS = ("auto", "frank_wolfe", "qcr", "lagrangian")
+_AUTO_QCR = 400
+_AUTO_BLOCK = 300
+
+__all__ = ["METHODS", "Bound", "Certificate", "bound"]
+
+
+class MaskCertificate(Certificate):
+    """For n_prune = 0 or n, where one mask alone is feasible."""
+
+    def value(self, problem: SelectionProblem) -> float:
+        """The objective of that mask, less a rounding margin."""
+        value = problem.value(np.full(problem.n, problem.n_prune > 0))
+        return value - 1e-13 * (problem.scale + abs(value)) if problem.n_prune else value
+
+
+def bound(
+    problem: SelectionProblem,
+    method: str = "auto",
+    *,
+    tolerance: float | None = None,
+    time_limit: float | None = None,
+) -> Bound:
+    """A proven lower bound on the optimal objective, with its certificate.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+    method : {"auto", "frank_wolfe", "qcr", "lagrangian"}
+        ``auto`` takes qcr up to 400 weights, lagrangian for several small blocks, frank_wolfe otherwise.
+    tolerance : float, optional
+        How near the method's own optimum to stop, relative; each method has its default.
+    time_limit : float, optional
+        Seconds of wall time; the bound is valid whenever it ends. Not kept by qcr, whose time depends on n alone.
+
+    Returns
+    -------
+    Bound
+        ``bound.verify(problem)`` recomputes it from its certificate.
+
+    Raises
+    ------
+    UnknownNameError
+        For a method that does not exist.
+    CapabilityError
+        If the method does not take this problem.
+    OptionError
+        For a tolerance or time limit that is not positive.
+    """
+    from solvers.bounds.frank_wolfe import frank_wolfe_bound
+    from solvers.bounds.lagrangian import lagrangian_bound
+    from solvers.bounds.perspective import perspective_bound
+    from solvers.bounds.qcr import qcr_bound
+
+    if method not in METHODS:
+        raise UnknownNameError.of("bound method", method, METHODS)
+    for name, value in (("tolerance", tolerance), ("time_limit", time_limit)):
+        if value is not None and not value > 0:
+            raise OptionError(f"{name} must be positive, not {value!r}")
+    if problem.n_prune in (0, problem.n):
+        certificate = MaskCertificate()
+        return Bound(certificate.value(problem), method, 0.0, 0, certificate)
+    joint = problem.objective is Objective.JOINT
+    if method == "auto":
+        largest = max(block.n for block in problem.blocks)
+        if joint:
+            method = "frank_wolfe"
+        elif problem.n <= _AUTO_QCR:
+            method = "qcr"
+        else:
+            method = "lagrangian" if len(problem.blocks) > 1 and largest <= _AUTO_BLOCK else "frank_wolfe"
+    if joint and method != "frank_wolfe":
+        raise CapabilityError(
+            f"method={method!r} bounds the selection objective only; use method='frank_wolfe', or the bound of the "
+            "solver 'branch_bound', for the joint one"
+        )
+    if joint:
+        return perspective_bound(problem, tolerance=tolerance or 1e-3, time_limit=time_limit)
+    if method == "qcr":
+        return qcr_bound(problem, tolerance=tolerance or 1e-6)
+    if method == "lagrangian":
+        return lagrangian_bound(problem, tolerance=tolerance or 1e-4, time_limit=time_limit)
+    return frank_wolfe_bound(problem, tolerance=tolerance or 1e-3, time_limit=time_limit)

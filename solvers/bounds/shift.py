@@ -48,18 +48,21 @@ class Shift:
     value : float
         The dual value: the lower bound before rounding errors are accounted for.
     iterations : int
+    converged : bool
+        Whether the duality gap or the target was reached.
     """
 
     diagonal: Array
     point: Array
     value: float
     iterations: int
+    converged: bool
 
 
 def best_shift(
     quadratic: Array,
     linear: Array,
-    count: int,
+    count: int | None,
     *,
     tolerance: float = 1e-4,
     target: float = np.inf,
@@ -71,7 +74,8 @@ def best_shift(
     ----------
     quadratic : float64 (n, n), symmetric; its largest diagonal entry should be of the order of one
     linear : float64 (n,)
-    count : int, 0 < k < n
+    count : int, 0 < k < n, or None
+        None drops the cardinality: z is then any binary vector, and Q − diag d ⪰ 0 on the whole space.
     tolerance : float
         Duality gap, relative to the value, at which to stop.
     target : float
@@ -86,20 +90,21 @@ def best_shift(
     cost = np.zeros((n + 1, n + 1))
     cost[1:, 1:] = 0.5 * quadratic
     cost[0, 1:] = cost[1:, 0] = -0.5 * linear
-    basis = _basis(n, count)
+    basis = np.eye(n + 1) if count is None else _basis(n, count)
     reduced = basis.T @ cost @ basis
     reduced = 0.5 * (reduced + reduced.T)
     primal, duals, slack = _start(reduced, basis, n, count)
-    point = np.full(n, count / n)
+    point = np.full(n, 0.5 if count is None else count / n)
     rhs = np.zeros(n + 1)
     rhs[0] = 1.0
-    iterations = 0
+    iterations, converged = 0, False
     while iterations < max_iterations:
         iterations += 1
         gap = float(np.sum(primal * slack))
         if gap <= tolerance * abs(duals[0]) or duals[0] > target or gap <= 1e-13:
+            converged = True
             break
-        barrier = _CENTRING * gap / n
+        barrier = _CENTRING * gap / primal.shape[0]
         try:
             inverse = np.linalg.inv(slack)
             inverse = 0.5 * (inverse + inverse.T)
@@ -122,10 +127,10 @@ def best_shift(
         point = (basis @ (primal @ basis[0]))[1:]
         if max(step_primal, step_dual) < 1e-5:
             break
-    return Shift(2.0 * duals[1:], np.clip(point, 0.0, 1.0), float(duals[0]), iterations)
+    return Shift(2.0 * duals[1:], np.clip(point, 0.0, 1.0), float(duals[0]), iterations, converged)
 
 
-def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0) -> Array:
+def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0, *, whole_space: bool = False) -> Array:
     """`diagonal` lowered until Q − diag d is safely positive definite on 1^⊥.
 
     Parameters
@@ -134,17 +139,22 @@ def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0) -> Array:
     diagonal : float64 (n,)
     slack : float ≥ 0
         Smallest eigenvalue wanted beyond the rounding margin.
+    whole_space : bool
+        Ask for it on all vectors, not only on those of sum zero.
 
     Returns
     -------
     float64 (n,)
     """
     n = quadratic.shape[0]
-    if n < 2:
+    if n < 2 and not whole_space:
         return diagonal
     shifted = quadratic - np.diag(diagonal)
-    basis = _sum_zero_basis(n)
-    values = scipy.linalg.eigvalsh(basis.T @ shifted @ basis)
+    if whole_space:
+        values = scipy.linalg.eigvalsh(shifted)
+    else:
+        basis = _sum_zero_basis(n)
+        values = scipy.linalg.eigvalsh(basis.T @ shifted @ basis)
     # Backward error of the product and of the eigenvalues: a small multiple of n eps times the norm.
     norm = max(abs(float(values[0])), abs(float(values[-1])), float(np.abs(shifted).max()))
     margin = 8.0 * n * np.finfo(np.float64).eps * norm
@@ -202,10 +212,12 @@ def _schur(lifted: Array, inverse: Array) -> Array:
     return out
 
 
-def _start(reduced: Array, basis: Array, n: int, count: int) -> tuple[Array, Array, Array]:
-    """Strictly feasible: the mean of all k-subsets, and a shift far below the smallest eigenvalue."""
-    p = count / n
-    both = count * (count - 1) / (n * (n - 1)) if n > 1 else p
+def _start(reduced: Array, basis: Array, n: int, count: int | None) -> tuple[Array, Array, Array]:
+    """Strictly feasible: the mean of all (k-)subsets, and a shift far below the smallest eigenvalue."""
+    p, both = 0.5, 0.25
+    if count is not None:
+        p = count / n
+        both = count * (count - 1) / (n * (n - 1)) if n > 1 else p
     average = np.full((n + 1, n + 1), both)
     average[np.arange(1, n + 1), np.arange(1, n + 1)] = p
     average[0, 1:] = average[1:, 0] = p

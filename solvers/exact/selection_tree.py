@@ -252,7 +252,7 @@ def _search(tree: _Tree, n_threads: int, node_limit: float) -> tuple[float, Reas
             if searched >= node_limit:
                 reason = Reason.NODE_LIMIT
                 break
-            batch = []
+            batch: list[_Node] = []
             while heap and len(batch) < _BATCH:
                 node = _pop(heap)
                 if node.bound < tree.upper - tree.tolerance():
