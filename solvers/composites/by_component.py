@@ -24,7 +24,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from solvers.composites.nested import combined_reason, make_inner, run_inner
+from solvers.composites.nested import adopt, combined_reason, make_inner, run_inner
 from solvers.local_search.state import Index
 from solvers.problem import Array, Mask, Objective, QuadraticBlock, SelectionProblem
 from solvers.solution import Proposal
@@ -90,10 +90,17 @@ class ByComponentSolver(Solver):
             Capability.RANDOMISED,
             Capability.TIME_LIMIT,
             Capability.BOUND,
+            Capability.EXACT,
         }
     )
 
     solver: str = option("branch_bound", "the solver of one component, with its options")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner = make_inner(self.solver, self.name)
+        wanted = [Capability.SELECTION, Capability.JOINT, Capability.LINEAR_TERM, Capability.BOUND, Capability.EXACT]
+        adopt(self, [inner], wanted)
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Decompose, solve, merge."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.composites.nested import make_inner, run_inner
+from solvers.composites.nested import adopt, make_inner, run_inner
 from solvers.composites.subproblem import subproblem
+from solvers.errors import OptionError
 from solvers.local_search.state import Index, SwapState
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
@@ -54,6 +55,19 @@ class LargeNeighbourhoodSolver(Solver):
     rounds: int = option(60, "rounds", minimum=1)
     patience: int = option(30, "rounds without a better mask that end the search", minimum=1)
     round_seconds: float = option(5.0, "time limit of one sub-problem", minimum=1e-3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        backend = make_inner(self.backend, self.name)
+        # Sub-problems of the selection objective always carry a gradient.
+        needed = {
+            Capability.SELECTION: {Capability.SELECTION, Capability.LINEAR_TERM},
+            Capability.JOINT: {Capability.JOINT},
+        }
+        missing = {kind for kind, wanted in needed.items() if not wanted <= backend.capabilities}
+        if len(missing) == len(needed):
+            raise OptionError(f"lns: backend {self.backend!r} solves no sub-problem; name an exact solver")
+        adopt(self, [backend], [*missing, Capability.GLOBAL_BUDGET, Capability.BOUND])
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Start, free, decide, keep."""

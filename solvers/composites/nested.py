@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from solvers.errors import OptionError
@@ -19,6 +19,31 @@ def make_inner(spec: str, outer: str) -> Solver:
     if inner.name == outer:
         raise OptionError(f"{outer}: the inner solver {spec!r} is {outer} again; name another one")
     return inner
+
+
+def adopt(outer: Solver, members: Sequence[Solver], from_members: Iterable[Capability]) -> None:
+    """Narrow what `outer` declares to what all its `members` can do, for the capabilities in `from_members`.
+
+    The class declares what a composite can do at best; an instance knows its members, and so is refused with a
+    CapabilityError before work starts where one of them would be.
+    """
+    lacking = {c for c in from_members if any(c not in member.capabilities for member in members)}
+    # The instance's value hides the class's; the dataclass is frozen, hence this way of setting it.
+    object.__setattr__(outer, "capabilities", type(outer).capabilities - lacking)
+
+
+def adopt_limit(outer: Solver, members: Sequence[Solver]) -> None:
+    """Let `outer`, which hands whole problems to its `members`, take no more weights than each of them."""
+    limits = [member.max_weights for member in members if member.max_weights is not None]
+    object.__setattr__(outer, "max_weights", min(limits, default=None))
+
+
+PROBLEM_CAPABILITIES = (
+    Capability.SELECTION,
+    Capability.JOINT,
+    Capability.GLOBAL_BUDGET,
+    Capability.LINEAR_TERM,
+)
 
 
 def split_plus(text: str) -> Iterator[str]:

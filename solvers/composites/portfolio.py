@@ -10,7 +10,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from solvers.composites.nested import combined_reason, make_inner, run_inner, split_plus
+from solvers.composites.nested import (
+    PROBLEM_CAPABILITIES,
+    adopt,
+    adopt_limit,
+    combined_reason,
+    make_inner,
+    run_inner,
+    split_plus,
+)
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
 from solvers.solution import Proposal
@@ -21,7 +29,7 @@ from solvers.solver import Capability, Context, Solver, option
 class PortfolioSolver(Solver):
     """Best of several solvers, by objective, or by calibration loss where a callback is given.
 
-    What it can do beyond that is what its members can do, checked when they run. A time limit is shared evenly over
+    What it can do beyond that is what all its members can do. A time limit is shared evenly over
     the members that are left, so that what a quick one leaves goes to the others.
     """
 
@@ -44,12 +52,21 @@ class PortfolioSolver(Solver):
     solvers: str = option("obd+rmp+best_swap+tabu+annealing", "the members, joined by plus signs")
     chain: bool = option(True, "hand the best mask so far to members that take a start")
 
-    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
-        """Run every member, keep the best."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        members = self._members()
+        adopt(self, members, PROBLEM_CAPABILITIES)
+        adopt_limit(self, members)
+
+    def _members(self) -> list[Solver]:
         names = list(split_plus(self.solvers))
         if not all(names):
             raise OptionError(f"portfolio: solvers={self.solvers!r} must be names joined by '+', such as obd+tabu")
-        members = [make_inner(spec, self.name) for spec in names]
+        return [make_inner(spec, self.name) for spec in names]
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Run every member, keep the best."""
+        members = self._members()
         judge = context.calibration_loss or problem.value
         best: Mask | None = context.start
         best_score = math.inf if best is None else judge(best)

@@ -9,7 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from solvers.composites.nested import combined_reason, make_inner, run_inner
+from solvers.composites.nested import (
+    PROBLEM_CAPABILITIES,
+    adopt,
+    adopt_limit,
+    combined_reason,
+    make_inner,
+    run_inner,
+)
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver, option
@@ -17,7 +24,7 @@ from solvers.solver import Capability, Context, Solver, option
 
 @dataclass(frozen=True)
 class RestartsSolver(Solver):
-    """Best of several seeds. What it can do beyond that is what the inner solver can do, checked when it runs.
+    """Best of several seeds. What it can do beyond that is what the inner solver can do.
 
     A given start mask is used by the first run only. A time limit is shared evenly over the runs that are left.
     """
@@ -35,11 +42,18 @@ class RestartsSolver(Solver):
             Capability.WARM_START,
             Capability.TIME_LIMIT,
             Capability.BOUND,
+            Capability.EXACT,
         }
     )
 
     solver: str = option("best_swap[start=rmp]", "the solver to restart, with its options")
     runs: int = option(10, "number of seeds", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner = make_inner(self.solver, self.name)
+        adopt(self, [inner], [*PROBLEM_CAPABILITIES, Capability.WARM_START, Capability.BOUND, Capability.EXACT])
+        adopt_limit(self, [inner])
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Run, compare, keep the best."""

@@ -158,7 +158,7 @@ def test_plus_signs_inside_brackets_do_not_split() -> None:
 
 def test_what_the_inner_solver_cannot_do_is_refused() -> None:
     problem = random_problem(0, (6,), 3, "joint")
-    with pytest.raises(CapabilityError, match=r"best_swap.*joint"):
+    with pytest.raises(CapabilityError, match=r"restarts.*joint"):
         solvers.solve(problem, "restarts[solver=best_swap]")
     with pytest.raises(UnknownNameError, match="magnitude"):
         solvers.solve(problem, "portfolio[solvers=magnitud]")
