@@ -67,8 +67,8 @@ class CvxpyMiqpSolver(Solver):
 
             return run_isolated(self, problem, context)
         model = build(problem, context)
-        if context.deadline.expired():
-            return model.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
+        if model.settled or context.deadline.expired():
+            return model.settle(context)
         if model.joint and not np.isfinite(model.change_limit[model.free]).all():
             raise SingularHessianError(
                 "cvxpy_miqp needs a non-singular H for the joint objective (CVXPY has no indicator constraints); "
@@ -106,7 +106,7 @@ class CvxpyMiqpSolver(Solver):
 def _assemble(cvxpy: Any, model: Model, kept: Any) -> tuple[Any, list[Any]]:
     """(objective, constraints). No constant in the objective, so that the engine's bound is ours."""
     n_free = model.free.size
-    epigraph = cvxpy.Variable(model.n_rows)
+    epigraph = cvxpy.Variable(model.n_rows, bounds=[0.0, model.height])
     removed = 1 - kept
     image = model.columns @ removed
     constraints = [cvxpy.sum(kept) == n_free - model.problem.n_prune]
@@ -124,7 +124,7 @@ def _assemble(cvxpy: Any, model: Model, kept: Any) -> tuple[Any, list[Any]]:
         always = np.setdiff1d(np.arange(model.problem.n), model.free)
         curved = np.flatnonzero(model.curvature[model.free] > 0)
         if curved.size:
-            perspective = cvxpy.Variable(curved.size)
+            perspective = cvxpy.Variable(curved.size, bounds=[0.0, model.height])
             constraints += [
                 cvxpy.quad_over_lin(np.sqrt(model.curvature[model.free[i]]) * moving[i], kept[i]) <= perspective[at]
                 for at, i in enumerate(curved)
@@ -148,6 +148,7 @@ def _parameters(solver: str, seconds: float, seed: int) -> dict[str, Any]:
             "limits/gap": 0.0,
             "limits/absgap": 0.0,
             "separating/maxrounds": 2,
+            "constraints/nonlinear/tightenlpfeastol": False,
             "randomization/randomseedshift": seed % 2**31,
         }
         if limited:

@@ -144,6 +144,25 @@ class Model:
         return -math.inf if self.problem.has_gradient else 0.0
 
     @property
+    def settled(self) -> bool:
+        """Whether fixing left a single mask: there is nothing to solve then."""
+        return self.free.size == self.problem.n_prune
+
+    def settle(self, context: Context) -> Proposal:
+        """The incumbent, proven by the fixing alone or, when time ran out, not proven."""
+        if not self.settled:
+            return self.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
+        bound = self.incumbent_value - _slack(self.problem, self.incumbent_value)
+        context.record(self.incumbent_value, bound)
+        return Proposal(self.incumbent, bound=bound, statistics={"nodes": 0.0})
+
+    @property
+    def height(self) -> float:
+        """No single non-negative term exceeds this in a mask as good as the incumbent, in solver units."""
+        gain = float(-np.sort(self.linear)[: self.problem.n_prune].clip(max=0.0).sum())
+        return (TARGET + gain) * (1.0 + 1e-4)
+
+    @property
     def n_rows(self) -> int:
         """Number of z."""
         return int(self.columns.shape[0])
@@ -265,8 +284,7 @@ def build(problem: SelectionProblem, context: Context) -> Model:
         # ½ c_i²/(H⁻¹)_ii + constant bounds every mask that removes i, under either objective.
         least = 0.5 * square.centre**2 / inverse + square.constant
         # No mask worse than the incumbent is of interest; the slack covers the rounding of `least` alone.
-        slack = 1e-9 * abs(value) + 1e-13 * problem.scale
-        free = np.flatnonzero((least <= value + slack) | incumbent)
+        free = np.flatnonzero((least <= value + _slack(problem, value)) | incumbent)
     centre = square.centre if joint and square is not None else arrays.weights
     height = value - constant
     unit = _unit(problem, height, arrays, joint)
@@ -303,6 +321,11 @@ def build(problem: SelectionProblem, context: Context) -> Model:
         incumbent=incumbent,
         incumbent_value=value,
     )
+
+
+def _slack(problem: SelectionProblem, value: float) -> float:
+    """More than the rounding of a value and of the costs of single removals."""
+    return 1e-9 * abs(value) + 1e-13 * problem.scale
 
 
 def _unit(problem: SelectionProblem, height: float, arrays: ProblemArrays, joint: bool) -> float:

@@ -61,8 +61,8 @@ class OrtoolsCpSatSolver(Solver):
 
             return run_isolated(self, problem, context)
         model = build(problem, context)
-        if context.deadline.expired():
-            return model.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
+        if model.settled or context.deadline.expired():
+            return model.settle(context)
         return self._solve(problem, model, context)
 
     def _solve(self, problem: SelectionProblem, model: Model, context: Context) -> Proposal:

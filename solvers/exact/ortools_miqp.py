@@ -53,8 +53,8 @@ class OrtoolsMiqpSolver(Solver):
 
             return run_isolated(self, problem, context)
         model = build(problem, context)
-        if context.deadline.expired():
-            return model.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
+        if model.settled or context.deadline.expired():
+            return model.settle(context)
         return _solve(model, context, self.log)
 
 
@@ -74,6 +74,8 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
     )
     parameters.gscip.real_params["numerics/feastol"] = FEASIBILITY
     parameters.gscip.real_params["numerics/dualfeastol"] = FEASIBILITY
+    # Beyond what SoPlex can do in double precision, and it says so on stderr every time.
+    parameters.gscip.bool_params["constraints/nonlinear/tightenlpfeastol"] = False
     # The tangent planes of the many small cones need few rounds; more only slow the nodes down.
     parameters.gscip.int_params["separating/maxrounds"] = 2
     hints = mathopt.ModelSolveParameters(solution_hints=[mathopt.SolutionHint(variable_values=start)])
@@ -100,7 +102,7 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
 def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
     """Fill the MathOpt model; (the kept y = 1 − x, the incumbent as a hint).
 
-    The binaries are y, not x: SCIP recognises p² ≤ s·y as a rotated cone only when both factors are variables.
+    The binaries are y, not x, so that the cones have variables for factors.
     """
     kept = [program.add_binary_variable(name=f"y{i}") for i in range(model.free.size)]
     cost = [(variable, -float(c)) for variable, c in zip(kept, model.linear, strict=True)]
@@ -125,14 +127,23 @@ def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
                     indicator=kept[at], activate_on_zero=True, implied_constraint=implied
                 )
         if curvature > 0:
-            epigraph = program.add_variable(lb=0.0, name=f"s{i}")
+            epigraph = program.add_variable(lb=0.0, ub=model.height, name=f"s{i}")
             cost.append((epigraph, 1.0))
-            side = epigraph if at is None else epigraph * kept[at]
-            program.add_quadratic_constraint(curvature * change * change - side <= 0.0)
+            if at is None:
+                program.add_quadratic_constraint(curvature * change * change - epigraph <= 0.0)
+                continue
+            # p² ≤ s·y as 4p² + (s − y)² ≤ (s + y)²: separating the product directly stalls short of the tolerance.
+            total = program.add_variable(lb=0.0, ub=model.height + 1.0, name=f"a{i}")
+            excess = program.add_variable(lb=-1.0, ub=model.height, name=f"b{i}")
+            program.add_linear_constraint(total - epigraph - kept[at] == 0.0)
+            program.add_linear_constraint(excess - epigraph + kept[at] == 0.0)
+            program.add_quadratic_constraint(
+                4.0 * curvature * change * change + excess * excess - total * total <= 0.0
+            )
     all_removed = model.columns.sum(axis=1)
     for j in range(model.n_rows):
         z = program.add_variable(name=f"z{j}")
-        t = program.add_variable(lb=0.0, name=f"t{j}")
+        t = program.add_variable(lb=0.0, ub=model.height, name=f"t{j}")
         cost.append((t, 1.0))
         row = program.add_linear_constraint(lb=-float(all_removed[j]), ub=-float(all_removed[j]))
         row.set_coefficient(z, -1.0)
