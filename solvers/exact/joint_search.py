@@ -20,11 +20,11 @@ from solvers.exact.joint_kernels import mask_value
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def descend(hessian, root, centre, mask):
-    """The one-swap local optimum reached from a mask (n,) by the steepest swaps, and its value."""
+def descend(hessian, root, centre, mask, n_swaps):
+    """The one-swap local optimum reached from a mask (n,) by the steepest swaps, at most n_swaps, and its value."""
     mask = mask.copy()
     value = mask_value(hessian, root, centre, mask)
-    for _ in range(50 * centre.size):
+    for _ in range(n_swaps):
         kept, removed = np.nonzero(~mask)[0], np.nonzero(mask)[0]
         k, p = kept.size, removed.size
         if k == 0 or p == 0:
@@ -140,7 +140,7 @@ def kicked(hessian, root, centre, mask, value, generator, rounds):
         for t in range(size):
             trial[kept[t]] = True
             trial[removed[t]] = False
-        trial, reached = descend(hessian, root, centre, trial)
+        trial, reached = descend(hessian, root, centre, trial, 50 * centre.size)
         if reached <= height * (1.0 + 0.02 * generator.random()):
             current, height = trial, reached
         if reached < best:

@@ -30,11 +30,10 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from solvers.errors import ProblemError
 from solvers.exact import joint_kernels as kernels
 from solvers.exact import joint_search as search
-from solvers.exact.formulation import complete_square
-from solvers.problem import Array, Mask, ProblemArrays
+from solvers.exact.joint_square import Square, first_diagonal, prepare, ridge_cost
+from solvers.problem import Array, Mask
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
@@ -42,9 +41,6 @@ from solvers.solver import Deadline
 RELATIVE_TOLERANCE = 1e-8
 #: or by this fraction of the problem's scale ½ cᵀHc, below which float64 knows nothing.
 SCALE_TOLERANCE = 1e-14
-#: A correlation matrix with a smaller eigenvalue than this is treated as singular and gets `RIDGE` on its diagonal.
-SINGULAR = 3e-12
-RIDGE = 1e-11
 #: Open nodes beyond this number make the search depth-first, so that memory stays bounded.
 MAX_OPEN = 300_000
 
@@ -86,30 +82,6 @@ class JointRootBound(NamedTuple):
     bound: float
     diagonal: Array
     share: Array
-
-
-@dataclass(frozen=True, eq=False)
-class _Square:
-    """The problem with unit-diagonal Hessian: value = unit · ½ (u − centre)ᵀ hessian (u − centre) + constant."""
-
-    hessian: Array
-    scaled_root: Array
-    centre: Array
-    unit: float
-    constant: float
-    root: Array
-    exact_centre: Array
-    norms: Array
-    ridge: float
-
-    def value(self, pruned: Mask) -> float:
-        """The joint objective of a mask, by least squares on the triangular root of H (accurate, not fast)."""
-        kept = ~pruned
-        right = self.root[:, pruned] @ self.exact_centre[pruned]
-        if kept.any() and pruned.any():
-            columns = self.root[:, kept] / self.norms[kept]
-            right = right - columns @ np.linalg.lstsq(columns, right, rcond=1e-13)[0]
-        return 0.5 * float(right @ right) + self.constant
 
 
 @dataclass(order=True)
@@ -175,7 +147,7 @@ def solve_joint_tree(
     by the cost of the ridge at the incumbent before it is returned; `statistics["ridge"]` says that this was done.
     """
     deadline = Deadline() if deadline is None else deadline
-    square = _prepare(weights, factor, damping, gradient)
+    square = prepare(weights, factor, damping, gradient)
     n = square.centre.shape[0]
     if n_prune in (0, n):
         mask = np.full(n, n_prune == n)
@@ -205,7 +177,7 @@ def joint_root_bound(
     -------
     JointRootBound
     """
-    square = _prepare(weights, factor, damping, gradient)
+    square = prepare(weights, factor, damping, gradient)
     n = square.centre.shape[0]
     share = np.full(n, min(max(1.0 - n_prune / n, 1e-9), 1.0 - 1e-9))
     if n_prune in (0, n) or square.unit == 0.0:
@@ -217,82 +189,26 @@ def joint_root_bound(
             square.scaled_root,
             square.centre,
             search.forward(square.hessian, square.centre, n - n_prune),
+            20,
         )
         cutoff = max(height, SCALE_TOLERANCE)
         bound, diagonal, share, _, _ = kernels.bound_node(
             square.hessian,
             square.centre,
             n - n_prune,
-            _first_diagonal(square.hessian),
+            first_diagonal(square.hessian),
             share,
             0.1,
             1e-6,
             n_steps,
             2.0 * cutoff,
         )
-    bound = max(0.0, bound - _ridge_cost(square, mask))
+    bound = max(0.0, bound - ridge_cost(square, mask))
     value = min(bound * square.unit + square.constant, square.value(mask))
     return JointRootBound(value, diagonal * square.norms**2, share)
 
 
-def _prepare(weights: Array, factor: Array, damping: float | Array, gradient: Array | None) -> _Square:
-    weights = np.asarray(weights, dtype=np.float64)
-    n = weights.shape[0]
-    arrays = ProblemArrays(
-        weights,
-        np.asarray(factor, dtype=np.float64),
-        np.broadcast_to(np.asarray(damping, dtype=np.float64), (n,)).copy(),
-        np.zeros(n) if gradient is None else np.asarray(gradient, dtype=np.float64),
-    )
-    square = complete_square(arrays)
-    if square is None:
-        raise ProblemError(
-            "the joint objective is unbounded below: H is singular and the gradient leaves its range; use a damping > 0"
-        )
-    norms = np.linalg.norm(square.root, axis=0)
-    norms[norms == 0.0] = 1.0
-    scaled = square.root / norms
-    hessian = scaled.T @ scaled
-    centre = square.centre * norms
-    energy = 0.5 * float(square.target @ square.target)
-    smallest = float(np.linalg.eigvalsh(hessian)[0])
-    ridge = RIDGE if smallest < SINGULAR else 0.0
-    if ridge > 0.0:
-        hessian[np.diag_indices(n)] += ridge
-        scaled = np.linalg.qr(np.vstack([scaled, math.sqrt(ridge) * np.eye(n)]), mode="r")
-    unit = energy
-    scaled_centre = centre / math.sqrt(unit) if unit > 0.0 else np.zeros(n)
-    return _Square(
-        hessian,
-        np.ascontiguousarray(scaled),
-        scaled_centre,
-        unit,
-        square.constant,
-        square.root,
-        square.centre,
-        norms,
-        ridge,
-    )
-
-
-def _first_diagonal(hessian: Array) -> Array:
-    smallest = max(float(np.linalg.eigvalsh(hessian)[0]), SINGULAR)
-    return np.full(hessian.shape[0], 0.5 * smallest)
-
-
-def _ridge_cost(square: _Square, mask: Mask) -> float:
-    """½ ε ‖d‖² of the refit of a mask, in units of `square.unit`: what the ridge may have raised the bound by."""
-    if square.ridge == 0.0:
-        return 0.0
-    kept = ~mask
-    change = np.where(mask, -square.centre, 0.0)
-    if kept.any():
-        block = square.hessian[np.ix_(kept, kept)]
-        change[kept] = np.linalg.solve(block, square.hessian[np.ix_(kept, mask)] @ square.centre[mask])
-    return square.ridge * float(change @ change)
-
-
-def _finished(square: _Square, mask: Mask, statistics: dict[str, float]) -> JointTreeResult:
+def _finished(square: Square, mask: Mask, statistics: dict[str, float]) -> JointTreeResult:
     value = square.value(mask) if square.unit > 0.0 else square.constant
     statistics = {"objective": value, **statistics}
     bound = value if mask.all() or not mask.any() else min(value, square.constant)
@@ -304,7 +220,7 @@ class _Tree:
 
     def __init__(
         self,
-        square: _Square,
+        square: Square,
         n_prune: int,
         deadline: Deadline,
         seed: int,
@@ -344,22 +260,30 @@ class _Tree:
         if self.square.unit == 0.0:
             self.mask[: self.n_prune] = True
             return True
-        starts = [
-            search.forward(hessian, centre, self.n_kept),
-            search.backward(hessian, centre, self.n_prune),
-        ]
+        starts = [search.backward(hessian, centre, self.n_prune)]
         starts += [] if start is None else [np.asarray(start, dtype=bool)]
+        if not self.late(0.1):
+            starts.append(search.forward(hessian, centre, self.n_kept))
+        # Swaps between two looks at the clock: a swap takes some 1e-9 n³ seconds.
+        chunk = 1 + int(1e8 / self.n**3)
         for first in starts:
-            self.offer(*search.descend(hessian, root, centre, first))
-        rounds = max(10, 6000 // self.n)
+            mask, value, before = first, math.inf, math.nan
+            while value != before:
+                before = value
+                mask, value = search.descend(hessian, root, centre, mask, 0 if self.late(0.3) else chunk)
+            self.offer(mask, value)
         generator = np.random.default_rng(self.seed)
-        for _ in range(4):
-            if self.best <= SCALE_TOLERANCE or self.deadline.elapsed() > 0.3 * self.deadline.limit:
+        rounds = max(10, 6000 // self.n)
+        at_once = min(rounds, 1 + chunk // 10)
+        for _ in range(0, rounds, at_once):
+            if self.best <= SCALE_TOLERANCE or self.late(0.3):
                 break
-            self.offer(
-                *search.kicked(hessian, root, centre, self.mask, self.best, generator, rounds // 4 + 1)
-            )
+            self.offer(*search.kicked(hessian, root, centre, self.mask, self.best, generator, at_once))
         return self.best <= SCALE_TOLERANCE
+
+    def late(self, fraction: float) -> bool:
+        """Whether this fraction of the time limit is gone."""
+        return self.deadline.elapsed() > fraction * self.deadline.limit
 
     def offer(self, mask: Mask, value: float) -> None:
         """Take a mask as incumbent if it is better."""
@@ -388,7 +312,7 @@ class _Tree:
                 self.offer(mask, value)
             if outcome == kernels.BRANCH:
                 better, lower = search.descend(
-                    self.square.hessian, self.square.scaled_root, self.square.centre, mask
+                    self.square.hessian, self.square.scaled_root, self.square.centre, mask, 20
                 )
                 with self.condition:
                     self.offer(better, lower)
@@ -418,8 +342,13 @@ class _Tree:
         """Root, then workers until nothing is open or a limit is met."""
         status = np.zeros(self.n, dtype=np.int8)
         share = np.full(self.n, self.n_kept / self.n)
-        diagonal = _first_diagonal(self.square.hessian)
-        outcome, bound, branch = self.process(status, diagonal, share, 0.1, 60)
+        diagonal = first_diagonal(self.square.hessian)
+        # A step takes some 1e-9 n³ seconds; without the time for a few the bound stays zero.
+        steps = int(min(60.0, 0.5 * self.deadline.remaining() / (1e-9 * self.n**3)))
+        if steps < 5 and self.n > 100:
+            self.push(0.0, kernels.BRANCH, 0.0, status, diagonal, share, 0)
+            return Reason.TIME_LIMIT
+        outcome, bound, branch = self.process(status, diagonal, share, 0.1, max(steps, 5))
         self.nodes = 1
         self.root_bound = max(0.0, bound)
         self.fixed_at_root = int(np.count_nonzero(status))
@@ -487,7 +416,7 @@ class _Tree:
     def result(self, reason: Reason) -> JointTreeResult:
         """The incumbent and the lowest bound among closed and open nodes."""
         lowest = min([self.best, self.closed, *(node.bound for node in self.open)])
-        lowest = max(0.0, lowest - _ridge_cost(self.square, self.mask))
+        lowest = max(0.0, lowest - ridge_cost(self.square, self.mask))
         value = self.square.value(self.mask)
         bound = min(lowest * self.square.unit + self.square.constant, value)
         statistics = {

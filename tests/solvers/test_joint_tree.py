@@ -252,7 +252,7 @@ def test_descend_reaches_a_swap_optimum():
     factor = rng.standard_normal((12, n))
     hessian, centre = factor.T @ factor, rng.standard_normal(n)
     start = np.arange(n) < 5
-    mask, value = search.descend(hessian, factor, centre, start)
+    mask, value = search.descend(hessian, factor, centre, start, 1000)
     assert mask.sum() == 5 and value <= kernels.mask_value(hessian, factor, centre, start)
     for i in np.flatnonzero(mask):
         for j in np.flatnonzero(~mask):
