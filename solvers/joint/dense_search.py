@@ -50,16 +50,22 @@ class DenseResult:
 def descend(problem: DenseJoint, kept: Mask, least_gain: float, deadline: Deadline | None = None) -> DenseResult:
     """Best swaps to a one-swap local optimum; raises numpy.linalg.LinAlgError for a singular H_SS."""
     kept = kept.copy()
-    swaps, start_value = 0, np.nan
+    best, best_value, start_value = kept.copy(), np.inf, np.nan
+    swaps = 0
     while True:
         table, solution = tableau.build(problem.hessian, problem.linear, kept)
         value = problem.value(solution, kept)
+        if not value < best_value:
+            # Rounding, not a gain: a nearly singular H would have this go round for ever.
+            return DenseResult(best, best_value, start_value, swaps)
         start_value = start_value if swaps else value
+        best[:], best_value = kept, value
+        if deadline is not None and deadline.expired():
+            return DenseResult(best, best_value, start_value, swaps)
         _, made = tableau.descend(table, solution, kept, least_gain, tableau.REFRESH)
         swaps += made
-        # A run that ended by itself is confirmed on a fresh tableau unless it made no swap on one.
-        if made == 0 or (deadline is not None and deadline.expired()):
-            return DenseResult(kept, value, start_value, swaps)
+        if made == 0:
+            return DenseResult(best, best_value, start_value, swaps)
 
 
 def search(

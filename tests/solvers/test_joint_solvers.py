@@ -161,11 +161,11 @@ def test_finer_elimination_is_better_on_a_correlated_problem() -> None:
     rng = np.random.default_rng(11)
     mixing = rng.normal(size=(200, 200)) * 0.3 + np.eye(200)
     block = QuadraticBlock(rng.normal(size=200), (rng.normal(size=(60, 200)) @ mixing).astype(np.float32), 1e-2)
-    problem = SelectionProblem([block], 150, "joint")
+    problem = SelectionProblem([block], 120, "joint")
     coarse = solve(problem, "obs[exact_below=1,pool=0,chunks=1]").objective
     fine = solve(problem, "obs[exact_below=1,pool=0,chunks=20]").objective
     exact = solve(problem, "obs").objective
-    assert exact <= fine <= coarse
+    assert max(exact, fine) < 0.8 * coarse
     assert solve(problem, "joint_ls").objective < exact
 
 
