@@ -110,6 +110,8 @@ def best_shift(
             inverse = 0.5 * (inverse + inverse.T)
             lifted, lifted_inverse = basis @ primal @ basis.T, basis @ inverse @ basis.T
             system = _schur(lifted, lifted_inverse)
+            # Two weights make the constraints linearly dependent; the dual point stays feasible whatever the step.
+            system[np.diag_indices(n + 1)] *= 1.0 + 1e-13
             direction = scipy.linalg.cho_solve(
                 scipy.linalg.cho_factor(system), rhs - barrier * _constraints(lifted_inverse)
             )

@@ -1,0 +1,184 @@
+"""Bounds against brute force, their certificates against tampering, and the methods against one another."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import solvers
+from solvers.bounds.frank_wolfe import ResidualCertificate, frank_wolfe_bound, project_capped_simplex
+from solvers.bounds.lagrangian import LagrangianCertificate
+from solvers.bounds.perspective import PerspectiveCertificate
+from solvers.bounds.qcr import ShiftCertificate, quadratic_form
+from solvers.bounds.shift import best_shift, safe_shift
+
+
+def make_problem(seed: int, *, objective: str = "selection", n: int = 9, blocks: int = 2) -> solvers.SelectionProblem:
+    rng = np.random.default_rng(seed)
+    members = []
+    for index in range(blocks):
+        size = n // blocks + (index < n % blocks)
+        rows = int(rng.integers(1, size + 3))
+        factor = rng.standard_normal((rows, size))
+        if seed % 3 == 1:
+            factor = factor.astype(np.float32)
+        gradient = rng.standard_normal(size) * 0.3 if seed % 2 else None
+        members.append(
+            solvers.QuadraticBlock(rng.standard_normal(size), factor, float(rng.choice([1e-3, 0.1, 1.0])), gradient)
+        )
+    return solvers.SelectionProblem(members, int(rng.integers(0, n + 1)), objective)
+
+
+def optimum(problem: solvers.SelectionProblem) -> float:
+    return solvers.solve(problem, "brute_force", with_refit=False).objective
+
+
+@pytest.mark.parametrize("method", ["auto", "frank_wolfe", "qcr", "lagrangian"])
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_lie_below_the_optimum_and_verify(method: str, seed: int) -> None:
+    problem = make_problem(seed)
+    found = solvers.bound(problem, method)
+    best = optimum(problem)
+    assert found.value <= best + 1e-12 * problem.scale
+    assert found.verify(problem) == pytest.approx(found.value, rel=1e-9, abs=1e-11 * problem.scale)
+    assert found.verify(problem) <= best + 1e-12 * problem.scale
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_joint_bound_lies_below_the_optimum(seed: int) -> None:
+    problem = make_problem(seed, objective="joint")
+    found = solvers.bound(problem)
+    assert found.value <= optimum(problem) + 1e-12 * problem.scale
+    assert found.verify(problem) == pytest.approx(found.value, rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), spread=st.floats(1e-3, 1e3))
+def test_any_certificate_proves_a_valid_bound(seed: int, spread: float) -> None:
+    """Certificates with arbitrary entries are weak, never wrong."""
+    problem = make_problem(seed, n=7)
+    if problem.n_prune in (0, problem.n):
+        problem = problem.with_n_prune(3)
+    rng = np.random.default_rng(seed)
+    best, slack = optimum(problem), 1e-12 * problem.scale
+    residuals = tuple(spread * rng.standard_normal(b.n_rows) for b in problem.blocks)
+    assert ResidualCertificate(residuals).value(problem) <= best + slack
+    diagonal, point = spread * rng.standard_normal(problem.n), rng.random(problem.n)
+    assert ShiftCertificate(diagonal, point).value(problem) <= best + slack
+    parts = [diagonal[s] for s in problem.slices], [point[s] for s in problem.slices]
+    certificate = LagrangianCertificate(float(spread * rng.standard_normal()), tuple(parts[0]), tuple(parts[1]))
+    assert certificate.value(problem) <= best + slack
+    joint = problem.with_objective("joint")
+    assert PerspectiveCertificate(residuals).value(joint) <= optimum(joint) + slack
+
+
+def test_frank_wolfe_reaches_the_optimum_of_the_relaxation() -> None:
+    """Against projected gradient run for long on the same relaxation."""
+    problem = make_problem(4, n=30, blocks=1).with_n_prune(20)
+    found = frank_wolfe_bound(problem, tolerance=1e-7)
+    quadratic, linear = quadratic_form(problem)
+    damped = problem.blocks[0].damping * problem.weights**2
+    curvature = quadratic - np.diag(damped)
+    cost = 0.5 * damped - linear
+    z = np.full(problem.n, problem.n_prune / problem.n)
+    step = 1.0 / float(np.linalg.eigvalsh(curvature)[-1])
+    for _ in range(20_000):
+        z = project_capped_simplex(z - step * (curvature @ z + cost), problem.n_prune)
+    reference = 0.5 * z @ curvature @ z + cost @ z
+    assert found.converged
+    assert found.value == pytest.approx(reference, rel=1e-4)
+
+
+def test_qcr_is_tighter_than_frank_wolfe() -> None:
+    for seed in (0, 2, 6, 8):
+        problem = make_problem(seed, n=12, blocks=1).with_n_prune(6)
+        tight, plain = solvers.bound(problem, "qcr").value, solvers.bound(problem, "frank_wolfe").value
+        assert tight >= plain - 1e-4 * abs(plain)
+
+
+def test_lagrangian_equals_the_best_multiplier() -> None:
+    """Against a grid of multipliers with exact blocks: the Lagrangian bound cannot exceed the Lagrangian dual."""
+    problem = make_problem(10, n=10, blocks=2).with_n_prune(5)
+    found = solvers.bound(problem, "lagrangian")
+    values = []
+    for block in problem.blocks:
+        single = [solvers.SelectionProblem(block, k) for k in range(block.n + 1)]
+        values.append(np.array([optimum(p) if 0 < p.n_prune else 0.0 for p in single]))
+    grid = np.linspace(-20.0, 20.0, 4001)
+    dual = max(
+        theta * problem.n_prune + sum(float((v - theta * np.arange(v.size)).min()) for v in values) for theta in grid
+    )
+    assert found.value <= dual + 1e-2 * abs(dual)
+
+
+def test_a_bound_that_its_certificate_does_not_prove_is_refused() -> None:
+    problem = make_problem(3).with_n_prune(4)
+    found = solvers.bound(problem, "qcr")
+    with pytest.raises(solvers.BackendError, match="certificate"):
+        dataclasses.replace(found, value=found.value + 0.1 * problem.scale).verify(problem)
+
+
+@pytest.mark.parametrize("n_prune", [0, 9])
+def test_trivial_budgets(n_prune: int) -> None:
+    for objective in ("selection", "joint"):
+        problem = make_problem(1, objective=objective).with_n_prune(n_prune)
+        found = solvers.bound(problem)
+        assert found.value == pytest.approx(optimum(problem), rel=1e-9, abs=1e-11 * problem.scale)
+
+
+def test_what_is_refused() -> None:
+    problem = make_problem(0).with_n_prune(4)
+    with pytest.raises(solvers.UnknownNameError, match="frank_wolfe"):
+        solvers.bound(problem, "frank_wolf")
+    with pytest.raises(solvers.OptionError, match="time_limit"):
+        solvers.bound(problem, time_limit=0.0)
+    with pytest.raises(solvers.CapabilityError, match="joint"):
+        solvers.bound(problem.with_objective("joint"), "qcr")
+    large = solvers.SelectionProblem([solvers.QuadraticBlock(np.ones(1001), np.ones((1, 1001)), 1.0)], 10)
+    with pytest.raises(solvers.CapabilityError, match="1001"):
+        solvers.bound(large, "qcr")
+    with pytest.raises(solvers.CapabilityError, match="blocks of at most"):
+        solvers.bound(large, "lagrangian")
+    undamped = solvers.SelectionProblem([solvers.QuadraticBlock(np.ones(3), np.eye(3))], 1, "joint")
+    with pytest.raises(solvers.CapabilityError, match="damping"):
+        solvers.bound(undamped)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 10_000), st.floats(1e-6, 1e6))
+def test_projection_onto_the_capped_simplex(n: int, seed: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    x, count = scale * rng.standard_normal(n), int(rng.integers(0, n + 1))
+    z = project_capped_simplex(x, count)
+    assert z.min() >= 0.0
+    assert z.max() <= 1.0
+    assert z.sum() == pytest.approx(count, abs=1e-9 * n)
+    # Optimality: (x − z) is largest where z = 1 and smallest where z = 0.
+    rest = x - z
+    low = rest[z < 1.0].max(initial=-np.inf)
+    high = rest[z > 0.0].min(initial=np.inf)
+    assert low <= high + 1e-8 * max(1.0, scale)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_shift_is_feasible_and_optimal(seed: int) -> None:
+    """The shift is feasible, and no worse than smallest-eigenvalue shifts; with k it beats without."""
+    rng = np.random.default_rng(seed)
+    n, count = 12, 5
+    root = rng.standard_normal((n, n)) * rng.uniform(0.1, 2.0, n)
+    quadratic = root.T @ root / n
+    linear = rng.standard_normal(n) * 0.1
+    shift = best_shift(quadratic, linear, count, tolerance=1e-7)
+    lowered = safe_shift(quadratic, shift.diagonal)
+    basis = np.linalg.svd(np.ones((1, n)))[2][1:].T
+    assert np.linalg.eigvalsh(basis.T @ (quadratic - np.diag(lowered)) @ basis)[0] >= 0.0
+    assert np.abs(lowered - shift.diagonal).max() < 1e-6
+    lowest = float(np.linalg.eigvalsh(basis.T @ quadratic @ basis)[0])
+    problem_value = best_shift(quadratic - lowest * np.eye(n), linear - 0.5 * lowest, count, tolerance=1e-7).value
+    assert shift.value == pytest.approx(problem_value, rel=1e-4, abs=1e-6)
+    assert best_shift(quadratic, linear, None, tolerance=1e-7).value <= shift.value + 1e-6
+    assert shift.point.sum() == pytest.approx(count, abs=1e-5)
