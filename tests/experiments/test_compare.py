@@ -1,0 +1,161 @@
+"""The comparison of solvers: rows, resumption, best-known values, refusals, failures, tables and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.block_cutting import cut_blocks
+from experiments.cli import run_app
+from experiments.compare import SEVERAL, app
+from experiments.comparison import Comparison, Task, find_blocks, gap_between, measure, plan, stored_optima
+from experiments.comparison_report import best_values, gap_over_time, summary
+from experiments.results import ResultsFile
+from solvers import OptionError, ProblemError, load_block, save_block
+from solvers.exact.isolation import Worker
+from tests.conftest import random_block
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two blocks and the optimum of one instance, better than can be."""
+    blocks = tmp_path / "blocks"
+    blocks.mkdir()
+    for seed, n in ((1, 8), (2, 10)):
+        save_block(blocks / f"b{n}.npz", random_block(seed, n, n, damping=0.01))
+    entry = {"block": "b8", "n": 8, "n_prune": 4, "objective": "selection", "gradient": False, "best": 1e-9}
+    (blocks / "optima.json").write_text(json.dumps([entry, {**entry, "block": "elsewhere"}]))
+    return blocks
+
+
+def run(*arguments: str) -> int:
+    """Exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, SEVERAL, arguments)
+    return int(ended.value.code or 0)
+
+
+def rows_of(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_command_writes_rows_table_and_plots_and_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["--blocks", str(folder), "--fraction", "0.5", "--objective", "selection", "joint", "--workers", "2"]
+    assert run("--solver", "magnitude", "brute_force", *arguments, "--output-dir", str(output)) == 0
+    rows = rows_of(output)
+    assert len(rows) == 8
+    for row in rows:
+        assert {"block", "n_prune", "objective", "bound", "gap", "status", "refit_objective", "seconds", "best_known",
+                "gap_to_best", "solver", "seed", "trace"} <= set(row)
+    exact = [row for row in rows if row["solver"] == "brute_force"]
+    assert all(row["status"] == "optimal" and row["gap"] == 0.0 for row in exact)
+    assert {row["objective_kind"] for row in rows} == {"selection", "joint"}
+    names = {path.name for path in output.iterdir()}
+    assert {"table.md", "gap-vs-time-selection.png", "profile-joint.png"} <= names
+    assert (output / "profile-joint.png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    assert run("--solver", "magnitude", "brute_force", "obd", *arguments, "--output-dir", str(output)) == 0
+    assert "8 of them done before" in capsys.readouterr().out
+    assert len(rows_of(output)) == 8 + sum(row["solver"] == "obd" for row in rows_of(output))
+
+
+def test_bad_input_is_refused_with_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "out")
+    for arguments, message in (
+        (["--solver", "magnitude"], "--blocks DIR or --from"),
+        (["--solver", "magnitud", "--blocks", str(folder)], "Did you mean 'magnitude'"),
+        (["--solver", "magnitude", "--blocks", str(tmp_path / "nowhere")], "no .npz blocks"),
+        (["--solver", "magnitude", "--blocks", str(folder), "--fraction", "1.5"], "between 0 and 1"),
+        (["--solver", "magnitude", "--blocks", str(folder), "--objective", "both"], "unknown objective"),
+        (["--solver", "magnitude", "--blocks", str(folder), "--time-limit", "-1"], "positive seconds"),
+    ):
+        assert run(*arguments, "--output-dir", output) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_what_a_solver_cannot_do_is_left_out(folder: Path) -> None:
+    found = find_blocks(folder)
+    tasks, left_out = plan(
+        found, ["ortools_cpsat"], fractions=[0.5], budgets=[3, 9], objectives=["selection", "joint"], seeds=[0, 1],
+        time_limit=5.0, gradient=False)
+    assert {(t.n, t.n_prune) for t in tasks} == {(8, 4), (8, 3), (10, 5), (10, 3), (10, 9)}
+    assert {t.objective_kind for t in tasks} == {"selection"} and {t.seed for t in tasks} == {0}
+    assert left_out and all("joint" in reason for reason in left_out)
+
+
+def test_seeds_multiply_randomised_solvers_only(folder: Path) -> None:
+    tasks, _ = plan(
+        find_blocks(folder), ["random", "magnitude"], fractions=[0.5], budgets=[], objectives=["selection"],
+        seeds=[0, 1, 2], time_limit=None, gradient=False)
+    assert sorted(t.seed for t in tasks if t.solver == "random") == [0, 0, 1, 1, 2, 2]
+    assert [t.seed for t in tasks if t.solver == "magnitude"] == [0, 0]
+    assert len({t.key for t in tasks}) == len(tasks)
+
+
+def test_stored_optima_count_as_best_known(folder: Path, tmp_path: Path) -> None:
+    found = find_blocks(folder)
+    stored = stored_optima(folder, found)
+    assert list(stored.values()) == [1e-9]
+    tasks, _ = plan(
+        found, ["magnitude"], fractions=[0.5], budgets=[], objectives=["selection"], seeds=[0], time_limit=None,
+        gradient=False)
+    comparison = Comparison(tasks, {b.digest: b.path for b in found}, ResultsFile(tmp_path / "out"), stored, 1)
+    rows = list(comparison.run())
+    by_block = {row["block"]: row for row in rows}
+    assert by_block["b8"]["best_known"] == 1e-9 and by_block["b8"]["gap_to_best"] > 1.0
+    assert by_block["b10"]["gap_to_best"] == 0.0
+    entries = summary(rows, best_values(rows, stored))
+    assert [e["n"] for e in entries] == [8, 10] and entries[0]["found"] == 0.0 and entries[1]["found"] == 1.0
+    (folder / "optima.json").write_text("{")
+    with pytest.raises(ProblemError, match=r"optima\.json"):
+        stored_optima(folder, found)
+
+
+def test_failures_are_rows_and_are_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_blocks(folder)[:1]
+    tasks, _ = plan(
+        found, ["magnitude"], fractions=[0.5], budgets=[], objectives=["selection"], seeds=[0], time_limit=None,
+        gradient=False)
+    results = ResultsFile(tmp_path / "out")
+    broken = Comparison(tasks, {found[0].digest: tmp_path / "gone.npz"}, results, {}, 1)
+    (row,) = broken.run()
+    assert row["error"].startswith("ProblemError: no block at") and row["gap_to_best"] is None
+    again = Comparison(tasks, {found[0].digest: found[0].path}, results, {}, 1)
+    assert again.missing == tasks
+    (row,) = again.run()
+    assert row["error"] is None
+    assert not Comparison(tasks, {}, results, {}, 1).missing
+
+
+def test_a_task_can_be_measured_in_a_child(folder: Path) -> None:
+    block = find_blocks(folder)[0]
+    task = Task(block.name, block.digest, block.n, 4, "joint", "brute_force", 0, None, False)
+    with Worker() as worker:
+        row = worker.call(measure, task, block.path)
+    assert row["objective"] == pytest.approx(measure(task, block.path)["objective"], rel=1e-12)
+
+
+def test_gaps() -> None:
+    assert gap_between(2.0, 1.0) == 1.0 and gap_between(1.0, 1.0) == 0.0 and gap_between(-1.0, -2.0) == 0.5
+    assert gap_between(1.0, 0.0) == np.inf
+    row = {"trace": [[0.1, 4.0, None], [0.2, 3.0, None], [9.0, 0.5, None]], "seconds": 0.5, "objective": 2.0}
+    gaps = gap_over_time(row, 1.0, np.array([0.05, 0.15, 0.3, 1.0]))
+    assert np.isnan(gaps[0]) and gaps[1:].tolist() == [3.0, 2.0, 1.0]
+
+
+def test_blocks_are_cut_from_a_network_once(tmp_path: Path) -> None:
+    cut = cut_blocks("digits-mlp", tmp_path, size=12, count=2, seed=3, samples=40)
+    blocks = [load_block(path) for path in sorted(cut.glob("*.npz"))]
+    assert [b.n for b in blocks] == [12, 12] and all(b.gradient is not None for b in blocks)
+    before = [path.stat().st_mtime_ns for path in sorted(cut.glob("*.npz"))]
+    assert cut_blocks("digits-mlp", tmp_path, size=12, count=2, seed=3, samples=40) == cut
+    assert [path.stat().st_mtime_ns for path in sorted(cut.glob("*.npz"))] == before
+    with pytest.raises(OptionError, match="no layer"):
+        cut_blocks("digits-mlp", tmp_path, size=10**6, count=1, seed=0, samples=4)
