@@ -41,6 +41,8 @@ class StageOptions:
         as it is given.
     search_step : bool
         Likewise the length of the step.
+    step_damping : float, optional
+        λ that steps start from, or keep if it is not searched; None takes that of the choice.
     max_evaluations : int
         Most losses a search may take in a stage.
     held_out : int
@@ -69,6 +71,7 @@ class StageOptions:
     levels: tuple[float, ...] | None = None
     search_damping: bool = True
     search_step: bool = True
+    step_damping: float | None = None
     max_evaluations: int = 12
     held_out: int = 2000
     centred: bool = True
@@ -99,6 +102,8 @@ class StageOptions:
             levels = [check_sparsity(level) for level in self.levels]
             if any(b < a for a, b in pairwise(levels)):
                 raise OptionError(f"levels must not fall, not {self.levels!r}: weights are removed stage by stage")
+        if self.step_damping is not None and not (math.isfinite(self.step_damping) and self.step_damping > 0):
+            raise OptionError(f"step_damping must be positive and finite, or None, not {self.step_damping!r}")
         if not (isinstance(self.regrow, (int, float)) and math.isfinite(self.regrow) and self.regrow >= 0):
             raise OptionError(f"regrow must be a finite number, zero or more, not {self.regrow!r}")
 

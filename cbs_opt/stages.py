@@ -232,7 +232,8 @@ class _Stager:
         """The network as it is: zeros count as removed only once a stage has removed them."""
         weights = self.layers.read(self.model)
         pruned = np.zeros(self.layers.n, dtype=bool)
-        return StageState(0, weights, pruned, self.fisher.damping, statistics_of(self.model))
+        damping = self.fisher.damping if self.options.step_damping is None else self.options.step_damping
+        return StageState(0, weights, pruned, damping, statistics_of(self.model))
 
     def install(self, state: StageState) -> None:
         """Put a state into the network."""

@@ -206,9 +206,9 @@ def test_a_pruning_stage_prunes_even_where_no_step_helps(monkeypatch: pytest.Mon
 def test_blocks_per_layer_and_fixed_settings() -> None:
     model, data = _trained()
     fisher = FisherOptions(n_rows=40, batch_size=5, damping=1e-2, blocks="per_layer")
-    options = _options(search_damping=False, search_step=False)
+    options = _options(search_damping=False, search_step=False, step_damping=0.03)
     run = _run(model, data, fisher=fisher, options=options)
-    assert {record.damping for record in run.records} == {1e-2}
+    assert {record.damping for record in run.records} == {0.03}
     assert {record.step for record in run.records if record.kind == "prune"} == {1.0}
 
 
@@ -324,7 +324,7 @@ def test_a_run_goes_on_from_a_state_of_another() -> None:
 def test_options_are_checked() -> None:
     for wrong in (
         {"n_stages": -1}, {"n_polish": 1.5}, {"max_evaluations": 0}, {"regrow": -0.1}, {"regrow": float("nan")},
-        {"levels": ()}, {"levels": (0.5, 0.4)}, {"first_sparsity": 1.2},
+        {"levels": ()}, {"levels": (0.5, 0.4)}, {"first_sparsity": 1.2}, {"step_damping": 0.0},
     ):
         with pytest.raises(OptionError):
             StageOptions(**wrong)
