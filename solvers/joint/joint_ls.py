@@ -51,7 +51,7 @@ class JointLocalSearchSolver(Solver):
         }
     )
 
-    start: str = option("obs[chunks=8,pool=0]", "solver that makes the first mask, with its options; a given mask comes before it")
+    start: str = option("obs[chunks=8,pool=0]", "solver that makes the first mask, unless one is given")
     dense_limit: int = option(600, "weights up to which H is held dense and searched by tabu", minimum=1)
     iterations: int = option(20000, "tabu swaps on dense problems; beyond 200 weights fewer as 1/n²", minimum=0)
     rounds: int = option(40, "rounds on a large problem", minimum=1)
