@@ -345,10 +345,10 @@ class _Tree:
         diagonal = first_diagonal(self.square.hessian)
         # A step takes some 1e-9 n³ seconds; without the time for a few the bound stays zero.
         steps = int(min(60.0, 0.5 * self.deadline.remaining() / (1e-9 * self.n**3)))
-        if steps < 5 and self.n > 100:
+        if steps < 2 and self.n > 100:
             self.push(0.0, kernels.BRANCH, 0.0, status, diagonal, share, 0)
             return Reason.TIME_LIMIT
-        outcome, bound, branch = self.process(status, diagonal, share, 0.1, max(steps, 5))
+        outcome, bound, branch = self.process(status, diagonal, share, 0.1, max(steps, 2))
         self.nodes = 1
         self.root_bound = max(0.0, bound)
         self.fixed_at_root = int(np.count_nonzero(status))
