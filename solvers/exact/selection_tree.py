@@ -332,7 +332,7 @@ def _find_incumbent(tree: _Tree, seed: int, start: Mask | None) -> None:
         tree.offer(mask)
     if start is not None:
         tree.offer(start.astype(np.bool_))
-    frozen = np.zeros(n, dtype=np.int64)
+    frozen, random = np.zeros(n, dtype=np.int64), dense.random_state(rng)
     pruned, best = tree.best.copy(), tree.best.copy()
     forces = tree.quadratic @ pruned - tree.linear
     value = best_value = tree.upper
@@ -341,7 +341,7 @@ def _find_incumbent(tree: _Tree, seed: int, start: Mask | None) -> None:
             break
         value, best_value, idle = dense.tabu_search(
             tree.quadratic, forces, pruned, frozen, value, best_value, best,
-            round_number * _TABU_MOVES, _TABU_MOVES, max(2, min(10, n // 4)), 40, rng,
+            round_number * _TABU_MOVES, _TABU_MOVES, max(2, min(10, n // 4)), 40, random,
         )  # fmt: skip
         if idle >= _TABU_MOVES:
             # Begin again from a perturbed copy of the best mask.

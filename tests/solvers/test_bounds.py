@@ -107,7 +107,7 @@ def test_lagrangian_equals_the_best_multiplier() -> None:
     values = []
     for block in problem.blocks:
         single = [solvers.SelectionProblem(block, k) for k in range(block.n + 1)]
-        values.append(np.array([optimum(p) if 0 < p.n_prune else 0.0 for p in single]))
+        values.append(np.array([optimum(p) if p.n_prune > 0 else 0.0 for p in single]))
     grid = np.linspace(-20.0, 20.0, 4001)
     dual = max(
         theta * problem.n_prune + sum(float((v - theta * np.arange(v.size)).min()) for v in values) for theta in grid
