@@ -30,6 +30,9 @@ _STEPS_BETWEEN_CHECKS = 50_000
 _WORKING_SET = 2000
 _ROUNDS = 5
 
+dense.compile_kernel("steepest_descent")
+dense.compile_kernel("anneal")
+
 
 @dataclass(frozen=True)
 class AnnealingSolver(Solver):
@@ -94,13 +97,14 @@ class AnnealingSolver(Solver):
             return 0
         start = value = best_value = state.value
         best = piece.pruned.copy()
+        random = dense.random_state(rng)
         total = self.sweeps * piece.pruned.shape[0]
         temperatures = hot * scale * self.cooling ** np.linspace(0.0, 1.0, -(-total // _STEPS_BETWEEN_CHECKS) + 1)
         done = 0
         for first, last in pairwise(temperatures):
             steps = min(_STEPS_BETWEEN_CHECKS, total - done)
             value, best_value, _ = dense.anneal(
-                piece.table, piece.forces, piece.pruned, value, best_value, best, first, last, steps, rng
+                piece.table, piece.forces, piece.pruned, value, best_value, best, first, last, steps, random
             )
             done += steps
             if context.deadline.expired():

@@ -31,6 +31,9 @@ _MOVES_BETWEEN_CHECKS = 250
 _MOVES_PER_ROUND = 2000
 _WORKING_SET = 2000
 
+dense.compile_kernel("steepest_descent")
+dense.compile_kernel("tabu_search")
+
 
 @dataclass(frozen=True)
 class TabuSolver(Solver):
@@ -95,6 +98,7 @@ class TabuSolver(Solver):
         """Tabu moves on one table; commits the best mask found."""
         value = best_value = initial = state.value
         best = piece.pruned.copy()
+        random = dense.random_state(rng)
         size = best.shape[0]
         # A tenure that freezes a whole side would leave nothing to move.
         smaller = min(int(best.sum()), size - int(best.sum()))
@@ -106,7 +110,7 @@ class TabuSolver(Solver):
             previous = best_value
             value, best_value, since = dense.tabu_search(
                 piece.table, piece.forces, piece.pruned, frozen, value, best_value, best, clock,
-                moves, tenure, self.candidates, rng,
+                moves, tenure, self.candidates, random,
             )  # fmt: skip
             clock += moves
             idle = since if best_value < previous else idle + moves
