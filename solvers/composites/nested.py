@@ -78,5 +78,3 @@ def combined_reason(proposals: Iterable[Proposal], expired: bool) -> Reason:
     if expired:
         return Reason.TIME_LIMIT
     return next((p.reason for p in proposals if p.reason is not Reason.COMPLETED), Reason.COMPLETED)
-
-

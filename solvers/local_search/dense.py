@@ -45,9 +45,7 @@ def _apply(table: Array, forces: Array, pruned: Mask, i: int, j: int) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def steepest_descent(
-    table: Array, forces: Array, pruned: Mask, min_gain: float, max_swaps: int
-) -> tuple[int, float]:
+def steepest_descent(table: Array, forces: Array, pruned: Mask, min_gain: float, max_swaps: int) -> tuple[int, float]:
     """Make the best swap while it gains more than `min_gain`; in place; (swaps made, total change)."""
     n = forces.shape[0]
     total = 0.0

@@ -40,6 +40,7 @@ from solvers.solver import Capability, Context, Deadline, Solver, option
 _FIRST_GATHER, _LARGEST_GATHER = 64, 1024
 _REFRESH_EVERY = 20
 
+
 class _Columns:
     """The columns of an ordered list of weights, gathered in growing chunks as positions are asked for."""
 

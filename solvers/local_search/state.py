@@ -26,6 +26,7 @@ from solvers.problem import Array, Mask, SelectionProblem
 
 Index = npt.NDArray[np.int64]
 
+
 class SwapState:
     """A mask of a selection problem with its exact objective, updated swap by swap.
 

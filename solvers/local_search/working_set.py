@@ -73,9 +73,7 @@ def settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int,
     """Steepest descent on a working set, committed; (swaps, whether it ended before the deadline)."""
     total, swaps = 0.0, 0
     while True:
-        made, change = dense.steepest_descent(
-            piece.table, piece.forces, piece.pruned, min_gain, _SWAPS_BETWEEN_CHECKS
-        )
+        made, change = dense.steepest_descent(piece.table, piece.forces, piece.pruned, min_gain, _SWAPS_BETWEEN_CHECKS)
         total, swaps = total + change, swaps + made
         done = made < _SWAPS_BETWEEN_CHECKS
         if done or deadline.expired():

@@ -63,8 +63,7 @@ def test_obd_is_optimal_for_a_diagonal_hessian() -> None:
     block = QuadraticBlock(rng.normal(size=9), np.diag(rng.normal(size=9)), 0.01, rng.normal(size=9))
     problem = SelectionProblem(block, 4)
     best = min(
-        problem.value(np.array([bit in chosen for bit in range(9)]))
-        for chosen in itertools.combinations(range(9), 4)
+        problem.value(np.array([bit in chosen for bit in range(9)])) for chosen in itertools.combinations(range(9), 4)
     )
     assert solvers.solve(problem, "obd").objective == pytest.approx(best, rel=1e-12)
 

@@ -33,9 +33,7 @@ def best_neighbour(problem: SelectionProblem, pruned: np.ndarray) -> float:
 
 @given(st.integers(0, 10_000), st.sampled_from([(14,), (6, 1, 9)]), st.booleans(), st.sampled_from(SEARCHES))
 @settings(max_examples=40, deadline=None)
-def test_no_single_swap_improves_the_result(
-    seed: int, sizes: tuple[int, ...], gradient: bool, spec: str
-) -> None:
+def test_no_single_swap_improves_the_result(seed: int, sizes: tuple[int, ...], gradient: bool, spec: str) -> None:
     n_prune = int(np.random.default_rng(seed).integers(1, sum(sizes)))
     problem = random_problem(seed, sizes, n_prune, gradient=gradient)
     solution = solvers.solve(problem, spec, seed=seed)
