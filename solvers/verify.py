@@ -63,7 +63,7 @@ def certify(problem: SelectionProblem, objective: float, bound: float, solver: s
             f"solver {solver!r} claims the lower bound {bound!r} for a mask whose objective is {objective!r}; "
             "the bound is wrong"
         )
-    bound = min(bound, objective)
+    objective, bound = float(objective), float(min(bound, objective))
     if bound == objective:
         return bound, 0.0, Status.OPTIMAL
     gap = (objective - bound) / max(abs(objective), tiny) if math.isfinite(bound) else math.inf

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from solvers.errors import CapabilityError, CBSError, SingularHessianError
+from solvers.errors import CapabilityError, CBSError, ProblemError, SingularHessianError
 from solvers.problem import Mask, Objective, QuadraticBlock, SelectionProblem
 from solvers.solution import Solution, Status
 from solvers.solver import CalibrationLoss, Capability, Solver
@@ -48,6 +49,25 @@ class Subject:
         """Those it declares."""
         return [o for o in Objective if self.can(Capability(o.value))]
 
+    @cached_property
+    def needs_gradient(self) -> bool:
+        """Whether it refuses problems without one, as a first-order rule has to."""
+        problem = random_problem(self.seed, self.objectives[0], n=self.size(4), linear=False, kinds=("plain",))
+        try:
+            self.solve(problem)
+        except NotApplicable:
+            return True
+        except (CBSError, AssertionError):
+            # Whatever else is wrong with it is for the checks to find.
+            return False
+        return False
+
+    def linear(self, wanted: bool | None) -> bool | None:
+        """Whether a problem has a gradient, given what the solver declares and needs; None lets chance decide."""
+        if not self.can(Capability.LINEAR_TERM):
+            return False
+        return True if self.needs_gradient else wanted
+
     def size(self, wanted: int) -> int:
         """`wanted` weights, or as many as the solver takes."""
         limit = self.solver.max_weights
@@ -77,13 +97,17 @@ class Subject:
             if any(block.damping == 0.0 for block in problem.blocks):
                 raise NotApplicable("it refuses a singular H, as it may") from None
             raise
+        except ProblemError as error:
+            if self.can(Capability.LINEAR_TERM) and not problem.has_gradient and "gradient" in str(error):
+                raise NotApplicable("it refuses problems without a gradient, as it may") from None
+            raise
         count = int(solution.pruned.sum())
         assert count == problem.n_prune, f"removed {count} of {problem.n_prune} weights on {_told(problem)}"
         return solution
 
     def problems(self, objective: Objective, kinds: tuple[str, ...] = KINDS) -> Iterator[SelectionProblem]:
         """Random problems of every kind that the solver declares to take."""
-        linear = None if self.can(Capability.LINEAR_TERM) else False
+        linear = self.linear(None)
         for at, kind in enumerate(kinds):
             for index in range(self.instances):
                 yield random_problem(
@@ -263,7 +287,7 @@ def check_linear_term(subject: Subject) -> None:
 def check_several_blocks(subject: Subject) -> None:
     """With GLOBAL_BUDGET blocks share n_prune; without it several blocks are refused."""
     for objective in subject.objectives:
-        linear = None if subject.can(Capability.LINEAR_TERM) else False
+        linear = subject.linear(None)
         for index in range(subject.instances):
             n = subject.size(min(subject.largest, 9))
             problem = random_problem(
@@ -333,7 +357,7 @@ def check_time_limit(subject: Subject) -> None:
         raise NotApplicable("TIME_LIMIT is not declared")
     for objective in subject.objectives:
         n = subject.size(60)
-        problem = random_problem(subject.seed + 7, objective, n=n, kinds=("heavy_tailed",), linear=False)
+        problem = random_problem(subject.seed + 7, objective, n=n, kinds=("heavy_tailed",), linear=subject.linear(False))
         problem = problem.with_n_prune(n // 2)
         # Compilation and imports are paid once and are not what is checked.
         subject.solve(problem, time_limit=0.01)
