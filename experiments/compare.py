@@ -1,7 +1,7 @@
 """``python -m experiments.compare``: how good is a solver, really?
 
-Solvers × blocks × budgets × objectives, each in a child process with a time limit; a row per solve, a table with the gap
-to the best known value, and plots. The blocks are .npz files, or cut from a network with ``--from``.
+Solvers × blocks × budgets × objectives, each in a child process with a time limit; a row per solve, a table with
+the gap to the best known value, and plots. The blocks are .npz files, or cut from a network with ``--from``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from experiments.block_cutting import cut_blocks
 from experiments.cli import run_app, wide_console
 from experiments.comparison import Comparison, find_blocks, plan, stored_optima
-from experiments.comparison_report import best_values, proven_values, summary, summary_table, write_markdown, write_plots
+from experiments.comparison_report import (
+    best_values,
+    proven_values,
+    summary,
+    summary_table,
+    write_markdown,
+    write_plots,
+)
 from experiments.results import ResultsFile
 from solvers.errors import OptionError
 

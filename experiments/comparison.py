@@ -1,4 +1,4 @@
-"""Solvers × blocks × budgets × objectives: the tasks of a comparison, run in parallel in processes that can be killed."""
+"""Solvers × blocks × budgets × objectives: the tasks of a comparison, run in processes that can be killed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ def summary(rows: Sequence[Row], best: Mapping[Instance, float], order: Sequence
             fraction = round(row["n_prune"] / row["n"], 2)
             groups.setdefault((row["objective_kind"], row["n"], fraction, row["solver"]), []).append(row)
     entries = []
-    for (kind, n, fraction, solver), members in sorted(groups.items(), key=lambda item: (*item[0][:3], place.get(item[0][3], 0))):
+    for group in sorted(groups, key=lambda g: (*g[:3], place.get(g[3], 0))):
+        (kind, n, fraction, solver), members = group, groups[group]
         gaps = [gap_between(row["objective"], best[instance_of(row)]) for row in members]
         refits = [row["refit_objective"] for row in members if row["refit_objective"] is not None]
         certified = [row["gap"] for row in members if row["gap"] is not None]

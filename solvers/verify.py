@@ -56,7 +56,7 @@ def certify(problem: SelectionProblem, objective: float, bound: float, solver: s
     """
     if math.isnan(bound):
         raise BackendError(f"solver {solver!r} returned a bound that is not a number")
-    tiny = max(SCALE_TOLERANCE * problem.scale, np.finfo(np.float64).tiny)
+    tiny = float(max(SCALE_TOLERANCE * problem.scale, np.finfo(np.float64).tiny))
     tolerance = OPTIMALITY_TOLERANCE * abs(objective) + tiny
     if bound > objective + tolerance:
         raise BackendError(

@@ -105,7 +105,7 @@ def enumerate_masks(problem: SelectionProblem) -> tuple[npt.NDArray[np.int64], A
 def _reduced(columns: Array) -> Array:
     """The triangular factor: the same inner products with no more rows than columns."""
     rows, n = columns.shape
-    return np.linalg.qr(columns, mode="r") if rows > n else columns
+    return np.asarray(np.linalg.qr(columns, mode="r")) if rows > n else columns
 
 
 def _decode(code: int, n: int) -> Mask:

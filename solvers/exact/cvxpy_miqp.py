@@ -87,7 +87,9 @@ class CvxpyMiqpSolver(Solver):
             with warnings.catch_warnings():
                 # "Solution may be inaccurate" is how CVXPY reports a time limit; the bound says it better.
                 warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-                program.solve(solver=_ENGINES[self.solver][1], verbose=self.log, **options)
+                program.solve(  # type: ignore[no-untyped-call]
+                    solver=_ENGINES[self.solver][1], verbose=self.log, **options
+                )
         except cvxpy.error.SolverError:
             # Raised, too, when a limit was hit before a solution was found: the incumbent then stands.
             if context.deadline.expired():
@@ -95,7 +97,8 @@ class CvxpyMiqpSolver(Solver):
             raise
         if program.status in ("infeasible", "unbounded", "infeasible_or_unbounded"):
             raise BackendError(
-                f"CVXPY/{self.solver} calls the model {program.status}, which always has a solution; its tolerances failed"
+                f"CVXPY/{self.solver} calls the model {program.status}, but it always has a solution; "
+                "the tolerances failed"
             )
         claimed, complete, nodes = _dual_bound(self.solver, program)
         values = None if kept.value is None else 1.0 - kept.value

@@ -73,7 +73,7 @@ def hessian_root(arrays: ProblemArrays) -> Array:
     """R (m, n) with RᵀR = H and m ≤ n, without forming H."""
     damped = arrays.damping > 0
     stacked = np.vstack([arrays.factor, np.diag(np.sqrt(arrays.damping))[damped]])
-    return np.linalg.qr(stacked, mode="r") if stacked.shape[0] > stacked.shape[1] else stacked
+    return np.asarray(np.linalg.qr(stacked, mode="r")) if stacked.shape[0] > stacked.shape[1] else stacked
 
 
 def complete_square(arrays: ProblemArrays) -> Square | None:

@@ -120,7 +120,8 @@ def _swap_joint(inverse: Array, centre: Array, start: Mask, context: Context) ->
             if removed.size:
                 block = inverse[np.ix_(removed, removed)]
                 try:
-                    solved = np.linalg.solve(block, np.column_stack([centre[removed], inverse[np.ix_(removed, others)]]))
+                    right = np.column_stack([centre[removed], inverse[np.ix_(removed, others)]])
+                    solved = np.linalg.solve(block, right)
                 except np.linalg.LinAlgError:
                     continue
                 cross = inverse[np.ix_(others, removed)]

@@ -80,7 +80,12 @@ class Worker:
         expired = threading.Event()
         timer = None
         if limit is not None and math.isfinite(limit):
-            timer = threading.Timer(limit, lambda: (expired.set(), _kill(process)))
+
+            def expire() -> None:
+                expired.set()
+                _kill(process)
+
+            timer = threading.Timer(limit, expire)
             timer.daemon = True
             timer.start()
         try:

@@ -4,16 +4,18 @@ With Q = H∘(wwᵀ) and Boolean x_i (removed), y_ij = x_i ∧ x_j,
 
     minimise  Σ_{i<j} ⟦s Q_ij⟧ y_ij + Σ_i ⟦s (½ Q_ii − g_i w_i)⟧ x_i     subject to Σ x = n_prune,
 
-⟦·⟧ rounding to the nearest integer, plus the products of the cardinality row with each x_i, Σ_j y_ij = (n_prune − 1) x_i
-(Adams & Sherali, 1986). A mask selects n_prune single and n_prune (n_prune − 1)/2 paired coefficients, so the integer
-objective is off by at most E, the sum of that many largest rounding errors; the bound is (claimed − E)/s, less the rounding of
-Q itself. The joint objective has no such form: its value of a mask is not a sum over pairs of removed weights.
+⟦·⟧ rounding to the nearest integer, plus the products of the cardinality row with each x_i,
+Σ_j y_ij = (n_prune − 1) x_i (Adams & Sherali, 1986). A mask selects n_prune single and n_prune (n_prune − 1)/2 paired
+coefficients, so the integer objective is off by at most E, the sum of that many largest rounding errors; the bound is
+(claimed − E)/s, less the rounding of Q itself. The joint objective has no such form: its value of a mask is not a sum
+over pairs of removed weights.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +84,7 @@ class OrtoolsCpSatSolver(Solver):
         program = cp_model.CpModel()
         x = [program.new_bool_var(f"x{i}") for i in range(model.free.size)]
         program.add(sum(x) == problem.n_prune)
-        terms: list[list[object]] = [[] for _ in x]
+        terms: list[list[Any]] = [[] for _ in x]
         both = []
         for i, j in zip(*above, strict=True):
             y = program.new_bool_var(f"y{i}_{j}")
@@ -115,22 +117,24 @@ class OrtoolsCpSatSolver(Solver):
         status = engine.solve(program)
         if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):
             raise BackendError(
-                f"CP-SAT calls the model {engine.status_name(status)}, which always has a solution: {program.validate()}"
+                f"CP-SAT calls the model {engine.status_name(status)}, but it always has a solution: "
+                f"{program.validate()}"
             )
         found = None
         if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             found = np.array([engine.boolean_value(variable) for variable in x], dtype=np.float64)
-        rounding = 8 * problem.n * np.finfo(float).eps * problem.scale
+        rounding = 8 * problem.n * float(np.finfo(float).eps) * problem.scale
         bound = (engine.best_objective_bound - error - 1e-9) / scale - rounding
         candidates = [model.incumbent] if found is None else [model.mask(found), model.incumbent]
         objectives = [problem.value(mask) for mask in candidates]
         best = int(np.argmin(objectives))
         # Before the first bound CP-SAT reports the least value of the objective's own range, which is valid but weak.
-        bound = max(bound, model.least) if math.isfinite(bound) else model.least
+        bound = max(float(bound), model.least) if math.isfinite(bound) else model.least
         bound = min(bound, objectives[best])
         context.record(objectives[best], bound)
         reason = Reason.COMPLETED if status == cp_model.OPTIMAL else Reason.TIME_LIMIT
-        return Proposal(candidates[best], bound=bound, reason=reason, statistics={"branches": float(engine.num_branches)})
+        statistics = {"branches": float(engine.num_branches)}
+        return Proposal(candidates[best], bound=bound, reason=reason, statistics=statistics)
 
 
 def _scale(single: Array, paired: Array, n_prune: int, model: Model) -> float:

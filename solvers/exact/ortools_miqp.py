@@ -94,7 +94,9 @@ def _solve(model: Model, context: Context, log: bool) -> Proposal:
         values = 1.0 - np.array([found[variable] for variable in kept])
     claimed = float(result.termination.objective_bounds.dual_bound)
     if ended is reasons.INFEASIBLE:
-        raise BackendError("MathOpt/GSCIP calls the model infeasible, which always has a solution; its tolerances failed")
+        raise BackendError(
+            "MathOpt/GSCIP calls the model infeasible, but it always has a solution; the tolerances failed"
+        )
     reason = Reason.COMPLETED if ended is reasons.OPTIMAL else Reason.TIME_LIMIT
     return model.proposal(values, claimed, reason, context, nodes=float(result.solve_stats.node_count))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+import torch
 
 from solvers.problem import Objective, QuadraticBlock, SelectionProblem
 
@@ -57,7 +60,7 @@ def random_problem(
     ends = np.linspace(0, size, n_blocks + 1).round().astype(int)
     blocks = [
         _block(rng, int(stop - start), chosen, with_gradient, Objective.parse(objective), f"{seed}-{index}")
-        for index, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+        for index, (start, stop) in enumerate(pairwise(ends))
     ]
     return SelectionProblem(blocks, int(rng.integers(1, size)) if size > 1 else 0, objective)
 
@@ -100,4 +103,10 @@ def _block(
         # Of the size of H w, so that neither term drowns the other.
         gradient = 0.3 * rng.standard_normal(n) * float(np.sqrt((factor**2).sum() / n * max(np.mean(weights**2), 1e-6)))
         gradient = gradient * unit**2
-    return QuadraticBlock(weights, factor * unit, damping * unit**2, gradient, name)
+    return QuadraticBlock(
+        torch.from_numpy(weights),
+        torch.from_numpy(factor * unit),
+        damping * unit**2,
+        None if gradient is None else torch.from_numpy(gradient),
+        name,
+    )

@@ -115,7 +115,7 @@ def test_an_undeclared_bound_is_noticed() -> None:
         tilt: float = option(0.0, "nothing")
 
         def run(self, problem: SelectionProblem, context: Context) -> Proposal:
-            return Proposal(super(Secretive, self).run(problem, context).pruned, bound=-1e9)
+            return Proposal(super().run(problem, context).pruned, bound=-1e9)
 
     assert "bounds" in {failure.name for failure in check_solver(Secretive(), raises=False).failures}
 

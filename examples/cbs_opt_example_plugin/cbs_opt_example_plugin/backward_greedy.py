@@ -1,7 +1,7 @@
 """Backward greedy: remove everything, then put back the weights that lower the objective most, a few at a time.
 
 With P the removed weights, x = w on P and 0 elsewhere, putting i back changes the selection objective by
-−α_i = −w_i (Hx)_i + ½ H_ii w_i² + g_i w_i. After every round Hx is computed anew, so one round costs one product with H.
+−α_i = −w_i (Hx)_i + ½ H_ii w_i² + g_i w_i. After every round Hx is computed anew: one product with H each.
 """
 
 from __future__ import annotations

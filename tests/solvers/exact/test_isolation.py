@@ -49,7 +49,7 @@ def test_one_worker_survives_errors_crashes_and_limits() -> None:
         with pytest.raises(BackendError, match="LookupError: nothing here"):
             worker.call(raise_lookup_error)
         assert worker.call(os.getpid) == first
-        with pytest.raises(BackendError, match="SIGABRT|exit code"):
+        with pytest.raises(BackendError, match=r"SIGABRT|exit code"):
             worker.call(os.abort)
         with pytest.raises(BackendError, match="exit code 3"):
             worker.call(os._exit, 3)
@@ -99,5 +99,5 @@ def test_a_crash_of_a_backend_is_an_error_of_ours() -> None:
 def test_a_backend_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "GRACE", 0.2)
     problem = random_problem(6, n=6, kinds=("plain",), linear=False)
-    with pytest.raises(HardLimitError, match="aborting.*killed"):
+    with pytest.raises(HardLimitError, match=r"aborting.*killed"):
         solve(problem, Aborting(isolated=True, hang=True), time_limit=0.2)
