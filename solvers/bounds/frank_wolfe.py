@@ -98,12 +98,12 @@ def frank_wolfe_bound(
     diagonal = np.concatenate(
         [(b.diagonal.cpu().numpy() - b.damping) * b.weights.cpu().numpy() ** 2 for b in problem.blocks]
     )
-    # A vertex keeps the first fractional sets small.
-    z = np.zeros(problem.n)
-    z[np.argsort(0.5 * diagonal + relaxation.linear, kind="stable")[: problem.n_prune]] = 1.0
+    z = np.full(problem.n, problem.n_prune / problem.n)
     u = relaxation.project(z)
-    best_u, best = u, relaxation.dual(u)
-    sigma = 1.0 / max(float(diagonal.mean()), float(np.finfo(np.float64).tiny))
+    # u = 0 proves the sum of the smallest q, positive without a gradient.
+    best_u = np.zeros_like(u)
+    best = relaxation.dual(best_u)
+    sigma = 10.0 / max(float(diagonal.mean()), float(np.finfo(np.float64).tiny))
     iterations, converged = 0, False
     while iterations < max_iterations and not deadline.expired():
         iterations += 1

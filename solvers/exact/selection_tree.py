@@ -35,9 +35,9 @@ RELATIVE_TOLERANCE = 1e-7
 #: And by this fraction of the sum of the diagonal: below it float64 knows nothing.
 SCALE_TOLERANCE = 1e-14
 _BATCH = 4
-_NODES_PER_TASK = 4000
+_NODES_PER_TASK = 10_000
 #: A new shift when the free weights have become fewer than this fraction of those the old one was made for.
-_SHRINKAGE = 0.8
+_SHRINKAGE = 0.5
 _MAX_OPEN = 200_000
 _NEVER = 2**31
 _TABU_ROUNDS = 10
@@ -257,8 +257,13 @@ def _search(tree: _Tree, n_threads: int, node_limit: float) -> tuple[float, Reas
                 node = _pop(heap)
                 if node.bound < tree.upper - tree.tolerance():
                     batch.append(node)
-            upper = tree.upper
+            upper, began = tree.upper, tree.deadline.elapsed()
             outcomes = list(workers.map(lambda node, known=upper: tree.search(node, known), batch))
+            took = tree.deadline.elapsed() - began
+            if took > 0.0 and tree.deadline.remaining() < 4.0 * took:
+                # Smaller tasks towards the end keep the time limit.
+                share = tree.deadline.remaining() / (4.0 * took)
+                tree.nodes_per_task = max(100, int(tree.nodes_per_task * share))
             for node, outcome in zip(batch, outcomes, strict=True):
                 searched += outcome.searched
                 shifts += outcome.shifts
