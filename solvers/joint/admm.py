@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from solvers import linalg
-from solvers.joint.support import METRICS, SupportModel, keep_largest, metric_of
+from solvers.joint.support import METRICS, keep_largest, metric_of
 from solvers.joint.woodbury import effective_damping
 from solvers.problem import Array, QuadraticBlock, SelectionProblem
 from solvers.solution import Proposal, Reason
@@ -115,10 +115,14 @@ class AdmmSolver(Solver):
             penalty *= growth
             scaled_dual = scaled_dual / growth
             inverses = self._inverses(problem, penalty * squared)
-        _, value = SupportModel(problem, kept).refine(sparse, 20)
+        pruned = ~kept
+        value = problem.joint_value(pruned)
+        if context.start is not None and problem.joint_value(context.start) < value:
+            # The alternation is not monotone; a start that was better stands.
+            pruned, value = context.start, problem.joint_value(context.start)
         context.record(value)
         statistics = {"iterations": float(used), "penalty": penalty}
-        return Proposal(~kept, reason=reason, repairs=tuple(repairs), statistics=statistics)
+        return Proposal(pruned, reason=reason, repairs=tuple(repairs), statistics=statistics)
 
     @staticmethod
     def _inverses(problem: SelectionProblem, weight: Array) -> list[_Inverse]:

@@ -40,6 +40,9 @@ class EliminationPlan:
     pool : int
         Weights per round among which interactions are corrected exactly; 0 for none. A round removes at most half
         of its pool one at a time; a larger share goes by its single costs first.
+    refresh : float
+        The diagonal of H_SS⁻¹, which changes slowly and costs most, is taken anew when a block has shrunk to this
+        fraction of what it was when it last was; 1 for every round. The refit is made in every round.
     frozen_zeros : bool
         Weights that are zero already go first and are never put back (staged pruning). Otherwise they are as free
         as all others: the joint objective may well give them a value again.
@@ -48,6 +51,7 @@ class EliminationPlan:
     chunks: int = 20
     exact_below: int = 3000
     pool: int = 2000
+    refresh: float = 0.7
     frozen_zeros: bool = False
 
 
@@ -110,8 +114,10 @@ class _Path:
 class _Large:
     """A block ranked through its kept system."""
 
-    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, damping: float) -> None:
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, damping: float, refresh: float) -> None:
         self.system = KeptSystem(block, kept, damping)
+        self._shrink = torch.zeros(block.n, dtype=torch.float64, device=block.device)
+        self._refresh, self._measured = refresh, 0
 
     @property
     def n_kept(self) -> int:
@@ -120,7 +126,12 @@ class _Large:
 
     def rank(self) -> npt.NDArray[Any]:
         """Cost of each kept weight alone, ascending."""
-        index, costs = self.system.removal_costs()
+        system = self.system
+        index = system.kept.nonzero().squeeze(1)
+        if system.n_kept <= self._refresh * self._measured or not self._measured:
+            _, self._shrink[index] = system.measure(index)
+            self._measured = system.n_kept
+        costs = system.costs(index, system.solution()[index], self._shrink[index])
         self._costs, order = costs.sort(stable=True)
         self._index = index[order]
         return self._costs.cpu().numpy()
@@ -189,7 +200,7 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
     for block, where, damping in zip(problem.blocks, problem.slices, dampings, strict=True):
         kept = block.tensor_of(~pruned[where])
         small = int(kept.sum()) <= plan.exact_below
-        members.append(_Path(block, kept, damping, left) if small else _Large(block, kept, damping))
+        members.append(_Path(block, kept, damping, left) if small else _Large(block, kept, damping, plan.refresh))
     start = problem.n - int(pruned.sum())
     floor = max(problem.n_kept, sum(min(member.n_kept, plan.exact_below) for member in members), 1)
     ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0

@@ -36,11 +36,14 @@ class OptimalBrainSurgeonSolver(Solver):
     chunks: int = option(20, "rounds before blocks are small enough for one-at-a-time elimination", minimum=1)
     exact_below: int = option(3000, "kept weights of a block from which on weights go one at a time", minimum=1)
     pool: int = option(2000, "cheapest weights of a round whose interactions are resolved exactly; 0 = none", minimum=0)
+    refresh: float = option(
+        0.7, "fraction a block must shrink to before diag(H_SS⁻¹) is taken anew; 1 = every round", minimum=0, maximum=1
+    )
     frozen_zeros: bool = option(False, "weights that are zero already go first and stay out (staged pruning)")
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Eliminate until exactly ``n_prune`` are gone."""
-        plan = EliminationPlan(self.chunks, self.exact_below, self.pool, self.frozen_zeros)
+        plan = EliminationPlan(self.chunks, self.exact_below, self.pool, self.refresh, self.frozen_zeros)
         result = eliminate(problem, plan, context.deadline)
         return Proposal(
             result.pruned,

@@ -176,10 +176,13 @@ class KeptSystem:
     def removal_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(positions of S, cost of removing each alone), (s,) each."""
         index = self.kept.nonzero().squeeze(1)
-        value, shrink = self.measure(index)
+        return index, self.costs(index, *self.measure(index))
+
+    def costs(self, index: torch.Tensor, value: torch.Tensor, shrink: torch.Tensor) -> torch.Tensor:
+        """½ λ t²/(1 − q), the cost of removing each of `index` (m,) alone, from their t and q."""
         # λ[H_SS⁻¹]_ii = 1 − q_i is at least λ/H_ii; rounding must not push it below.
         floor = self.damping / (self.block.diagonal[index] - self.block.damping + self.damping)
-        return index, 0.5 * self.damping * value.square() / torch.maximum(1.0 - shrink, floor)
+        return 0.5 * self.damping * value.square() / torch.maximum(1.0 - shrink, floor)
 
     def insertion_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(positions of P, what putting each back alone gains), (n − s,) each."""

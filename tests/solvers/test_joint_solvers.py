@@ -93,7 +93,7 @@ def test_joint_ls_ends_in_a_one_swap_local_optimum(spec: str, sizes: tuple[int, 
         assert problem.joint_value(swapped) >= solution.objective - 2e-6 * abs(solution.objective)
 
 
-@pytest.mark.parametrize("spec", ["joint_ls", "joint_ls[dense_limit=1,width=5]", "iht[metric=diagonal]"])
+@pytest.mark.parametrize("spec", ["joint_ls", "joint_ls[dense_limit=1,width=5]", "iht[metric=diagonal]", "admm"])
 def test_a_search_never_worsens_its_start_and_its_trace_falls(spec: str) -> None:
     problem = random_problem(5, (20, 10), 18, "joint", gradient=True)
     start = np.zeros(30, dtype=bool)
@@ -153,7 +153,7 @@ def test_obs_is_exact_backward_elimination_when_weights_go_one_at_a_time() -> No
             values.append(problem.joint_value(trial))
         mask[options[int(np.argmin(values))]] = True
     np.testing.assert_array_equal(solve(problem, "obs").pruned, mask)
-    np.testing.assert_array_equal(solve(problem, "obs[exact_below=1,pool=0,chunks=10000]").pruned, mask)
+    np.testing.assert_array_equal(solve(problem, "obs[exact_below=1,pool=0,chunks=10000,refresh=1]").pruned, mask)
     np.testing.assert_array_equal(solve(problem, "obs[exact_below=1,pool=14,chunks=1]").pruned, mask)
 
 
