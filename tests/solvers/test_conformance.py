@@ -22,7 +22,8 @@ def test_every_solver_conforms(name: str) -> None:
         pytest.skip(f"{module} does not exist yet")
     if describe(name).missing:
         pytest.skip(f"{name} needs {describe(name).missing}")
-    report = check_solver(name, instances=1, largest=8)
+    # Each solve of an outside library takes a good part of a second.
+    report = check_solver(name, instances=1, largest=5 if describe(name).requires else 8)
     assert report.passed
     assert {r.outcome for r in report.results} <= {"passed", "skipped"}
     assert sum(r.outcome == "passed" for r in report.results) >= 8

@@ -17,7 +17,7 @@ from solvers.testing import random_problem
 
 BACKENDS = ["branch_bound", "ortools_miqp", "ortools_cpsat", "cvxpy_miqp"]
 COUNT = 500
-SAMPLE = 12
+SAMPLE = 8
 CHUNK = 25
 
 
