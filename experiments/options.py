@@ -11,6 +11,7 @@ from cbs_opt import BlockSpec, Update
 from experiments.catalog.experiment import Experiment
 from solvers import Objective, make_solver
 from solvers.allocation import ALLOCATIONS
+from solvers.bounds import METHODS
 from solvers.errors import OptionError, UnknownNameError
 
 
@@ -51,6 +52,7 @@ class RunOptions:
     exclude: tuple[str, ...]
     allocation: str | None
     time_limit: float | None
+    bound: str | None
     data_dir: Path | None
     checkpoint: Path | None
     refit: bool
@@ -58,8 +60,12 @@ class RunOptions:
     reference: bool
 
     def __post_init__(self) -> None:
-        for what, values in (("--solver", self.solvers), ("--sparsity", self.sparsities), ("--seed", self.seeds),
-                             ("--update", self.updates)):
+        for what, values in (
+            ("--solver", self.solvers),
+            ("--sparsity", self.sparsities),
+            ("--seed", self.seeds),
+            ("--update", self.updates),
+        ):
             if not values:
                 raise OptionError(f"{what} needs at least one value")
             twice = {v for v in values if values.count(v) > 1}
@@ -78,11 +84,18 @@ class RunOptions:
             Update.parse(update)
         if self.objective is not None:
             Objective.parse(self.objective)
+        if self.bound is not None and self.bound not in METHODS:
+            raise UnknownNameError.of("bound", self.bound, METHODS)
+        if self.bound is not None and self.stages > 1:
+            raise OptionError("--bound judges one problem, and stages solve a new one each; leave one of them out")
         BlockSpec.parse(self.blocks)
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
             raise UnknownNameError.of("allocation", self.allocation, ALLOCATIONS)
-        for what, value in (("--fisher-samples", self.fisher_samples), ("--fisher-batch", self.fisher_batch),
-                            ("--stages", self.stages)):
+        for what, value in (
+            ("--fisher-samples", self.fisher_samples),
+            ("--fisher-batch", self.fisher_batch),
+            ("--stages", self.stages),
+        ):
             if value < 1:
                 raise OptionError(f"{what} must be at least 1, got {value}")
         if not (math.isfinite(self.damping) and self.damping >= 0.0):

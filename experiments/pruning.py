@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cbs_opt
+import solvers
 from cbs_opt.blocks import contiguous_partition
 from cbs_opt.prepared import pick_objective
 from experiments.augmentation import CropAndFlip
@@ -25,6 +26,7 @@ from experiments.datasets.images import ImageSet
 from experiments.options import RunOptions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, make_solver
 from solvers.solving import check_capabilities
+from solvers.verify import certify
 
 #: Fewest training images of a calibration sample, where the training set has as many.
 CALIBRATION_SAMPLES = 5_000
@@ -71,15 +73,31 @@ class Pruner:
         Called with rows of gradients done and in all.
     """
 
-    def __init__(self, model: nn.Module, train: ImageSet, options: RunOptions, seed: int, device: torch.device,
-                 progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        train: ImageSet,
+        options: RunOptions,
+        seed: int,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> None:
         self._model, self._options = model, options
         self._prepared = cbs_opt.prepare(
-            model, calibration(train, options, seed), F.cross_entropy, fisher=fisher_of(options),
-            include=options.include or ("*",), exclude=options.exclude, device=device, seed=seed, progress=progress)
+            model,
+            calibration(train, options, seed),
+            F.cross_entropy,
+            fisher=fisher_of(options),
+            include=options.include or ("*",),
+            exclude=options.exclude,
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
         self._chosen: tuple[str, int] | None = None
         self._problem: SelectionProblem | None = None
         self._solution: Solution | None = None
+        self._bounds: dict[tuple[int, str], float] = {}
 
     @property
     def n(self) -> int:
@@ -99,9 +117,16 @@ class Pruner:
         prepared, options = self._prepared, self._options
         if self._chosen != (solver, n_kept) or self._problem is None or self._solution is None:
             self._problem, self._solution = prepared.solve(
-                n_kept=n_kept, solver=solver, objective=options.objective, time_limit=options.time_limit,
-                allocation=options.allocation, with_refit=options.refit and update != "combinatorial")
+                n_kept=n_kept,
+                solver=solver,
+                objective=options.objective,
+                time_limit=options.time_limit,
+                allocation=options.allocation,
+                with_refit=options.refit and update != "combinatorial",
+            )
             self._chosen = (solver, n_kept)
+            if options.bound is not None:
+                self._solution = self._certified(self._problem, self._solution)
         problem, solution = self._problem, self._solution
         updated = prepared.update(problem, solution, update=update, scale=options.update_scale)
         if math.isnan(solution.refit_objective):
@@ -128,9 +153,28 @@ class Pruner:
             repairs=tuple(dict.fromkeys((*prepared.gradients.notes, *solution.repairs, *updated.repairs))),
         )
 
+    def _certified(self, problem: SelectionProblem, solution: Solution) -> Solution:
+        """The solution with the better of its own bound and that of `options.bound`, which serves every solver."""
+        key = (problem.n_prune, problem.objective.value)
+        if key not in self._bounds:
+            self._bounds[key] = solvers.bound(problem, method=str(self._options.bound)).value
+        bound, gap, status = certify(
+            problem, solution.objective, max(solution.bound, self._bounds[key]), solution.solver
+        )
+        return replace(solution, bound=bound, gap=gap, status=status)
 
-def prune_in_stages(model: nn.Module, train: ImageSet, options: RunOptions, seed: int, device: torch.device,
-                    solver: str, n_kept: int, journal: Path, progress: Progress | None = None) -> Pruned:
+
+def prune_in_stages(
+    model: nn.Module,
+    train: ImageSet,
+    options: RunOptions,
+    seed: int,
+    device: torch.device,
+    solver: str,
+    n_kept: int,
+    journal: Path,
+    progress: Progress | None = None,
+) -> Pruned:
     """Prune with gradients taken anew at ``options.stages`` points on the way.
 
     Parameters
@@ -145,13 +189,26 @@ def prune_in_stages(model: nn.Module, train: ImageSet, options: RunOptions, seed
     layers = layers_of(model, options)
     # On images as they are, the gradients of a network trained on cropped and flipped ones vanish.
     augment = CropAndFlip.of(train) if options.experiment.recipe.augment else None
-    stages = cbs_opt.StageOptions(n_stages=options.stages, augment=augment,
-                                  held_out=min(cbs_opt.StageOptions.held_out, len(train) // 5))
+    stages = cbs_opt.StageOptions(
+        n_stages=options.stages, augment=augment, held_out=min(cbs_opt.StageOptions.held_out, len(train) // 5)
+    )
     result = cbs_opt.prune(
-        model, calibration(train, options, seed), F.cross_entropy, sparsity=sparsity_of(layers.n, n_kept),
-        solver=solver, objective=options.objective, fisher=fisher_of(options), include=options.include or ("*",),
-        exclude=options.exclude, device=device, seed=seed, allocation=options.allocation, stages=stages,
-        journal=journal, progress=progress)
+        model,
+        calibration(train, options, seed),
+        F.cross_entropy,
+        sparsity=sparsity_of(layers.n, n_kept),
+        solver=solver,
+        objective=options.objective,
+        fisher=fisher_of(options),
+        include=options.include or ("*",),
+        exclude=options.exclude,
+        device=device,
+        seed=seed,
+        allocation=options.allocation,
+        stages=stages,
+        journal=journal,
+        progress=progress,
+    )
     report = result.report
     return Pruned(
         model=result.model.to(device).eval(),
@@ -177,8 +234,13 @@ def layers_of(model: nn.Module, options: RunOptions) -> cbs_opt.PrunableLayers:
 
 def fisher_of(options: RunOptions) -> cbs_opt.FisherOptions:
     """The quadratic model a run asks for; raises OptionError."""
-    return cbs_opt.FisherOptions(n_rows=options.fisher_samples, batch_size=options.fisher_batch,
-                                 damping=options.damping, blocks=options.blocks, first_order=options.first_order)
+    return cbs_opt.FisherOptions(
+        n_rows=options.fisher_samples,
+        batch_size=options.fisher_batch,
+        damping=options.damping,
+        blocks=options.blocks,
+        first_order=options.first_order,
+    )
 
 
 def calibration(train: ImageSet, options: RunOptions, seed: int) -> tuple[Tensor, Tensor]:

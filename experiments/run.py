@@ -36,43 +36,65 @@ MOST_ROWS = 60
 
 @app.command()
 def main(
-    solver: Annotated[list[str], typer.Option(
-        help="Selection rules, e.g. greedy_ls woodfisher 'rmp[draws=10]'.")] = ["greedy_ls"],  # noqa: B006
+    solver: Annotated[list[str], typer.Option(help="Selection rules, e.g. greedy_ls woodfisher 'rmp[draws=10]'.")] = [
+        "greedy_ls"
+    ],  # noqa: B006
     experiment: Annotated[str, typer.Option(help=f"One of {', '.join(EXPERIMENTS)}.")] = DEFAULT,
-    sparsity: Annotated[list[float] | None, typer.Option(
-        help="Shares of the weights removed; default: those of the paper's table.")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Shares of the weights removed; default: those of the paper's table.")
+    ] = None,
     seed: Annotated[list[int], typer.Option(help="Of the calibration sample and the solver.")] = [0],  # noqa: B006
-    update: Annotated[list[str], typer.Option(
-        help="Of the kept weights: none, single, combinatorial or searched.")] = ["combinatorial"],  # noqa: B006
+    update: Annotated[list[str], typer.Option(help="Of the kept weights: none, single, combinatorial or searched.")] = [
+        "combinatorial"
+    ],  # noqa: B006
     update_scale: Annotated[float, typer.Option(help="Multiplies the update.")] = 1.0,
-    objective: Annotated[str | None, typer.Option(
-        help="What the solver minimises: selection or joint; default: what it can.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="What the solver minimises: selection or joint; default: what it can.")
+    ] = None,
     fisher_samples: Annotated[int | None, typer.Option(help="Gradients, rows of the factor.")] = None,
     fisher_batch: Annotated[int | None, typer.Option(help="Images averaged into each gradient.")] = None,
     damping: Annotated[float | None, typer.Option(help="Added to the diagonal of the Fisher matrix.")] = None,
-    blocks: Annotated[str | None, typer.Option(
-        help="Fisher blocks: one, per_layer, per_row, fixed:SIZE, components[:T], clusters:SIZE.")] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(help="Fisher blocks: one, per_layer, per_row, fixed:SIZE, components[:T], clusters:SIZE."),
+    ] = None,
     first_order: Annotated[bool, typer.Option("--first-order", help="Keep the mean gradient in the model.")] = False,
-    stages: Annotated[int, typer.Option(
-        help="Prune in as many steps, each from gradients anew; a few more polish.")] = 1,
+    stages: Annotated[
+        int, typer.Option(help="Prune in as many steps, each from gradients anew; a few more polish.")
+    ] = 1,
     include: Annotated[list[str] | None, typer.Option(help="Patterns of the layers to prune.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Patterns of the layers to leave alone.")] = None,
-    allocation: Annotated[str | None, typer.Option(
-        help="Split the budget over the blocks instead of sharing it, e.g. uniform.")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="Split the budget over the blocks instead of sharing it, e.g. uniform.")
+    ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds for each call of a solver.")] = None,
-    sparsity_rounding: Annotated[Rounding, typer.Option(
-        help="exact, or as many weights as the published code keeps.")] = Rounding.EXACT,
-    data_dir: Annotated[Path | None, typer.Option(
-        help="Folder which holds mnist/ and cifar10/, or that of one data set; default: download.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(
-        help="Trained weights (safetensors); default: beside the data, then the cache, then train.")] = None,
+    bound: Annotated[
+        str | None,
+        typer.Option(
+            help="Certify each mask by a lower bound: auto, frank_wolfe, qcr or lagrangian; takes minutes on a network."
+        ),
+    ] = None,
+    sparsity_rounding: Annotated[
+        Rounding, typer.Option(help="exact, or as many weights as the published code keeps.")
+    ] = Rounding.EXACT,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder which holds mnist/ and cifar10/, or that of one data set; default: download."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Trained weights (safetensors); default: beside the data, then the cache, then train."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output_dir: Annotated[Path, typer.Option(help="Gets results.jsonl and the plot.")] = Path("results"),
-    refit: Annotated[bool, typer.Option(
-        help="Judge every mask by the joint objective too, whatever the update; costs as much as one.")] = True,
+    refit: Annotated[
+        bool,
+        typer.Option(help="Judge every mask by the joint objective too, whatever the update; costs as much as one."),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make rows again which are there already.")] = False,
-    reference: Annotated[bool, typer.Option(
-        help="Show plain magnitude pruning beside the results of small networks.")] = True,
+    reference: Annotated[
+        bool, typer.Option(help="Show plain magnitude pruning beside the results of small networks.")
+    ] = True,
 ) -> None:
     """Prune the network of an experiment, and report accuracy, objective, bound and time of every row."""
     started = time.perf_counter()
@@ -98,6 +120,7 @@ def main(
         exclude=tuple(exclude) if exclude else chosen.exclude,
         allocation=allocation,
         time_limit=time_limit,
+        bound=bound,
         data_dir=data_dir,
         checkpoint=checkpoint,
         refit=refit,
@@ -118,15 +141,21 @@ def main(
             rows.extend(runner.run())
             extra = runner.reference() if options.reference else []
     except KeyboardInterrupt:
-        console.print(f"interrupted; finished rows are in {results.path}, the same command goes on from there",
-                      style="yellow", soft_wrap=True)
+        console.print(
+            f"interrupted; finished rows are in {results.path}, the same command goes on from there",
+            style="yellow",
+            soft_wrap=True,
+        )
         raise
     if len(rows) <= MOST_ROWS:
         console.print(rows_table(rows, f"{chosen.name}: every row"))
     console.print(accuracy_table(chosen.name, rows, extra, runner.dense.accuracy))
     plot = write_plot(chosen.name, rows, extra, runner.dense.accuracy, output_dir)
-    console.print(f"rows: {results.path}\nplot: {plot}\n{time.perf_counter() - started:.1f} s in all",
-                  soft_wrap=True, highlight=False)
+    console.print(
+        f"rows: {results.path}\nplot: {plot}\n{time.perf_counter() - started:.1f} s in all",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def write_plot(experiment: str, rows: list[dict[str, object]], extra: list[Series], dense: float, folder: Path) -> Path:

@@ -104,6 +104,8 @@ class Runner:
         row = None if self.options.overwrite else self.results.find(settings)
         if row is not None and row["refit_objective"] is None and self.options.refit:
             row = None
+        if row is not None and row["bound"] is None and self.options.bound is not None:
+            row = None
         new = row is None
         if row is None:
             row = row_of(settings, self.measure(task))

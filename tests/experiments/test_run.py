@@ -287,3 +287,17 @@ def test_literature_figures_of_magnitude_pruning(data_dir: Path, tmp_path: Path)
     assert [round(r["accuracy"], 2) for r in rows_of(tmp_path)] == [93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25]
     assert {r["dense_accuracy"] for r in rows_of(tmp_path)} == {93.97}
     assert tuple(r["sparsity"] for r in rows_of(tmp_path)) == EXPERIMENTS["mlpnet-mnist"].sparsities
+
+
+def test_a_bound_certifies_every_mask(tmp_path: Path) -> None:
+    arguments = ["--solver", "magnitude", "obd", "--sparsity", "0.9", "--update", "none", "--no-refit", *QUICK]
+    run(*arguments, "--output-dir", tmp_path)
+    run(*arguments, "--output-dir", tmp_path, "--bound", "frank_wolfe")
+    certified = [row for row in rows_of(tmp_path) if row["bound"] is not None]
+    assert {row["solver"] for row in certified} == {"magnitude", "obd"}
+    assert all(row["bound"] <= row["objective"] and row["gap"] >= 0 for row in certified)
+    assert len({row["bound"] for row in certified}) == 1
+
+
+def test_an_unknown_bound_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "frank_wolfe" in fails(capsys, "--bound", "frank_wolf", "--output-dir", tmp_path)
