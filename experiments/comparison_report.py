@@ -123,7 +123,7 @@ def _percent(gap: float) -> str:
         return "∞"
     if gap < FOUND:
         return "0 %"
-    return f"{100 * gap:.2g} %" if gap < 10 else f"{gap:.3g} ×"
+    return f"{100 * gap:.{2 if gap < 0.1 else 3}g} %" if gap < 9.995 else f"{gap:.3g} ×"
 
 
 def write_plots(folder: Path, rows: Sequence[Row], best: Mapping[Instance, float]) -> list[Path]:
