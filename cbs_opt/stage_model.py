@@ -33,9 +33,7 @@ class StageModel:
         self._factor, self._gradient = factor, gradient
         self._names, self._slices = partition.names, partition.slices
 
-    def problem(
-        self, active: Mask, n_prune: int, damping: float
-    ) -> tuple[SelectionProblem, npt.NDArray[np.int64]]:
+    def problem(self, active: Mask, n_prune: int, damping: float) -> tuple[SelectionProblem, npt.NDArray[np.int64]]:
         """(problem over the active weights, their numbers)."""
         blocks = []
         for name, where in zip(self._names, self._slices, strict=True):

@@ -22,8 +22,15 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, BatchNorm) and m.track_running_stats for m in model.modules())
 
 
-def reestimate(model: nn.Module, samples: ImageSet, *, seed: int = 0, batch_size: int = 128,
-               device: torch.device | str = "cpu", progress: Callable[[int, int], None] | None = None) -> None:
+def reestimate(
+    model: nn.Module,
+    samples: ImageSet,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Replace the running statistics of every batch norm, in place; weights and mode stay as they are.
 
     Parameters

@@ -76,8 +76,9 @@ def cut_blocks(
         network.model,
         images,
         F.cross_entropy,
-        fisher=cbs_opt.FisherOptions(n_rows=rows, batch_size=chosen.fisher_batch, damping=strength,
-                                     blocks="per_layer", first_order=True),
+        fisher=cbs_opt.FisherOptions(
+            n_rows=rows, batch_size=chosen.fisher_batch, damping=strength, blocks="per_layer", first_order=True
+        ),
         include=chosen.include or ("*",),
         exclude=chosen.exclude,
         seed=seed,

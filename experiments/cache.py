@@ -56,7 +56,11 @@ def try_write(path: Path, write: Callable[[BinaryIO], object]) -> bool:
     try:
         write_atomically(path, write)
     except OSError as error:
-        warnings.warn(f"cannot write the cache file {path} ({error}); going on without it. "
-                      f"Set {VARIABLE} to a folder which can be written.", CacheWarning, stacklevel=2)
+        warnings.warn(
+            f"cannot write the cache file {path} ({error}); going on without it. "
+            f"Set {VARIABLE} to a folder which can be written.",
+            CacheWarning,
+            stacklevel=2,
+        )
         return False
     return True

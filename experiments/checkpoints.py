@@ -27,8 +27,9 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error}; the file is truncated or not "
-                              f"safetensors, copy it again") from error
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: {error}; the file is truncated or not safetensors, copy it again"
+        ) from error
 
 
 def load_checkpoint(model: nn.Module, path: Path | str) -> None:
@@ -45,15 +46,25 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     missing = sorted(own.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - own.keys())
     if missing or unknown:
-        parts = [f"lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")] \
-            if missing else []
-        parts += [f"has {unknown[0]!r}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-                  + ", unknown to the network"] if unknown else []
+        parts = (
+            [f"lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")] if missing else []
+        )
+        parts += (
+            [
+                f"has {unknown[0]!r}"
+                + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+                + ", unknown to the network"
+            ]
+            if unknown
+            else []
+        )
         raise CheckpointError(f"the checkpoint {path} is not one of {name}: it {', '.join(parts)}")
     for key, tensor in tensors.items():
         if tensor.shape != own[key].shape:
-            raise CheckpointError(f"the checkpoint {path} is not one of {name}: {key!r} has shape "
-                                  f"{tuple(tensor.shape)}, expected {tuple(own[key].shape)}")
+            raise CheckpointError(
+                f"the checkpoint {path} is not one of {name}: {key!r} has shape "
+                f"{tuple(tensor.shape)}, expected {tuple(own[key].shape)}"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"the checkpoint {path} holds NaN or infinity in {key!r}")
     model.load_state_dict(tensors)

@@ -75,8 +75,9 @@ def run_app(app: typer.Typer, several: Collection[str] = (), arguments: Sequence
     try:
         app(expand_values(given, several))
     except CBSError as error:
-        Console(stderr=True).print(f"error: {' '.join(str(error).split())}", style="red", markup=False,
-                                   highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="yellow")

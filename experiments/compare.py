@@ -42,8 +42,8 @@ def main(
     count: Annotated[int, typer.Option(help="Blocks to cut.", min=1)] = 20,
     fraction: Annotated[list[float] | None, typer.Option(help="Shares of the weights removed [0.5 0.8 0.9].")] = None,
     n_prune: Annotated[list[int] | None, typer.Option(help="Numbers of weights removed, besides.")] = None,
-    objective: Annotated[list[str], typer.Option(help="selection, joint.")] = ["selection"],  # noqa: B006
-    seed: Annotated[list[int], typer.Option(help="Of randomised solvers; the first also cuts blocks.")] = [0],  # noqa: B006
+    objective: Annotated[list[str], typer.Option(help="selection, joint.")] = ["selection"],
+    seed: Annotated[list[int], typer.Option(help="Of randomised solvers; the first also cuts blocks.")] = [0],
     time_limit: Annotated[float | None, typer.Option(help="Seconds per solve, for solvers that keep a limit.")] = 60.0,
     gradient: Annotated[bool, typer.Option("--gradient", help="Keep the linear term of the blocks.")] = False,
     workers: Annotated[int, typer.Option(help="Solves at a time, each on one thread.", min=1)] = 1,
@@ -67,14 +67,29 @@ def main(
     folder = blocks
     if folder is None:
         folder = cut_blocks(
-            str(source), results.folder / "blocks", size=block_size, count=count, seed=seed[0], data_dir=data_dir,
-            checkpoint=checkpoint, samples=fisher_samples, damping=damping,
-            say=lambda message: console.print(message, soft_wrap=True, highlight=False, markup=False))
+            str(source),
+            results.folder / "blocks",
+            size=block_size,
+            count=count,
+            seed=seed[0],
+            data_dir=data_dir,
+            checkpoint=checkpoint,
+            samples=fisher_samples,
+            damping=damping,
+            say=lambda message: console.print(message, soft_wrap=True, highlight=False, markup=False),
+        )
     found = find_blocks(folder)
     stored = stored_optima(folder, found)
     tasks, left_out = plan(
-        found, solver, fractions=fractions, budgets=n_prune or [], objectives=objective, seeds=seed,
-        time_limit=time_limit, gradient=gradient)
+        found,
+        solver,
+        fractions=fractions,
+        budgets=n_prune or [],
+        objectives=objective,
+        seeds=seed,
+        time_limit=time_limit,
+        gradient=gradient,
+    )
     for reason in left_out:
         console.print(f"left out: {reason}", soft_wrap=True, highlight=False, markup=False)
     if not tasks:
@@ -93,10 +108,17 @@ def main(
                     failed += 1
                     progress.console.print(
                         f"failed: {row['solver']} on {row['block']}, n_prune={row['n_prune']}: {row['error']}",
-                        style="red", soft_wrap=True, highlight=False, markup=False)
+                        style="red",
+                        soft_wrap=True,
+                        highlight=False,
+                        markup=False,
+                    )
     except KeyboardInterrupt:
-        console.print(f"interrupted; finished rows are in {results.path}, the same command goes on from there",
-                      style="yellow", soft_wrap=True)
+        console.print(
+            f"interrupted; finished rows are in {results.path}, the same command goes on from there",
+            style="yellow",
+            soft_wrap=True,
+        )
         raise
     # Values of all rows in the folder count as known, the table shows those that were asked for.
     best = best_values([row for row in results.rows if "digest" in row], stored)
@@ -109,7 +131,10 @@ def main(
     console.print(
         f"{instances} instances, {proven} of them proven here; {failed} failed\nrows: {results.path}\n"
         f"table: {results.folder / 'table.md'}\nplots: {', '.join(str(path) for path in plots)}\n"
-        f"{time.perf_counter() - began:.1f} s in all", soft_wrap=True, highlight=False)
+        f"{time.perf_counter() - began:.1f} s in all",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

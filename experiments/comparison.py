@@ -275,5 +275,3 @@ def _thinned(points: Sequence[Any]) -> list[Any]:
         return list(points)
     step = (len(points) - 1) / (TRACE_POINTS - 1)
     return [points[round(i * step)] for i in range(TRACE_POINTS)]
-
-

@@ -20,8 +20,9 @@ class Evaluation:
     n_samples: int
 
 
-def evaluate(model: nn.Module, samples: ImageSet, *, batch_size: int = 500,
-             device: torch.device | str = "cpu") -> Evaluation:
+def evaluate(
+    model: nn.Module, samples: ImageSet, *, batch_size: int = 500, device: torch.device | str = "cpu"
+) -> Evaluation:
     """Accuracy and cross-entropy of a classifier in eval mode; the mode is put back afterwards.
 
     Parameters

@@ -48,9 +48,15 @@ def find_checkpoint(experiment: Experiment, data_dir: Path | None) -> Path | Non
     return next((path for path in candidates if path.is_file()), None)
 
 
-def load_network(experiment: Experiment, dataset: Dataset, *, checkpoint: Path | None = None,
-                 data_dir: Path | None = None, device: torch.device | str = "cpu",
-                 say: Say = lambda message: None) -> Network:
+def load_network(
+    experiment: Experiment,
+    dataset: Dataset,
+    *,
+    checkpoint: Path | None = None,
+    data_dir: Path | None = None,
+    device: torch.device | str = "cpu",
+    say: Say = lambda message: None,
+) -> Network:
     """Load, or train, the network of an experiment; stale batch-norm statistics are estimated anew.
 
     Parameters
@@ -71,7 +77,8 @@ def load_network(experiment: Experiment, dataset: Dataset, *, checkpoint: Path |
         raise CheckpointError(
             f"no checkpoint of {experiment.name}: give --checkpoint FILE, or put {experiment.checkpoint} into a "
             f"folder checkpoints/ beside the data, or train one with "
-            f"`python -m experiments.train {experiment.name} --data-dir DIR`")
+            f"`python -m experiments.train {experiment.name} --data-dir DIR`"
+        )
     torch.manual_seed(experiment.recipe.seed)
     model = experiment.model().to(device)
     if checkpoint is not None:
@@ -86,8 +93,15 @@ def load_network(experiment: Experiment, dataset: Dataset, *, checkpoint: Path |
     return Network(model, origin)
 
 
-def train_experiment(experiment: Experiment, model: nn.Module, dataset: Dataset, *, path: Path | None = None,
-                     device: torch.device | str = "cpu", say: Say = lambda message: None) -> str:
+def train_experiment(
+    experiment: Experiment,
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    path: Path | None = None,
+    device: torch.device | str = "cpu",
+    say: Say = lambda message: None,
+) -> str:
     """Train an experiment's network into a file, the cache's by default; returns where the weights are, in words."""
     recipe = experiment.recipe
     target = path or cached_checkpoint(experiment)
@@ -113,8 +127,9 @@ def train_experiment(experiment: Experiment, model: nn.Module, dataset: Dataset,
     return str(target)
 
 
-def _fresh_statistics(model: nn.Module, dataset: Dataset, checkpoint: Path, device: torch.device | str,
-                      say: Say) -> None:
+def _fresh_statistics(
+    model: nn.Module, dataset: Dataset, checkpoint: Path, device: torch.device | str, say: Say
+) -> None:
     """Batch-norm statistics estimated anew, kept in the cache under the checkpoint's and the data's contents."""
     stamp = hashlib.sha256(checkpoint.read_bytes())
     stamp.update(dataset.train.labels.numpy().tobytes())

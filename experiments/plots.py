@@ -74,13 +74,29 @@ def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float
     axes = figure.add_subplot()
     if dense is not None:
         axes.axhline(dense, color="0.6", linewidth=0.8)
-        axes.annotate(f"dense {dense:.2f}", (0.99, dense), xycoords=("axes fraction", "data"), color="0.4",
-                      fontsize=8, ha="right", va="bottom")
+        axes.annotate(
+            f"dense {dense:.2f}",
+            (0.99, dense),
+            xycoords=("axes fraction", "data"),
+            color="0.4",
+            fontsize=8,
+            ha="right",
+            va="bottom",
+        )
     measured = [s for s in series if not s.quoted]
     for i, line in enumerate(measured):
         means, errors = zip(*(mean_and_error(v) for v in line.points.values()), strict=True)
-        axes.errorbar(_steps(line.points), means, yerr=errors if any(errors) else None, label=line.label, capsize=2,
-                      color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.4)
+        axes.errorbar(
+            _steps(line.points),
+            means,
+            yerr=errors if any(errors) else None,
+            label=line.label,
+            capsize=2,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            linewidth=1.4,
+        )
     for i, line in enumerate(s for s in series if s.quoted):
         quoted = [mean_and_error(v)[0] for v in line.points.values()]
         colour = COLOURS[-1 - i % len(COLOURS)]

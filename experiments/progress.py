@@ -26,8 +26,14 @@ class RunDisplay:
     def __init__(self, console: Console, n_rows: int) -> None:
         self.console = console
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, transient=True)
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
         self._rows = self._progress.add_task("rows", total=n_rows)
         self._work = self._progress.add_task("starting", total=None)
 
@@ -35,8 +41,9 @@ class RunDisplay:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def say(self, message: str) -> None:
@@ -53,8 +60,10 @@ class RunDisplay:
     def finished(self, row: Mapping[str, Any], new: bool) -> None:
         """A row is there."""
         self._progress.advance(self._rows)
-        text = (f"{row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: {row['accuracy']:.2f} %, "
-                f"{row['n_kept']:,} of {row['n_weights']:,} weights kept")
+        text = (
+            f"{row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: {row['accuracy']:.2f} %, "
+            f"{row['n_kept']:,} of {row['n_weights']:,} weights kept"
+        )
         if new:
             text += f", solve {row['seconds_solve']:.2f} s, update {row['seconds_update']:.2f} s"
         else:

@@ -48,8 +48,9 @@ def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def accuracy_table(experiment: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Series] = (),
-                   dense: float | None = None) -> Table:
+def accuracy_table(
+    experiment: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Series] = (), dense: float | None = None
+) -> Table:
     """A line per solver and update, a column per sparsity: mean test accuracy and standard error over the seeds.
 
     Parameters

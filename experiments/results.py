@@ -138,8 +138,10 @@ class ResultsFile:
             if self.path.is_dir():
                 raise IsADirectoryError(21, "Is a directory", str(self.path))
         except OSError as error:
-            raise OutputError(f"cannot write in --output-dir {self.folder} ({error.strerror or error}); "
-                              "give a folder which can be written") from error
+            raise OutputError(
+                f"cannot write in --output-dir {self.folder} ({error.strerror or error}); "
+                "give a folder which can be written"
+            ) from error
 
     def _read(self) -> tuple[list[dict[str, Any]], bool]:
         """Rows on disk, and whether a last line cut off by a crash was dropped."""
@@ -156,8 +158,10 @@ class ResultsFile:
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
             except ValueError as error:
-                raise OutputError(f"line {number} of {self.path} is not a row of results ({error}); "
-                                  "repair it, or give another --output-dir") from error
+                raise OutputError(
+                    f"line {number} of {self.path} is not a row of results ({error}); "
+                    "repair it, or give another --output-dir"
+                ) from error
             rows.append(row)
         if rest:
             # A row is written with its newline, so what follows the last newline was cut off.

@@ -38,15 +38,15 @@ MOST_ROWS = 60
 def main(
     solver: Annotated[list[str], typer.Option(help="Selection rules, e.g. greedy_ls woodfisher 'rmp[draws=10]'.")] = [
         "greedy_ls"
-    ],  # noqa: B006
+    ],
     experiment: Annotated[str, typer.Option(help=f"One of {', '.join(EXPERIMENTS)}.")] = DEFAULT,
     sparsity: Annotated[
         list[float] | None, typer.Option(help="Shares of the weights removed; default: those of the paper's table.")
     ] = None,
-    seed: Annotated[list[int], typer.Option(help="Of the calibration sample and the solver.")] = [0],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="Of the calibration sample and the solver.")] = [0],
     update: Annotated[list[str], typer.Option(help="Of the kept weights: none, single, combinatorial or searched.")] = [
         "combinatorial"
-    ],  # noqa: B006
+    ],
     update_scale: Annotated[float, typer.Option(help="Multiplies the update.")] = 1.0,
     objective: Annotated[
         str | None, typer.Option(help="What the solver minimises: selection or joint; default: what it can.")

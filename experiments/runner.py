@@ -76,8 +76,13 @@ class Runner:
         self.dataset: Dataset = load_dataset(experiment.dataset, options.data_dir)
         listener.say(f"data: {self.dataset.source}")
         self.network: Network = load_network(
-            experiment, self.dataset, checkpoint=options.checkpoint, data_dir=options.data_dir, device=device,
-            say=listener.say)
+            experiment,
+            self.dataset,
+            checkpoint=options.checkpoint,
+            data_dir=options.data_dir,
+            device=device,
+            say=listener.say,
+        )
         self.weights = digest(self.network.model)
         check_solvers(layers_of(self.network.model, options), options)
         listener.working("evaluating the dense network", 0, 0)
@@ -164,13 +169,24 @@ class Runner:
             journal = self._journal(self.settings(task))
             if self.options.overwrite:
                 shutil.rmtree(journal, ignore_errors=True)
-            return prune_in_stages(model, train, self.options, task.seed, self.device, task.solver, n_kept, journal,
-                                   progress=self._progress(f"{what}, stages"))
+            return prune_in_stages(
+                model,
+                train,
+                self.options,
+                task.seed,
+                self.device,
+                task.solver,
+                n_kept,
+                journal,
+                progress=self._progress(f"{what}, stages"),
+            )
         if self._pruner is None:
             gradients = f"gradients, seed {task.seed}"
             pruner = Pruner(model, train, self.options, task.seed, self.device, progress=self._progress(gradients))
-            self.listener.say(f"{gradients}: {self.options.fisher_samples:,} of {self.options.fisher_batch} for "
-                              f"{pruner.n:,} weights in {pruner.seconds_gradients:.1f} s")
+            self.listener.say(
+                f"{gradients}: {self.options.fisher_samples:,} of {self.options.fisher_batch} for "
+                f"{pruner.n:,} weights in {pruner.seconds_gradients:.1f} s"
+            )
             self._pruner = pruner
         self.listener.working(what, 0, 0)
         return self._pruner.prune(task.solver, self.n_kept(self._pruner.n, task.sparsity), task.update)
@@ -193,12 +209,26 @@ class Runner:
         """What identifies a task's row."""
         o = self.options
         return Settings(
-            experiment=o.experiment.name, solver=task.solver, update=task.update, update_scale=o.update_scale,
-            sparsity=task.sparsity, sparsity_rounding=o.rounding.value, seed=task.seed,
-            objective_kind=objective_of(task.solver, o), fisher_samples=o.fisher_samples,
-            fisher_batch=o.fisher_batch, damping=o.damping, blocks=o.blocks, first_order=o.first_order,
-            stages=o.stages, allocation=o.allocation, time_limit=o.time_limit, weights=self.weights,
-            device=self.device.type, extra={"include": list(o.include), "exclude": list(o.exclude)})
+            experiment=o.experiment.name,
+            solver=task.solver,
+            update=task.update,
+            update_scale=o.update_scale,
+            sparsity=task.sparsity,
+            sparsity_rounding=o.rounding.value,
+            seed=task.seed,
+            objective_kind=objective_of(task.solver, o),
+            fisher_samples=o.fisher_samples,
+            fisher_batch=o.fisher_batch,
+            damping=o.damping,
+            blocks=o.blocks,
+            first_order=o.first_order,
+            stages=o.stages,
+            allocation=o.allocation,
+            time_limit=o.time_limit,
+            weights=self.weights,
+            device=self.device.type,
+            extra={"include": list(o.include), "exclude": list(o.exclude)},
+        )
 
 
 def digest(model: nn.Module) -> str:

@@ -46,7 +46,7 @@ ROWS_FILE = "table.jsonl"
 @app.command()
 def main(
     experiment: Annotated[str, typer.Argument(help=f"One of {', '.join(PLANS)}.")],
-    seed: Annotated[list[int], typer.Option(help="A path of stages for each.")] = [0, 1, 2, 3, 4],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="A path of stages for each.")] = [0, 1, 2, 3, 4],
     until: Annotated[float, typer.Option(help="Stop the path at this sparsity.")] = 1.0,
     data_dir: Annotated[Path | None, typer.Option(help="Folder which holds mnist/ and cifar10/.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained weights (safetensors).")] = None,
@@ -60,8 +60,14 @@ def main(
     chosen, where = get_experiment(experiment), resolve_device(device)
     others = [row for path in rows or [] for row in read_rows(path) if row.get("experiment") == experiment]
     dataset = load_dataset(chosen.dataset, data_dir)
-    network = load_network(chosen, dataset, checkpoint=checkpoint, data_dir=data_dir, device=where,
-                           say=lambda message: console.print(message, soft_wrap=True))
+    network = load_network(
+        chosen,
+        dataset,
+        checkpoint=checkpoint,
+        data_dir=data_dir,
+        device=where,
+        say=lambda message: console.print(message, soft_wrap=True),
+    )
     dense = evaluate(network.model, dataset.test, device=where).accuracy
     measured: list[dict[str, Any]] = []
     for number in seed:
@@ -69,8 +75,12 @@ def main(
 
         def say(record: StageRecord, accuracy: float | None, number: int = number) -> None:
             shown = "" if accuracy is None else f", test accuracy {accuracy:.2f} %"
-            console.print(f"seed {number}, stage {record.stage}: {record.kind} to {record.sparsity:.2%}, held-out loss "
-                          f"{record.loss_after:.4f}{shown}", soft_wrap=True, highlight=False)
+            console.print(
+                f"seed {number}, stage {record.stage}: {record.kind} to {record.sparsity:.2%}, held-out loss "
+                f"{record.loss_after:.4f}{shown}",
+                soft_wrap=True,
+                highlight=False,
+            )
 
         measured.extend(path.run(min(until, max(plan.reported)), say))
         write_rows(folder / ROWS_FILE, measured)
@@ -103,8 +113,17 @@ class StagedPath:
         Journals go below it.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, dataset: Dataset, include: Sequence[str], exclude: Sequence[str],
-                 device: torch.device, seed: int, folder: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        dataset: Dataset,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        device: torch.device,
+        seed: int,
+        folder: Path,
+    ) -> None:
         import copy
 
         self.plan, self.dataset, self.device, self.seed, self.folder = plan, dataset, device, seed, folder
@@ -130,13 +149,24 @@ class StagedPath:
             last = self.layers.n_kept(levels[-1])
             # The final level is listed by the number of stages at it, as `levels` leaves the target's own entries out.
             polish = sum(level == levels[-1] for level in levels) - 1
-            options = replace(self.plan.stages, levels=levels, n_polish=polish, regrow=phase.regrow,
-                              augment=self.augment)
+            options = replace(
+                self.plan.stages, levels=levels, n_polish=polish, regrow=phase.regrow, augment=self.augment
+            )
             journal = self.folder / "journals" / f"seed-{self.seed}-phase-{position}-{len(levels)}"
             fisher = replace(self.plan.fisher, n_rows=phase.n_rows or self.plan.fisher.n_rows)
             run = run_stages(
-                self.model, self.layers, self.data, self.forward, n_kept=last, solver=self.plan.solver, options=options,
-                fisher=fisher, device=self.device, seed=self.seed, start=start, journal=journal,
+                self.model,
+                self.layers,
+                self.data,
+                self.forward,
+                n_kept=last,
+                solver=self.plan.solver,
+                options=options,
+                fisher=fisher,
+                device=self.device,
+                seed=self.seed,
+                start=start,
+                journal=journal,
                 progress=lambda record, _: say(record, None),
             )
             rows.extend(self._rows(journal, run.records, past, levels, say))
@@ -144,8 +174,14 @@ class StagedPath:
             start = run.state
         return rows
 
-    def _rows(self, journal: Path, records: Sequence[StageRecord], past: Sequence[StageRecord], levels: Sequence[float],
-              say: Any) -> list[dict[str, Any]]:
+    def _rows(
+        self,
+        journal: Path,
+        records: Sequence[StageRecord],
+        past: Sequence[StageRecord],
+        levels: Sequence[float],
+        say: Any,
+    ) -> list[dict[str, Any]]:
         """A row for the last state at each reported sparsity."""
         book = Journal.open(journal)
         found = []
@@ -160,21 +196,33 @@ class StagedPath:
             test = evaluate(self.model, self.dataset.test, device=self.device)
             done = [*past, *records[: at[-1] + 1]]
             say(records[at[-1]], test.accuracy)
-            found.append({
-                "experiment": self.plan.experiment, "solver": self.plan.solver, "update": "combinatorial",
-                "sparsity": sparsity, "seed": self.seed, "n_weights": self.layers.n, "n_kept": state.n_kept,
-                "accuracy": test.accuracy, "held_out_loss": records[at[-1]].loss_after, "stages": len(done),
-                "images": sum(r.n_images for r in done),
-                "seconds_gradients": sum(r.seconds_gradients for r in done),
-                "seconds_solve": sum(r.seconds_solve for r in done),
-                "seconds_update": sum(r.seconds_update + r.seconds_batch_norm for r in done),
-                "device": self.device.type, "threads": torch.get_num_threads(), "versions": versions(),
-            })
+            found.append(
+                {
+                    "experiment": self.plan.experiment,
+                    "solver": self.plan.solver,
+                    "update": "combinatorial",
+                    "sparsity": sparsity,
+                    "seed": self.seed,
+                    "n_weights": self.layers.n,
+                    "n_kept": state.n_kept,
+                    "accuracy": test.accuracy,
+                    "held_out_loss": records[at[-1]].loss_after,
+                    "stages": len(done),
+                    "images": sum(r.n_images for r in done),
+                    "seconds_gradients": sum(r.seconds_gradients for r in done),
+                    "seconds_solve": sum(r.seconds_solve for r in done),
+                    "seconds_update": sum(r.seconds_update + r.seconds_batch_norm for r in done),
+                    "device": self.device.type,
+                    "threads": torch.get_num_threads(),
+                    "versions": versions(),
+                }
+            )
         return found
 
 
-def write_table(folder: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]],
-                dense: float) -> None:
+def write_table(
+    folder: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], dense: float
+) -> None:
     """``table.md`` and ``table.png`` from the rows."""
     quoted = columns(plan.experiment)
     measured = [*series_of(others), Series(OURS, _points(rows))]
@@ -187,10 +235,14 @@ def write_table(folder: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], oth
         cells += [_cell(s.points.get(sparsity, ())) for s in measured]
         here = [row for row in rows if row["sparsity"] == sparsity]
         cells.append(f"{here[0]['stages']}" if here else "")
-        cells.append(" + ".join(
-            f"{sum(row[f'seconds_{part}'] for row in here) / len(here):.0f}"
-            for part in ("gradients", "solve", "update")
-        ) if here else "")
+        cells.append(
+            " + ".join(
+                f"{sum(row[f'seconds_{part}'] for row in here) / len(here):.0f}"
+                for part in ("gradients", "solve", "update")
+            )
+            if here
+            else ""
+        )
         text.append("| " + " | ".join(cells) + " |")
     seeds = sorted({int(row["seed"]) for row in rows})
     notes = ", ".join(f"{key} = {NAMES[key]}" for key in quoted)
@@ -202,7 +254,11 @@ def write_table(folder: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], oth
         f"λ = {plan.fisher.damping:g} for the choice, searched for the step on {plan.stages.held_out} training "
         "images that no gradient sees. One nested path per seed: stages and seconds (wall, of this machine as it was) "
         "are those from the dense network on.",
-        "", "```", command(), "```", "",
+        "",
+        "```",
+        command(),
+        "```",
+        "",
     ]
     try:
         write_atomically(folder / "table.md", lambda stream: _ignore(stream.write("\n".join(text).encode())))

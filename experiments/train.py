@@ -44,15 +44,22 @@ def main(
     torch.manual_seed(chosen.recipe.seed)
     model = chosen.model().to(where)
     try:
-        train_experiment(chosen, model, dataset, path=target, device=where,
-                         say=lambda message: console.print(message, soft_wrap=True, highlight=False))
+        train_experiment(
+            chosen,
+            model,
+            dataset,
+            path=target,
+            device=where,
+            say=lambda message: console.print(message, soft_wrap=True, highlight=False),
+        )
     except CBSError:
         raise
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error}") from error
     result = evaluate(model, dataset.test, device=where)
-    console.print(f"{target}: test accuracy {result.accuracy:.2f} %, test loss {result.loss:.4f}",
-                  soft_wrap=True, highlight=False)
+    console.print(
+        f"{target}: test accuracy {result.accuracy:.2f} %, test loss {result.loss:.4f}", soft_wrap=True, highlight=False
+    )
 
 
 if __name__ == "__main__":

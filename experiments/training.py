@@ -59,8 +59,15 @@ class Epoch:
     seconds: float
 
 
-def train(model: nn.Module, samples: ImageSet, recipe: Recipe, *, state_path: Path | None = None,
-          device: torch.device | str = "cpu", report: Callable[[Epoch], None] | None = None) -> nn.Module:
+def train(
+    model: nn.Module,
+    samples: ImageSet,
+    recipe: Recipe,
+    *,
+    state_path: Path | None = None,
+    device: torch.device | str = "cpu",
+    report: Callable[[Epoch], None] | None = None,
+) -> nn.Module:
     """Train a model in place, from its state as given, or from ``state_path`` where a training was cut off.
 
     Parameters
@@ -117,8 +124,15 @@ def train(model: nn.Module, samples: ImageSet, recipe: Recipe, *, state_path: Pa
     return model
 
 
-def train_to_file(model: nn.Module, samples: ImageSet, recipe: Recipe, path: Path, *,
-                  device: torch.device | str = "cpu", report: Callable[[Epoch], None] | None = None) -> nn.Module:
+def train_to_file(
+    model: nn.Module,
+    samples: ImageSet,
+    recipe: Recipe,
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    report: Callable[[Epoch], None] | None = None,
+) -> nn.Module:
     """`train`, with the state kept beside ``path`` until the finished checkpoint is there."""
     state_path = path.with_suffix(".training")
     train(model, samples, recipe, state_path=state_path, device=device, report=report)
@@ -161,5 +175,6 @@ def _restore(path: Path, model: nn.Module, velocity: dict[str, Tensor], recipe: 
             v.copy_(tensors[f"velocity.{name}"])
         return int(metadata["epoch"])
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"cannot resume the training in {path} ({error}); "
-                              "delete the file to begin anew") from error
+        raise CheckpointError(
+            f"cannot resume the training in {path} ({error}); delete the file to begin anew"
+        ) from error

@@ -148,7 +148,8 @@ def inverse_diagonal(block: QuadraticBlock) -> torch.Tensor:
     if block.n <= block.n_rows:
         factor = _dense_cholesky(block)
         identity = torch.eye(block.n, dtype=torch.float64, device=block.device)
-        return torch.linalg.solve_triangular(factor, identity, upper=False).square_().sum(0)
+        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return inverse.square().sum(0)
     factor = block.woodbury_factor
     parts = []
     for chunk in column_chunks(block.factor):

@@ -23,8 +23,10 @@ def download(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"downloading {source.repository} needs the `datasets` library ({error}); "
-                        f"`pip install datasets`, or {how_to_get(source)}") from error
+        raise DataError(
+            f"downloading {source.repository} needs the `datasets` library ({error}); "
+            f"`pip install datasets`, or {how_to_get(source)}"
+        ) from error
     try:
         with _quiet():
             loaded = datasets.load_dataset(source.repository, split=split)
@@ -33,8 +35,9 @@ def download(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     # The library raises whatever its many layers raise (requests, httpx, fsspec, pyarrow, its own).
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"no --data-dir given, and downloading {source.repository} failed: {reason}; "
-                        f"{how_to_get(source)}") from error
+        raise DataError(
+            f"no --data-dir given, and downloading {source.repository} failed: {reason}; {how_to_get(source)}"
+        ) from error
     return decode_table(source, table, source.repository)
 
 

@@ -72,11 +72,13 @@ def _cached(source: Source, split: str, files: list[Path]) -> tuple[np.ndarray, 
     except (FileNotFoundError, NotADirectoryError):
         pass
     except PermissionError as error:
-        warnings.warn(f"cannot read the cache file {path} ({error}); decoding the images again",
-                      CacheWarning, stacklevel=2)
+        warnings.warn(
+            f"cannot read the cache file {path} ({error}); decoding the images again", CacheWarning, stacklevel=2
+        )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        warnings.warn(f"the cache file {path} is damaged ({error}); decoding the images again",
-                      CacheWarning, stacklevel=2)
+        warnings.warn(
+            f"the cache file {path} is damaged ({error}); decoding the images again", CacheWarning, stacklevel=2
+        )
     images, labels = read_files(source, files)
     try_write(path, lambda stream: np.savez(stream, images=images, labels=labels))
     return images, labels

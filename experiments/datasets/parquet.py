@@ -47,8 +47,15 @@ class Source:
 
 SOURCES = {
     "mnist": Source("mnist", "ylecun/mnist", "image", (1, 28, 28), ("mnist", "data"), (0.1307,), (0.3081,)),
-    "cifar10": Source("cifar10", "uoft-cs/cifar10", "img", (3, 32, 32), ("plain_text", "data"),
-                      (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar10": Source(
+        "cifar10",
+        "uoft-cs/cifar10",
+        "img",
+        (3, 32, 32),
+        ("plain_text", "data"),
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+    ),
 }
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.parquet$")
@@ -63,8 +70,10 @@ def find_files(source: Source, data_dir: Path, split: str) -> list[Path]:
         The folder does not exist, holds no such files, or some of the split's shards are missing.
     """
     if not data_dir.is_dir():
-        raise DataError(f"--data-dir {data_dir} is not a folder; give a folder which holds {source.name}/, "
-                        f"or leave the option out to download {source.repository}")
+        raise DataError(
+            f"--data-dir {data_dir} is not a folder; give a folder which holds {source.name}/, "
+            f"or leave the option out to download {source.repository}"
+        )
     folders = [base / sub for base in (data_dir / source.name, data_dir) for sub in (*source.subfolders, ".")]
     for folder in folders:
         files = sorted(folder.glob(f"{split}-*.parquet"))
@@ -72,18 +81,24 @@ def find_files(source: Source, data_dir: Path, split: str) -> list[Path]:
             continue
         last = _SHARD.search(files[-1].name)
         if last is not None and len(files) != int(last.group(2)):
-            raise DataError(f"{folder} holds {len(files)} of the {int(last.group(2))} {split} files "
-                            f"of {source.repository}; copy the missing ones or {how_to_get(source)}")
+            raise DataError(
+                f"{folder} holds {len(files)} of the {int(last.group(2))} {split} files "
+                f"of {source.repository}; copy the missing ones or {how_to_get(source)}"
+            )
         return files
-    raise DataError(f"no {split}-*.parquet of {source.repository} below {data_dir} (looked in "
-                    f"{source.name}/{source.subfolders[0]}/, {source.name}/ and the folder itself); "
-                    f"{how_to_get(source)}")
+    raise DataError(
+        f"no {split}-*.parquet of {source.repository} below {data_dir} (looked in "
+        f"{source.name}/{source.subfolders[0]}/, {source.name}/ and the folder itself); "
+        f"{how_to_get(source)}"
+    )
 
 
 def how_to_get(source: Source) -> str:
     """The remedy which ends every message about missing data."""
-    return (f"run `hf download {source.repository} --repo-type dataset --local-dir DIR/{source.name}` on a machine "
-            f"with a network and pass --data-dir DIR")
+    return (
+        f"run `hf download {source.repository} --repo-type dataset --local-dir DIR/{source.name}` on a machine "
+        f"with a network and pass --data-dir DIR"
+    )
 
 
 def read_files(source: Source, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +117,10 @@ def read_files(source: Source, files: list[Path]) -> tuple[np.ndarray, np.ndarra
         try:
             table = pyarrow.parquet.ParquetFile(file).read(columns=[source.image_column, "label"])
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"cannot read {file}: {_first_line(error)}; the file is damaged or not parquet, "
-                            f"copy it again or {how_to_get(source)}") from error
+            raise DataError(
+                f"cannot read {file}: {_first_line(error)}; the file is damaged or not parquet, "
+                f"copy it again or {how_to_get(source)}"
+            ) from error
         parts.append(decode_table(source, table, str(file)))
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
@@ -127,8 +144,10 @@ def decode_table(source: Source, table: Any, origin: str) -> tuple[np.ndarray, n
 
     missing = [c for c in (source.image_column, "label") if c not in table.column_names]
     if missing:
-        raise DataError(f"{origin} has columns {table.column_names} but no {missing[0]!r}; "
-                        f"expected the layout of {source.repository} on the hub")
+        raise DataError(
+            f"{origin} has columns {table.column_names} but no {missing[0]!r}; "
+            f"expected the layout of {source.repository} on the hub"
+        )
     channels, height, width = source.shape
     mode = "L" if channels == 1 else "RGB"
     images = np.empty((table.num_rows, height, width, channels), dtype=np.uint8)
@@ -141,8 +160,10 @@ def decode_table(source: Source, table: Any, origin: str) -> tuple[np.ndarray, n
             except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError) as error:
                 raise DataError(f"row {row} of {origin} is not a readable image: {_first_line(error)}") from error
             if pixels.shape[:2] != (height, width):
-                raise DataError(f"row {row} of {origin} is an image of {pixels.shape[1]}x{pixels.shape[0]} pixels, "
-                                f"expected {width}x{height}")
+                raise DataError(
+                    f"row {row} of {origin} is an image of {pixels.shape[1]}x{pixels.shape[0]} pixels, "
+                    f"expected {width}x{height}"
+                )
             images[row] = pixels.reshape(height, width, channels)
             row += 1
     try:
@@ -152,8 +173,9 @@ def decode_table(source: Source, table: Any, origin: str) -> tuple[np.ndarray, n
     if len(labels) == 0:
         raise DataError(f"{origin} holds no rows")
     if labels.min() < 0 or labels.max() >= source.n_classes:
-        raise DataError(f"labels of {origin} run from {labels.min()} to {labels.max()}, "
-                        f"expected 0 to {source.n_classes - 1}")
+        raise DataError(
+            f"labels of {origin} run from {labels.min()} to {labels.max()}, expected 0 to {source.n_classes - 1}"
+        )
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
 
 

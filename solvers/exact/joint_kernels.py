@@ -417,9 +417,7 @@ def enumerate_kept(hessian, root, centre, status, undecided, matrix, target, bas
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def process_node(
-    hessian, root, centre, status, n_kept, diagonal, share, cutoff, barrier, barrier_end, n_steps
-):
+def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff, barrier, barrier_end, n_steps):
     """Bound a node, fix what its reduced costs decide, and pick a weight to branch on.
 
     Parameters

@@ -354,9 +354,7 @@ class _Tree:
         self.fixed_at_root = int(np.count_nonzero(status))
         self.push(0.0, outcome, bound, status, diagonal, share, branch)
         if n_threads > 1:
-            threads = [
-                threading.Thread(target=self.work, args=(index,), daemon=True) for index in range(n_threads)
-            ]
+            threads = [threading.Thread(target=self.work, args=(index,), daemon=True) for index in range(n_threads)]
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -125,9 +125,7 @@ def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
         elif at is not None:
             # Two inequalities: GSCIP rejects an equality, and MathOpt fails to say so.
             for implied in (change <= 0.0, change >= 0.0):
-                program.add_indicator_constraint(
-                    indicator=kept[at], activate_on_zero=True, implied_constraint=implied
-                )
+                program.add_indicator_constraint(indicator=kept[at], activate_on_zero=True, implied_constraint=implied)
         if curvature > 0:
             epigraph = program.add_variable(lb=0.0, ub=model.height, name=f"s{i}")
             cost.append((epigraph, 1.0))
@@ -139,9 +137,7 @@ def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
             excess = program.add_variable(lb=-1.0, ub=model.height, name=f"b{i}")
             program.add_linear_constraint(total - epigraph - kept[at] == 0.0)
             program.add_linear_constraint(excess - epigraph + kept[at] == 0.0)
-            program.add_quadratic_constraint(
-                4.0 * curvature * change * change + excess * excess - total * total <= 0.0
-            )
+            program.add_quadratic_constraint(4.0 * curvature * change * change + excess * excess - total * total <= 0.0)
     all_removed = model.columns.sum(axis=1)
     for j in range(model.n_rows):
         z = program.add_variable(name=f"z{j}")

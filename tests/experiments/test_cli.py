@@ -11,15 +11,18 @@ from solvers.errors import DataError
 SEVERAL = ("--solver", "--sparsity", "--seed")
 
 
-@pytest.mark.parametrize(("given", "expected"), [
-    ("--solver a b --seed 0", "--solver a --solver b --seed 0"),
-    ("--solver=a b", "--solver=a --solver b"),
-    ("--sparsity 0.9 -1 --first-order", "--sparsity 0.9 --sparsity -1 --first-order"),
-    ("--damping 1e-3 x --seed 1 2 3", "--damping 1e-3 x --seed 1 --seed 2 --seed 3"),
-    ("--seed 0 --seed 1 2", "--seed 0 --seed 1 --seed 2"),
-    ("--seed", "--seed"),
-    ("", ""),
-])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--solver a b --seed 0", "--solver a --solver b --seed 0"),
+        ("--solver=a b", "--solver=a --solver b"),
+        ("--sparsity 0.9 -1 --first-order", "--sparsity 0.9 --sparsity -1 --first-order"),
+        ("--damping 1e-3 x --seed 1 2 3", "--damping 1e-3 x --seed 1 --seed 2 --seed 3"),
+        ("--seed 0 --seed 1 2", "--seed 0 --seed 1 --seed 2"),
+        ("--seed", "--seed"),
+        ("", ""),
+    ],
+)
 def test_expand(given: str, expected: str) -> None:
     assert expand_values(given.split(), SEVERAL) == expected.split()
 

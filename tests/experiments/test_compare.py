@@ -51,8 +51,21 @@ def test_the_command_writes_rows_table_and_plots_and_goes_on(
     rows = rows_of(output)
     assert len(rows) == 8
     for row in rows:
-        assert {"block", "n_prune", "objective", "bound", "gap", "status", "refit_objective", "seconds", "best_known",
-                "gap_to_best", "solver", "seed", "trace"} <= set(row)
+        assert {
+            "block",
+            "n_prune",
+            "objective",
+            "bound",
+            "gap",
+            "status",
+            "refit_objective",
+            "seconds",
+            "best_known",
+            "gap_to_best",
+            "solver",
+            "seed",
+            "trace",
+        } <= set(row)
     exact = [row for row in rows if row["solver"] == "brute_force"]
     assert all(row["status"] == "optimal" and row["gap"] == 0.0 for row in exact)
     assert {row["objective_kind"] for row in rows} == {"selection", "joint"}
@@ -83,8 +96,15 @@ def test_bad_input_is_refused_with_one_line(folder: Path, tmp_path: Path, capsys
 def test_what_a_solver_cannot_do_is_left_out(folder: Path) -> None:
     found = find_blocks(folder)
     tasks, left_out = plan(
-        found, ["ortools_cpsat"], fractions=[0.5], budgets=[3, 9], objectives=["selection", "joint"], seeds=[0, 1],
-        time_limit=5.0, gradient=False)
+        found,
+        ["ortools_cpsat"],
+        fractions=[0.5],
+        budgets=[3, 9],
+        objectives=["selection", "joint"],
+        seeds=[0, 1],
+        time_limit=5.0,
+        gradient=False,
+    )
     assert {(t.n, t.n_prune) for t in tasks} == {(8, 4), (8, 3), (10, 5), (10, 3), (10, 9)}
     assert {t.objective_kind for t in tasks} == {"selection"} and {t.seed for t in tasks} == {0}
     assert left_out and all("joint" in reason for reason in left_out)
@@ -92,8 +112,15 @@ def test_what_a_solver_cannot_do_is_left_out(folder: Path) -> None:
 
 def test_seeds_multiply_randomised_solvers_only(folder: Path) -> None:
     tasks, _ = plan(
-        find_blocks(folder), ["random", "magnitude"], fractions=[0.5], budgets=[], objectives=["selection"],
-        seeds=[0, 1, 2], time_limit=None, gradient=False)
+        find_blocks(folder),
+        ["random", "magnitude"],
+        fractions=[0.5],
+        budgets=[],
+        objectives=["selection"],
+        seeds=[0, 1, 2],
+        time_limit=None,
+        gradient=False,
+    )
     assert sorted(t.seed for t in tasks if t.solver == "random") == [0, 0, 1, 1, 2, 2]
     assert [t.seed for t in tasks if t.solver == "magnitude"] == [0, 0]
     assert len({t.key for t in tasks}) == len(tasks)
@@ -104,8 +131,15 @@ def test_stored_optima_count_as_best_known(folder: Path, tmp_path: Path) -> None
     stored = stored_optima(folder, found)
     assert list(stored.values()) == [1e-9]
     tasks, _ = plan(
-        found, ["magnitude"], fractions=[0.5], budgets=[], objectives=["selection"], seeds=[0], time_limit=None,
-        gradient=False)
+        found,
+        ["magnitude"],
+        fractions=[0.5],
+        budgets=[],
+        objectives=["selection"],
+        seeds=[0],
+        time_limit=None,
+        gradient=False,
+    )
     comparison = Comparison(tasks, {b.digest: b.path for b in found}, ResultsFile(tmp_path / "out"), stored, 1)
     rows = list(comparison.run())
     by_block = {row["block"]: row for row in rows}
@@ -121,8 +155,15 @@ def test_stored_optima_count_as_best_known(folder: Path, tmp_path: Path) -> None
 def test_failures_are_rows_and_are_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_blocks(folder)[:1]
     tasks, _ = plan(
-        found, ["magnitude"], fractions=[0.5], budgets=[], objectives=["selection"], seeds=[0], time_limit=None,
-        gradient=False)
+        found,
+        ["magnitude"],
+        fractions=[0.5],
+        budgets=[],
+        objectives=["selection"],
+        seeds=[0],
+        time_limit=None,
+        gradient=False,
+    )
     results = ResultsFile(tmp_path / "out")
     broken = Comparison(tasks, {found[0].digest: tmp_path / "gone.npz"}, results, {}, 1)
     (row,) = broken.run()

@@ -33,8 +33,9 @@ def pixels_of(name: str, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_split(folder: Path, name: str, split: str, pixels: np.ndarray, labels: list[int], shard: int = 0,
-                shards: int = 1) -> Path:
+def write_split(
+    folder: Path, name: str, split: str, pixels: np.ndarray, labels: list[int], shard: int = 0, shards: int = 1
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": picture(p), "path": f"{i}.png"} for i, p in enumerate(pixels)]
     path = folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
@@ -66,8 +67,9 @@ def test_reads_pixels_and_labels(made: tuple[str, Path, np.ndarray], own_cache: 
         assert name in dataset.source
 
 
-def test_cache_is_used_and_noticed_when_stale_or_damaged(made: tuple[str, Path, np.ndarray], own_cache: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used_and_noticed_when_stale_or_damaged(
+    made: tuple[str, Path, np.ndarray], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, folder, _ = made
     first = load_dataset(name, folder)
     files = sorted((own_cache / "datasets").glob("*.npz"))
@@ -105,8 +107,9 @@ def test_flipped_byte_in_the_cache_is_noticed(made: tuple[str, Path, np.ndarray]
         assert torch.equal(load_dataset(name, folder).train.images, first.train.images)
 
 
-def test_unwritable_cache_only_warns(made: tuple[str, Path, np.ndarray], tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_only_warns(
+    made: tuple[str, Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, folder, _ = made
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
@@ -135,13 +138,16 @@ def test_missing_shard_folder_and_files(made: tuple[str, Path, np.ndarray], own_
         load_dataset(name, tmp_path / "empty")
 
 
-@pytest.mark.parametrize(("cells", "labels", "message"), [
-    ([{"bytes": b"no picture", "path": "a"}], [0], "row 0 .* not a readable image"),
-    ([{"bytes": None, "path": "a"}], [0], "row 0 .* not a readable image"),
-    ([{"bytes": picture(np.zeros((5, 5), np.uint8)), "path": "a"}], [0], "5x5 pixels, expected 28x28"),
-    ([{"bytes": picture(np.zeros((28, 28), np.uint8)), "path": "a"}], [10], "from 10 to 10"),
-    ([{"bytes": picture(np.zeros((28, 28), np.uint8)), "path": "a"}], [0.5], "not integers"),
-])
+@pytest.mark.parametrize(
+    ("cells", "labels", "message"),
+    [
+        ([{"bytes": b"no picture", "path": "a"}], [0], "row 0 .* not a readable image"),
+        ([{"bytes": None, "path": "a"}], [0], "row 0 .* not a readable image"),
+        ([{"bytes": picture(np.zeros((5, 5), np.uint8)), "path": "a"}], [0], "5x5 pixels, expected 28x28"),
+        ([{"bytes": picture(np.zeros((28, 28), np.uint8)), "path": "a"}], [10], "from 10 to 10"),
+        ([{"bytes": picture(np.zeros((28, 28), np.uint8)), "path": "a"}], [0.5], "not integers"),
+    ],
+)
 def test_bad_rows(tmp_path: Path, own_cache: Path, cells: list[dict], labels: list, message: str) -> None:
     for split in ("train", "test"):
         pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / f"{split}-00000-of-00001.parquet")
@@ -172,8 +178,9 @@ def test_failed_download_says_what_would_help(own_cache: Path, monkeypatch: pyte
     assert "--data-dir" in message and "hf download ylecun/mnist" in message
 
 
-def test_download_is_decoded_like_files(made: tuple[str, Path, np.ndarray], own_cache: Path, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_decoded_like_files(
+    made: tuple[str, Path, np.ndarray], own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     name, folder, _ = made
@@ -236,5 +243,5 @@ def test_crop_and_flip_matches_a_loop() -> None:
     assert flip.any() and not flip.all()
     for i in range(20):
         padded = torch.nn.functional.pad(images[i], (2, 2, 2, 2))
-        window = padded[:, top[i]:top[i] + 6, left[i]:left[i] + 6]
+        window = padded[:, top[i] : top[i] + 6, left[i] : left[i] + 6]
         assert torch.equal(out[i], window.flip(2) if flip[i] else window)

@@ -10,15 +10,21 @@ from experiments.models import CIFARNet, DigitsMLP, MLPNet, ResNet20
 
 
 def prunable(model: nn.Module, keep: str = "") -> int:
-    return sum(m.weight.numel() for name, m in model.named_modules()
-               if isinstance(m, (nn.Linear, nn.Conv2d)) and name.startswith(keep))
+    return sum(
+        m.weight.numel()
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and name.startswith(keep)
+    )
 
 
-@pytest.mark.parametrize(("model", "shape", "n"), [
-    (MLPNet, (1, 28, 28), 32_360),
-    (DigitsMLP, (1, 8, 8), 2_720),
-    (CIFARNet, (3, 32, 32), 116_704),
-])
+@pytest.mark.parametrize(
+    ("model", "shape", "n"),
+    [
+        (MLPNet, (1, 28, 28), 32_360),
+        (DigitsMLP, (1, 8, 8), 2_720),
+        (CIFARNet, (3, 32, 32), 116_704),
+    ],
+)
 def test_weights_and_logits(model: type[nn.Module], shape: tuple[int, ...], n: int) -> None:
     network = model()
     assert prunable(network) == n

@@ -12,18 +12,61 @@ from experiments.results import Measured, ResultsFile, Settings, row_of
 from solvers.errors import OutputError
 
 SETTINGS = Settings(
-    experiment="digits-mlp", solver="obd", update="none", update_scale=1.0, sparsity=0.9, sparsity_rounding="exact",
-    seed=0, objective_kind="selection", fisher_samples=10, fisher_batch=1, damping=1e-3, blocks="one",
-    first_order=False, stages=1, allocation=None, time_limit=None, weights="abc", device="cpu")
+    experiment="digits-mlp",
+    solver="obd",
+    update="none",
+    update_scale=1.0,
+    sparsity=0.9,
+    sparsity_rounding="exact",
+    seed=0,
+    objective_kind="selection",
+    fisher_samples=10,
+    fisher_batch=1,
+    damping=1e-3,
+    blocks="one",
+    first_order=False,
+    stages=1,
+    allocation=None,
+    time_limit=None,
+    weights="abc",
+    device="cpu",
+)
 MEASURED = Measured(
-    n_weights=10, n_kept=1, accuracy=50.0, train_loss=1.0, dense_accuracy=90.0, objective=0.1,
-    refit_objective=float("nan"), bound=float("-inf"), gap=float("inf"), status="feasible", seconds_gradients=0.1,
-    seconds_solve=0.2, seconds_update=0.3)
+    n_weights=10,
+    n_kept=1,
+    accuracy=50.0,
+    train_loss=1.0,
+    dense_accuracy=90.0,
+    objective=0.1,
+    refit_objective=float("nan"),
+    bound=float("-inf"),
+    gap=float("inf"),
+    status="feasible",
+    seconds_gradients=0.1,
+    seconds_solve=0.2,
+    seconds_update=0.3,
+)
 
 REQUIRED = {
-    "experiment", "solver", "update", "sparsity", "seed", "n_weights", "n_kept", "accuracy", "train_loss",
-    "objective", "refit_objective", "bound", "gap", "status", "seconds_gradients", "seconds_solve", "seconds_update",
-    "device", "versions",
+    "experiment",
+    "solver",
+    "update",
+    "sparsity",
+    "seed",
+    "n_weights",
+    "n_kept",
+    "accuracy",
+    "train_loss",
+    "objective",
+    "refit_objective",
+    "bound",
+    "gap",
+    "status",
+    "seconds_gradients",
+    "seconds_solve",
+    "seconds_update",
+    "device",
+    "versions",
 }
 
 

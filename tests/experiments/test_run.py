@@ -58,8 +58,23 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of a run over two of everything."""
     folder = tmp_path_factory.mktemp("run")
-    run("--solver", "magnitude", "obd", "--sparsity", "0.5", "0.9", "--seed", "0", "1", "--update", "none",
-        "combinatorial", *QUICK, "--output-dir", folder)
+    run(
+        "--solver",
+        "magnitude",
+        "obd",
+        "--sparsity",
+        "0.5",
+        "0.9",
+        "--seed",
+        "0",
+        "1",
+        "--update",
+        "none",
+        "combinatorial",
+        *QUICK,
+        "--output-dir",
+        folder,
+    )
     return folder
 
 
@@ -78,7 +93,8 @@ def test_a_row_for_every_combination(finished: Path) -> None:
 
 def test_updates_share_the_mask_and_the_seed_decides(finished: Path) -> None:
     rows: dict[tuple, Mapping[str, Any]] = {
-        (r["solver"], r["sparsity"], r["seed"], r["update"]): r for r in rows_of(finished)}
+        (r["solver"], r["sparsity"], r["seed"], r["update"]): r for r in rows_of(finished)
+    }
     for solver in ("magnitude", "obd"):
         for seed in (0, 1):
             none, full = (rows[solver, 0.9, seed, update] for update in ("none", "combinatorial"))
@@ -95,10 +111,20 @@ def test_rows_agree_with_the_one_call_interface(finished: Path) -> None:
     dataset = load_dataset("digits")
     model = load_network(experiment, dataset).model
     result = cbs_opt.prune(
-        model, dataset.train.sample(5_000, 1).batch(slice(None)), F.cross_entropy, sparsity=0.9, solver="obd",
-        fisher=cbs_opt.FisherOptions(n_rows=100, damping=1e-3), seed=1, device="cpu")
-    row = next(r for r in rows_of(finished)
-               if (r["solver"], r["sparsity"], r["seed"], r["update"]) == ("obd", 0.9, 1, "combinatorial"))
+        model,
+        dataset.train.sample(5_000, 1).batch(slice(None)),
+        F.cross_entropy,
+        sparsity=0.9,
+        solver="obd",
+        fisher=cbs_opt.FisherOptions(n_rows=100, damping=1e-3),
+        seed=1,
+        device="cpu",
+    )
+    row = next(
+        r
+        for r in rows_of(finished)
+        if (r["solver"], r["sparsity"], r["seed"], r["update"]) == ("obd", 0.9, 1, "combinatorial")
+    )
     assert row["objective"] == pytest.approx(result.report.objective, rel=1e-9)
     assert row["refit_objective"] == pytest.approx(result.report.refit_objective, rel=1e-6)
     assert row["train_loss"] == pytest.approx(result.report.loss_pruned, rel=1e-6)
@@ -117,8 +143,9 @@ def test_magnitude_keeps_the_largest(finished: Path) -> None:
     assert row["accuracy"] == pytest.approx(evaluate(model, dataset.test).accuracy, abs=1e-9)
 
 
-def test_finished_rows_are_not_made_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_rows_are_not_made_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
     made: list[Task] = []
     real = runner_module.Runner.measure
@@ -140,8 +167,9 @@ def test_finished_rows_are_not_made_again(finished: Path, tmp_path: Path, monkey
     assert len(made) == 2
 
 
-def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_interruption_keeps_finished_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = runner_module.Runner.measure
 
     def stop_at_the_third(self: runner_module.Runner, task: Task) -> Any:
@@ -162,7 +190,7 @@ def test_interruption_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_main_job_with_its_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--solver", "greedy_ls", "--sparsity", "0.8", "--output-dir", tmp_path)
     out = capsys.readouterr().out
-    row, = rows_of(tmp_path)
+    (row,) = rows_of(tmp_path)
     assert row["solver"] == "greedy_ls" and row["update"] == "combinatorial"
     assert row["accuracy"] > 90
     assert "magnitude, no update (for comparison)" in out and "dense network" in out
@@ -170,16 +198,28 @@ def test_the_main_job_with_its_defaults(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_published_rounding(tmp_path: Path) -> None:
-    run("--solver", "magnitude", "--update", "none", "--no-refit", "--sparsity", "0.9", "--sparsity-rounding",
-        "published", *QUICK, "--output-dir", tmp_path)
-    row, = rows_of(tmp_path)
+    run(
+        "--solver",
+        "magnitude",
+        "--update",
+        "none",
+        "--no-refit",
+        "--sparsity",
+        "0.9",
+        "--sparsity-rounding",
+        "published",
+        *QUICK,
+        "--output-dir",
+        tmp_path,
+    )
+    (row,) = rows_of(tmp_path)
     # Chunks of ceil(2720 / 52) = 53 weights, 51 of them full, 6 kept of each.
     assert row["n_kept"] == 51 * 6 and row["refit_objective"] is None
 
 
 def test_stages(tmp_path: Path) -> None:
     run("--solver", "obs", "--sparsity", "0.9", "--stages", "3", "--output-dir", tmp_path)
-    row, = rows_of(tmp_path)
+    (row,) = rows_of(tmp_path)
     assert row["stages"] == 3 and row["n_kept"] == 271 and row["objective_kind"] == "joint"
     assert row["fisher_batch"] == EXPERIMENTS["digits-mlp"].staged.batch
     assert row["accuracy"] > 93
@@ -195,6 +235,7 @@ def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.Mon
         def told(done: int, total: int) -> None:
             if done == 2:
                 raise KeyboardInterrupt
+
         return told
 
     monkeypatch.setattr(runner_module.Runner, "_progress", stop_after_two)
@@ -205,44 +246,48 @@ def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.Mon
     assert one["accuracy"] == two["accuracy"] and one["train_loss"] == two["train_loss"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--stages", "3", "--update", "none"], "--update combinatorial only"),
-    (["--stages", "3", "--damping", "0"], "positive --damping"),
-    (["--stages", "3", "--update-scale", "0.5"], "--update-scale"),
-    (["--stages", "3", "--time-limit", "5"], "--time-limit"),
-    (["--solver", "greedy_sl"], "greedy_ls"),
-    (["--solver", "greedy_ls[windwo=3]"], "window"),
-    (["--solver", "greedy_ls[window=-3]"], "-3"),
-    (["--experiment", "digit-mlp"], "digits-mlp"),
-    (["--sparsity", "1.0"], r"[0, 1), got 1.0"),
-    (["--sparsity", "90"], "write 0.9 for 90 %"),
-    (["--sparsity", "-0.5"], "got -0.5"),
-    (["--sparsity", "nan"], "got nan"),
-    (["--damping", "-1e-3"], "got -0.001"),
-    (["--damping", "nan"], "got nan"),
-    (["--fisher-samples", "0"], "at least 1, got 0"),
-    (["--fisher-batch", "-2"], "at least 1, got -2"),
-    (["--stages", "0"], "at least 1, got 0"),
-    (["--seed", "-1"], "got -1"),
-    (["--seed", "1", "1"], "names 1 twice"),
-    (["--update", "combinatoral"], "combinatorial"),
-    (["--objective", "both"], "both"),
-    (["--blocks", "per_layr"], "per_layer"),
-    (["--blocks", "fixed:0"], "fixed:0"),
-    (["--allocation", "evenly"], "evenly"),
-    (["--update-scale", "inf"], "inf"),
-    (["--time-limit", "0"], "0.0"),
-    (["--device", "banana"], "banana"),
-    (["--include", "conv*"], "conv*"),
-    (["--exclude", "fc9"], "fc9"),
-    (["--exclude", "*"], "no prunable layer"),
-    (["--fisher-samples", "2000"], "2000 rows"),
-    (["--solver", "brute_force"], "brute_force"),
-    (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["--experiment", "mlpnet-mnist", "--data-dir", "nowhere"], "nowhere"),
-])
-def test_bad_input_is_refused_before_any_work(arguments: list[str], message: str, tmp_path: Path,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "3", "--update", "none"], "--update combinatorial only"),
+        (["--stages", "3", "--damping", "0"], "positive --damping"),
+        (["--stages", "3", "--update-scale", "0.5"], "--update-scale"),
+        (["--stages", "3", "--time-limit", "5"], "--time-limit"),
+        (["--solver", "greedy_sl"], "greedy_ls"),
+        (["--solver", "greedy_ls[windwo=3]"], "window"),
+        (["--solver", "greedy_ls[window=-3]"], "-3"),
+        (["--experiment", "digit-mlp"], "digits-mlp"),
+        (["--sparsity", "1.0"], r"[0, 1), got 1.0"),
+        (["--sparsity", "90"], "write 0.9 for 90 %"),
+        (["--sparsity", "-0.5"], "got -0.5"),
+        (["--sparsity", "nan"], "got nan"),
+        (["--damping", "-1e-3"], "got -0.001"),
+        (["--damping", "nan"], "got nan"),
+        (["--fisher-samples", "0"], "at least 1, got 0"),
+        (["--fisher-batch", "-2"], "at least 1, got -2"),
+        (["--stages", "0"], "at least 1, got 0"),
+        (["--seed", "-1"], "got -1"),
+        (["--seed", "1", "1"], "names 1 twice"),
+        (["--update", "combinatoral"], "combinatorial"),
+        (["--objective", "both"], "both"),
+        (["--blocks", "per_layr"], "per_layer"),
+        (["--blocks", "fixed:0"], "fixed:0"),
+        (["--allocation", "evenly"], "evenly"),
+        (["--update-scale", "inf"], "inf"),
+        (["--time-limit", "0"], "0.0"),
+        (["--device", "banana"], "banana"),
+        (["--include", "conv*"], "conv*"),
+        (["--exclude", "fc9"], "fc9"),
+        (["--exclude", "*"], "no prunable layer"),
+        (["--fisher-samples", "2000"], "2000 rows"),
+        (["--solver", "brute_force"], "brute_force"),
+        (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--experiment", "mlpnet-mnist", "--data-dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert message in fails(capsys, *arguments, "--output-dir", tmp_path)
     assert not (tmp_path / "results.jsonl").exists()
 
@@ -269,9 +314,21 @@ def test_given_checkpoint_is_used(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = DigitsMLP()
     save_checkpoint(model, tmp_path / "net.safetensors")
-    run("--solver", "magnitude", "--update", "none", "--sparsity", "0", "--checkpoint", tmp_path / "net.safetensors",
-        *QUICK, "--no-refit", "--output-dir", tmp_path)
-    row, = rows_of(tmp_path)
+    run(
+        "--solver",
+        "magnitude",
+        "--update",
+        "none",
+        "--sparsity",
+        "0",
+        "--checkpoint",
+        tmp_path / "net.safetensors",
+        *QUICK,
+        "--no-refit",
+        "--output-dir",
+        tmp_path,
+    )
+    (row,) = rows_of(tmp_path)
     assert row["accuracy"] == row["dense_accuracy"] == evaluate(model, load_dataset("digits").test).accuracy
 
 
@@ -282,8 +339,21 @@ def test_module_entry_points() -> None:
 
 
 def test_literature_figures_of_magnitude_pruning(data_dir: Path, tmp_path: Path) -> None:
-    run("--experiment", "mlpnet-mnist", "--solver", "magnitude", "--update", "none", "--no-refit",
-        "--fisher-samples", "10", "--data-dir", data_dir, "--output-dir", tmp_path)
+    run(
+        "--experiment",
+        "mlpnet-mnist",
+        "--solver",
+        "magnitude",
+        "--update",
+        "none",
+        "--no-refit",
+        "--fisher-samples",
+        "10",
+        "--data-dir",
+        data_dir,
+        "--output-dir",
+        tmp_path,
+    )
     assert [round(r["accuracy"], 2) for r in rows_of(tmp_path)] == [93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25]
     assert {r["dense_accuracy"] for r in rows_of(tmp_path)} == {93.97}
     assert tuple(r["sparsity"] for r in rows_of(tmp_path)) == EXPERIMENTS["mlpnet-mnist"].sparsities

@@ -70,8 +70,16 @@ def test_phases_may_take_fewer_rows_and_bfloat16_changes_little(tmp_path: Path) 
 def test_the_table_shows_the_literature_and_the_seeds(tmp_path: Path) -> None:
     plan = get_plan("mlpnet-mnist")
     rows = [
-        {"experiment": plan.experiment, "sparsity": 0.98, "seed": seed, "accuracy": 94.0 + seed, "stages": 40,
-         "seconds_gradients": 10.0, "seconds_solve": 5.0, "seconds_update": 2.0}
+        {
+            "experiment": plan.experiment,
+            "sparsity": 0.98,
+            "seed": seed,
+            "accuracy": 94.0 + seed,
+            "stages": 40,
+            "seconds_gradients": 10.0,
+            "seconds_solve": 5.0,
+            "seconds_update": 2.0,
+        }
         for seed in (0, 1)
     ]
     others = [{"solver": "magnitude", "update": "none", "sparsity": 0.98, "accuracy": 32.25}]

@@ -212,9 +212,7 @@ def test_the_certificate_holds_at_any_point_and_the_reduced_costs_with_it(seed, 
     n_kept = int(rng.integers(1, n))
     diagonal = np.full(n, 0.9 * np.linalg.eigvalsh(matrix)[0])
     scores = np.zeros(n)
-    bound, order = kernels.certificate(
-        matrix, diagonal, target, rng.standard_normal(n) * 10.0**size, n_kept, scores
-    )
+    bound, order = kernels.certificate(matrix, diagonal, target, rng.standard_normal(n) * 10.0**size, n_kept, scores)
     last_in, first_out = scores[order[n_kept - 1]], scores[order[n_kept]]
     for kept in combinations(range(n), n_kept):
         mask = np.ones(n, dtype=bool)
