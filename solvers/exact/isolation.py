@@ -1,9 +1,9 @@
 """Running code in a child process that can be killed: for backends that clash, crash or overstay.
 
 `Worker` is a child (``python -m solvers.exact.isolation``) that answers pickled calls over its standard pipes, so
-that it needs neither fork nor a guarded ``__main__``, and whatever a C library prints goes to stderr. A call that
-exceeds its limit kills the child; a child that dies (a crash, ``abort()``, the out-of-memory killer) is
-reported as BackendError with its exit code, and the next call starts a fresh one.
+that it needs neither fork nor a guarded ``__main__``, and whatever a C library prints cannot end up in the
+answers. A call that exceeds its limit kills the child; a child that dies (a crash, ``abort()``, the out-of-memory
+killer) is reported as BackendError with its exit code, and the next call starts a fresh one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from solvers.errors import BackendError, CBSError
 from solvers.problem import SelectionProblem
@@ -41,10 +42,17 @@ class Worker:
 
     Functions and arguments travel as pickles, so functions must be importable by name in the child, which
     sees this process's ``sys.path``.
+
+    Parameters
+    ----------
+    quiet : bool
+        Keep what the child writes to stderr, and whatever its libraries print, for the message about its death.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = True) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._quiet = quiet
+        self._noise: IO[bytes] | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -94,9 +102,10 @@ class Worker:
         except (OSError, EOFError) as error:
             code = _reap(process)
             self._process = None
+            last_words = self._last_words()
             if expired.is_set():
                 raise HardLimitError(f"the child process was killed after its hard limit of {limit:g} s") from error
-            raise BackendError(f"the child process died: {_exit_text(code)}") from error
+            raise BackendError(f"the child process died: {_exit_text(code)}{last_words}") from error
         except BaseException:
             self.close()
             raise
@@ -116,16 +125,33 @@ class Worker:
             _kill(self._process)
             _reap(self._process)
             self._process = None
+        if self._noise is not None:
+            self._noise.close()
+            self._noise = None
+
+    def _last_words(self) -> str:
+        """The end of what the child wrote, for a message; empty if nothing was kept."""
+        if self._noise is None:
+            return ""
+        self._noise.seek(0)
+        text = " ".join(self._noise.read().decode(errors="replace").split())
+        self._noise.close()
+        self._noise = None
+        return f"; it last wrote: …{text[-300:]}" if text else ""
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        if self._quiet and self._noise is None:
+            # Lives as long as the child, so no block can enclose it.
+            self._noise = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "solvers.exact.isolation"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._noise,
             env=environment,
             # Its own group: Ctrl-C reaches the parent alone, and grandchildren die with the child.
             start_new_session=True,
@@ -150,7 +176,7 @@ def run_isolated(solver: Solver, problem: SelectionProblem, context: Context) ->
     limit = None if math.isinf(remaining) else 1.5 * remaining + GRACE
     plain = SelectionProblem([_on_cpu(block) for block in problem.blocks], problem.n_prune, problem.objective)
     offset = context.deadline.elapsed()
-    with Worker() as worker:
+    with Worker(quiet=not getattr(solver, "log", False)) as worker:
         try:
             proposal, trace = worker.call(_run, inner, plain, context.seed, context.start, ends, limit=limit)
         except BackendError as error:

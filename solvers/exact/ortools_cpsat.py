@@ -7,8 +7,8 @@ With Q = H∘(wwᵀ) and Boolean x_i (removed), y_ij = x_i ∧ x_j,
 ⟦·⟧ rounding to the nearest integer, plus the products of the cardinality row with each x_i,
 Σ_j y_ij = (n_prune − 1) x_i (Adams & Sherali, 1986). A mask selects n_prune single and n_prune (n_prune − 1)/2 paired
 coefficients, so the integer objective is off by at most E, the sum of that many largest rounding errors; the bound is
-(claimed − E)/s, less the rounding of Q itself. The joint objective has no such form: its value of a mask is not a sum
-over pairs of removed weights.
+(claimed − E)/s, less the rounding of Q itself. Tangent planes of the convex objective are added as rows, without which
+the root bound is worthless. The joint objective has no such form: its value is not a sum over pairs of removed weights.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class OrtoolsCpSatSolver(Solver):
         error = _worst(single * scale - rounded_single, problem.n_prune)
         error += _worst(paired * scale - rounded_paired, problem.n_prune * (problem.n_prune - 1) // 2)
 
+        rounding = 8 * problem.n * float(np.finfo(float).eps) * problem.scale
         program = cp_model.CpModel()
         x = [program.new_bool_var(f"x{i}") for i in range(model.free.size)]
         program.add(sum(x) == problem.n_prune)
@@ -104,9 +105,9 @@ class OrtoolsCpSatSolver(Solver):
         )
         program.minimize(cost)
         for slope, level in _tangents(pairs, single, problem.n_prune, start=model.start):
-            # Rounded down, less the error of the integer objective: valid for every mask.
+            # Rounded down, less the errors of both sides: valid for every mask.
             whole = np.floor(slope * scale)
-            floor = math.floor(level * scale - error - 2.0)
+            floor = math.floor((level - rounding) * scale - error - 2.0)
             program.add(cost >= cp_model.LinearExpr.weighted_sum(x, [int(c) for c in whole]) + floor)
         start = model.start.astype(bool)
         for variable, value in zip(x, start, strict=True):
@@ -131,7 +132,6 @@ class OrtoolsCpSatSolver(Solver):
         found = None
         if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             found = np.array([engine.boolean_value(variable) for variable in x], dtype=np.float64)
-        rounding = 8 * problem.n * float(np.finfo(float).eps) * problem.scale
         bound = (engine.best_objective_bound - error - 1e-9) / scale - rounding
         candidates = [model.incumbent] if found is None else [model.mask(found), model.incumbent]
         objectives = [problem.value(mask) for mask in candidates]

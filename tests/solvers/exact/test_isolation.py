@@ -59,6 +59,18 @@ def test_one_worker_survives_errors_crashes_and_limits() -> None:
             worker.call(time.sleep, 600.0, limit=0.5)
 
 
+def write_and_die() -> None:
+    os.write(2, b"the last words\n")
+    os.abort()
+
+
+def test_the_last_words_of_a_child_are_reported() -> None:
+    with Worker() as worker:
+        with pytest.raises(BackendError, match=r"died.*the last words"):
+            worker.call(write_and_die)
+        assert worker.call(print_and_return, 3) == 3
+
+
 def test_what_cannot_be_pickled_is_refused() -> None:
     with Worker() as worker, pytest.raises(BackendError, match="pickled"):
         worker.call(lambda: 1)
