@@ -33,7 +33,7 @@ from solvers.exact.incumbent import local_optimum
 from solvers.exact.splitting import optimal_diagonal
 from solvers.problem import Array, Mask, Objective, ProblemArrays, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Context
+from solvers.solver import Context, Deadline
 
 #: The incumbent's value in the units the solvers see.
 TARGET = 1.0
@@ -186,7 +186,8 @@ class Model:
         the slope 2|z_j|, and each x_i may be off an integer by τ at the slope 2 zᵀb_i + linear_i. Σ z² and the
         positive linear terms are at most TARGET plus the gain N that the negative linear terms allow; that adds up
         to the figure below. The change p enters z like x does. Rounding in the solver's own data is at the level of
-        1e-15 of the largest coefficients and is added too.
+        1e-15 of the largest coefficients and is added too. What the LP solver's dual tolerance (asked at τ, too) may
+        hide in theory has no useful bound and is not covered; in practice it is orders of magnitude below.
         """
         gain = float(-np.sort(self.linear)[: self.problem.n_prune].clip(max=0.0).sum())
         height = math.sqrt(TARGET + gain)
@@ -218,7 +219,9 @@ class Model:
         return Proposal(masks[best], bound=bound, reason=reason, statistics=statistics)
 
 
-def _split(root: Array, square: Square | None, n_kept: int, unit: float) -> tuple[Array, Array]:
+def _split(
+    root: Array, square: Square | None, n_kept: int, unit: float, deadline: Deadline | None = None
+) -> tuple[Array, Array]:
     """(B₀ (m, n), d (n,)) with H = B₀ᵀB₀ + diag(d), H₀ ⪰ 0.
 
     The tightest d for the joint model (`solvers.exact.splitting`), the largest in proportion to diag(H) for the
@@ -231,7 +234,7 @@ def _split(root: Array, square: Square | None, n_kept: int, unit: float) -> tupl
         base, diagonal = np.zeros((root.shape[0], n)), np.zeros(n)
         if active.any():
             inner = None if square is None else replace(square, centre=square.centre[active])
-            part, diagonal[active] = _split(root[:, active], inner, n_kept, unit)
+            part, diagonal[active] = _split(root[:, active], inner, n_kept, unit, deadline)
             base = np.zeros((part.shape[0], n))
             base[:, active] = part
         return base, diagonal
@@ -247,7 +250,7 @@ def _split(root: Array, square: Square | None, n_kept: int, unit: float) -> tupl
     if square is None:
         share = np.full(n, smallest - noise)
     else:
-        share, _ = optimal_diagonal(correlation, square.centre * norms, n_kept, unit)
+        share, _ = optimal_diagonal(correlation, square.centre * norms, n_kept, unit, deadline)
         share = (share - noise).clip(min=0.0)
     values, vectors = np.linalg.eigh(correlation - np.diag(share))
     if values[0] < -noise:
@@ -288,7 +291,10 @@ def build(problem: SelectionProblem, context: Context) -> Model:
     centre = square.centre if joint and square is not None else arrays.weights
     height = value - constant
     unit = _unit(problem, height, arrays, joint)
-    base, diagonal = _split(root, square if joint else None, problem.n_kept, unit)
+    # A third of what is left: beyond a few hundred weights the splitting takes a while.
+    remaining = context.deadline.remaining()
+    share = None if math.isinf(remaining) else Deadline(remaining / 3)
+    base, diagonal = _split(root, square if joint else None, problem.n_kept, unit, share)
     scale = TARGET / unit
     factor = math.sqrt(0.5 * scale)
     linear = 0.5 * diagonal * centre**2

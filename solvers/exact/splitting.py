@@ -22,13 +22,16 @@ import numpy as np
 import scipy.linalg
 
 from solvers.problem import Array
+from solvers.solver import Deadline
 
 _GROWTH = 6.0
 _RELATIVE_GAP = 2e-3
 _MAX_NEWTON = 400
 
 
-def optimal_diagonal(hessian: Array, centre: Array, n_kept: int, unit: float) -> tuple[Array, float]:
+def optimal_diagonal(
+    hessian: Array, centre: Array, n_kept: int, unit: float, deadline: Deadline | None = None
+) -> tuple[Array, float]:
     """The best diagonal to split off, and the root bound it gives.
 
     Parameters
@@ -39,6 +42,8 @@ def optimal_diagonal(hessian: Array, centre: Array, n_kept: int, unit: float) ->
     n_kept : int
     unit : float > 0
         Size of the objective that matters (an incumbent's value); the barrier stops at 2e-3 of it.
+    deadline : Deadline, optional
+        Stop early, with a valid but weaker diagonal.
 
     Returns
     -------
@@ -67,11 +72,11 @@ def optimal_diagonal(hessian: Array, centre: Array, n_kept: int, unit: float) ->
     u = np.ones(n)
     multiplier = 1.0 / max(value, 1.0)
     steps = 0
-    while steps < _MAX_NEWTON:
+    while steps < _MAX_NEWTON and (deadline is None or not deadline.expired()):
         for _ in range(30):
             steps += 1
             moved, d, beta, tau, u, decrement = state.newton(multiplier, d, beta, tau, u)
-            if not moved or decrement < 1e-2:
+            if not moved or decrement < 1e-2 or (deadline is not None and deadline.expired()):
                 break
         if 4 * n / multiplier < _RELATIVE_GAP:
             break
