@@ -145,14 +145,20 @@ class Model:
 
     @property
     def settled(self) -> bool:
-        """Whether fixing left a single mask: there is nothing to solve then."""
-        return self.free.size == self.problem.n_prune
+        """Whether fixing left a single mask, or all weights are zero: there is nothing to solve then."""
+        return self.free.size == self.problem.n_prune or self._worthless
+
+    @property
+    def _worthless(self) -> bool:
+        return not self.joint and self.problem.scale == 0.0
 
     def settle(self, context: Context) -> Proposal:
         """The incumbent, proven by the fixing alone or, when time ran out, not proven."""
         if not self.settled:
             return self.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
-        bound = self.incumbent_value - _slack(self.problem, self.incumbent_value)
+        bound = self.incumbent_value
+        if not self._worthless:
+            bound -= _slack(self.problem, self.incumbent_value)
         context.record(self.incumbent_value, bound)
         return Proposal(self.incumbent, bound=bound, statistics={"nodes": 0.0})
 
