@@ -139,8 +139,17 @@ def run_stages(
         From the solver, the journal or the gradients.
     """
     stager = _Stager(
-        model, layers, data, forward, options or StageOptions(), fisher or FisherOptions(), make_solver(solver),
-        objective, allocation, torch.device(device), seed,
+        model,
+        layers,
+        data,
+        forward,
+        options or StageOptions(),
+        fisher or FisherOptions(),
+        make_solver(solver),
+        objective,
+        allocation,
+        torch.device(device),
+        seed,
     )
     state = start if start is not None else stager.initial_state()
     plan = stager.plan(n_kept, state.n_kept)
@@ -168,9 +177,18 @@ class _Stager:
     """The parts of a stage; see the module's docstring."""
 
     def __init__(
-        self, model: nn.Module, layers: PrunableLayers, data: CalibrationData, forward: Forward, options: StageOptions,
-        fisher: FisherOptions, solver: Solver, objective: Objective | str | None, allocation: str | None,
-        device: torch.device, seed: int,
+        self,
+        model: nn.Module,
+        layers: PrunableLayers,
+        data: CalibrationData,
+        forward: Forward,
+        options: StageOptions,
+        fisher: FisherOptions,
+        solver: Solver,
+        objective: Objective | str | None,
+        allocation: str | None,
+        device: torch.device,
+        seed: int,
     ) -> None:
         if not fisher.spec.contiguous:
             raise OptionError(
@@ -184,8 +202,8 @@ class _Stager:
         self.allocation, self.device = allocation, device
         self.seed = fisher.seed if fisher.seed is not None else seed
         joint = Capability.JOINT in solver.capabilities
-        self.objective = Objective.parse(objective) if objective is not None else (
-            Objective.JOINT if joint else Objective.SELECTION
+        self.objective = (
+            Objective.parse(objective) if objective is not None else (Objective.JOINT if joint else Objective.SELECTION)
         )
         self.partition = contiguous_partition(layers, fisher.spec)
         self.norms = options.batch_norm and bool(tracked_norms(model))
@@ -265,9 +283,14 @@ class _Stager:
             if isinstance(leaf, Tensor):
                 inputs.update(leaf.cpu().contiguous().numpy().tobytes())
         return {
-            "n_kept": str(n_kept), "solver": self.solver.spec, "objective": self.objective.value,
-            "allocation": str(self.allocation), "stages": self.options.describe(), "fisher": repr(self.fisher),
-            "seed": str(self.seed), "start": f"{state.number} {digest.hexdigest()[:32]}",
+            "n_kept": str(n_kept),
+            "solver": self.solver.spec,
+            "objective": self.objective.value,
+            "allocation": str(self.allocation),
+            "stages": self.options.describe(),
+            "fisher": repr(self.fisher),
+            "seed": str(self.seed),
+            "start": f"{state.number} {digest.hexdigest()[:32]}",
             "data": inputs.hexdigest()[:32],
         }
 
@@ -302,12 +325,26 @@ class _Stager:
         seconds_norms = clock.lap()
         new = StageState(number, stored, pruned, outcome.damping, statistics_of(self.model))
         record = StageRecord(
-            stage=number, kind="prune" if pruning else "polish", n_kept=n_kept, sparsity=1.0 - n_kept / self.layers.n,
-            loss_gradients=loss_gradients, loss_before=loss_before, loss_masked=outcome.masked, loss_after=outcome.loss,
-            damping=outcome.damping, step=outcome.length, evaluations=self.evaluations,
-            n_regrown=int((state.pruned & ~pruned).sum()), n_images=len(factor) * self.fisher.batch_size,
-            solver=spec, objective=objective, seconds_gradients=seconds_gradients, seconds_solve=seconds_solve,
-            seconds_update=seconds_update, seconds_batch_norm=seconds_norms, repairs=repairs,
+            stage=number,
+            kind="prune" if pruning else "polish",
+            n_kept=n_kept,
+            sparsity=1.0 - n_kept / self.layers.n,
+            loss_gradients=loss_gradients,
+            loss_before=loss_before,
+            loss_masked=outcome.masked,
+            loss_after=outcome.loss,
+            damping=outcome.damping,
+            step=outcome.length,
+            evaluations=self.evaluations,
+            n_regrown=int((state.pruned & ~pruned).sum()),
+            n_images=len(factor) * self.fisher.batch_size,
+            solver=spec,
+            objective=objective,
+            seconds_gradients=seconds_gradients,
+            seconds_solve=seconds_solve,
+            seconds_update=seconds_update,
+            seconds_batch_norm=seconds_norms,
+            repairs=repairs,
         )
         return new, record
 
@@ -332,8 +369,16 @@ class _Stager:
                 part = np.arange(part.size, dtype=np.int64).reshape(part.shape)
             target = factor[start : start + together]
             sample = sample_gradients(
-                self.model, self.layers, data, self.forward, part, device=self.device, dtype=fisher.torch_dtype,
-                method=fisher.gradient_method, memory_budget=fisher.memory_budget, out=target,
+                self.model,
+                self.layers,
+                data,
+                self.forward,
+                part,
+                device=self.device,
+                dtype=fisher.torch_dtype,
+                method=fisher.gradient_method,
+                memory_budget=fisher.memory_budget,
+                out=target,
             )
             share = len(part) / rows
             if share < 1.0:
@@ -365,8 +410,13 @@ class _Stager:
             return self.loss(trial)
 
         solution = solve(
-            problem, self.solver, seed=_number(self.seed, number, _SOLVER), start=start,
-            calibration_loss=calibration_loss, allocation=self.allocation, with_refit=False,
+            problem,
+            self.solver,
+            seed=_number(self.seed, number, _SOLVER),
+            start=start,
+            calibration_loss=calibration_loss,
+            allocation=self.allocation,
+            with_refit=False,
         )
         pruned = np.ones(self.layers.n, dtype=bool)
         pruned[index[~solution.pruned]] = False
@@ -391,9 +441,10 @@ class _Stager:
         searched = self.options.search_damping or self.options.search_step
         if found.loss < (masked if loss_now is None else loss_now) or not searched:
             return _Step(found.weights, damping * found.factor, found.length, found.loss, masked)
-        raised = damping * (DAMPING_FACTOR if self.options.search_damping else 1.0)
         if loss_now is None:
-            return _Step(start, raised, 0.0, masked, masked)
+            # The damage just done leaves the next stage more to gain, so its search starts where this one did.
+            return _Step(start, damping, 0.0, masked, masked)
+        raised = damping * (DAMPING_FACTOR if self.options.search_damping else 1.0)
         return _Step(model.weights, raised, 0.0, loss_now, masked)
 
     def _reestimate(self, number: int) -> None:

@@ -75,8 +75,22 @@ _MLPNET = Plan(
     stages=StageOptions(settle=1),
     phases=(
         Phase(((0.5, 6), (0.6, 3), (0.7, 3), (0.8, 3), (0.85, 2))),
-        Phase(((0.9, 5), (0.92, 1), (0.935, 1), (0.95, 6), (0.96, 2), (0.967, 1), (0.975, 1), (0.98, 14), (0.984, 2),
-               (0.987, 2), (0.99, 14)), regrow=0.3),
+        Phase(
+            (
+                (0.9, 5),
+                (0.92, 1),
+                (0.935, 1),
+                (0.95, 6),
+                (0.96, 2),
+                (0.967, 1),
+                (0.975, 1),
+                (0.98, 14),
+                (0.984, 2),
+                (0.987, 2),
+                (0.99, 14),
+            ),
+            regrow=0.3,
+        ),
     ),
     reported=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
 )
@@ -87,10 +101,27 @@ _MLPNET = Plan(
 _RESNET20 = Plan(
     experiment="resnet20-cifar10",
     solver="obs[chunks=2,pool=0]",
-    fisher=FisherOptions(n_rows=160, batch_size=48, damping=7e-4, method="loop"),
-    stages=StageOptions(held_out=1000, max_evaluations=5, batch_norm_samples=4000, step_damping=6e-3),
+    # Per layer, because a step spans the rows of each layer by itself: on the same rows it lowers the held-out loss
+    # by two thirds more than one block over the network.
+    fisher=FisherOptions(n_rows=500, batch_size=16, damping=2e-3, blocks="per_layer", method="loop"),
+    stages=StageOptions(held_out=1000, max_evaluations=6, batch_norm_samples=3000, step_damping=3e-2),
     phases=(
-        Phase(((0.3, 1), (0.4, 1), (0.5, 2), (0.6, 2), (0.7, 3), (0.75, 1), (0.8, 4), (0.84, 1), (0.87, 1), (0.9, 6))),
+        Phase(
+            (
+                (0.3, 1),
+                (0.4, 1),
+                (0.5, 2),
+                (0.6, 3),
+                (0.65, 1),
+                (0.7, 3),
+                (0.75, 1),
+                (0.8, 5),
+                (0.83, 1),
+                (0.86, 1),
+                (0.88, 1),
+                (0.9, 6),
+            )
+        ),
     ),
     reported=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     augment=True,
