@@ -21,6 +21,7 @@ from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, loa
 from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
 from solvers.exact.isolation import Worker
 from solvers.solving import check_capabilities
+from solvers.testing import random_problem
 
 #: Most points of a trace that a row keeps.
 TRACE_POINTS = 60
@@ -248,10 +249,25 @@ def _loaded(path: Path, gradient: bool) -> QuadraticBlock:
     return load_block(path, use_gradient=gradient)
 
 
+@lru_cache(maxsize=256)
+def _warm_up(solver: str, objective: str, gradient: bool) -> None:
+    """Solve something small first: imports and compilation, half a minute at worst, are no solver's merit or fault."""
+    chosen = make_solver(solver)
+    limit = 5.0 if Capability.TIME_LIMIT in chosen.capabilities else None
+    n = 12 if chosen.max_weights is None else min(12, chosen.max_weights)
+    problem = random_problem(0, objective, n=n, linear=gradient, kinds=("plain",)).with_n_prune(n // 2)
+    try:
+        solve(problem, chosen, time_limit=limit)
+    except CBSError:
+        # What is wrong will show, and be recorded, in the solve that counts.
+        return
+
+
 def measure(task: Task, path: Path) -> dict[str, Any]:
     """Solve one task, in a child process; the figures of its row."""
     torch.set_num_threads(1)
     problem = SelectionProblem([_loaded(path, task.gradient)], task.n_prune, task.objective_kind)
+    _warm_up(task.solver, task.objective_kind, task.gradient)
     cpu = time.process_time()
     solution = solve(problem, task.solver, time_limit=task.time_limit, seed=task.seed)
     cpu = time.process_time() - cpu
