@@ -11,6 +11,7 @@ from __future__ import annotations
 from cbs_opt.blocks import BlockSpec, Partition, Structure
 from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward
 from cbs_opt.devices import resolve_device
+from cbs_opt.distillation import Distillation
 from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
 from cbs_opt.gradient_methods import GradientMethod
 from cbs_opt.gradients import GradientSample, sample_gradients
@@ -54,6 +55,7 @@ __all__ = [
     "CapabilityError",
     "CheckpointError",
     "DataError",
+    "Distillation",
     "FisherBlocks",
     "FisherOptions",
     "Forward",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cbs_opt.batch_norm import batch_statistics
 from cbs_opt.calibration import CalibrationData, Forward, Index
 from cbs_opt.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
 from cbs_opt.layers import PrunableLayers
@@ -99,6 +100,7 @@ def sample_gradients(
     dtype: torch.dtype = torch.float32,
     method: GradientMethod | str = GradientMethod.AUTO,
     memory_budget: int | None = None,
+    batch_norm: str = "running",
     out: Tensor | None = None,
     progress: Progress | None = None,
 ) -> GradientSample:
@@ -113,6 +115,10 @@ def sample_gradients(
     forward : Forward
     index : int64 (r, b)
         Sample numbers of each row.
+    batch_norm : {"running", "batch"}
+        Statistics that batch norms normalise by: their running ones, which stand still, or those of the row's batch,
+        through which the gradient then flows. The second is the gradient of a network whose statistics follow its
+        weights; it is defined for rows of several samples only, and taken by ``loop``.
     dtype : torch.float32 or torch.float64
         Of the factor; gradients are computed in the dtype of the network.
     method : GradientMethod or str
@@ -137,13 +143,16 @@ def sample_gradients(
     """
     started = time.perf_counter()
     chosen = parse_method(method)
+    by_batch = _by_batch(batch_norm, chosen, index.shape[1])
     place = torch.device(device)
     rows, size = index.shape
     factor = _allocate(rows, layers.n, dtype, place, out)
     notes: list[str] = []
-    with evaluation_mode(model), _without_gradients(model):
+    with evaluation_mode(model), _without_gradients(model), ExitStack() as stack:
         check_loss(model, data, forward, index[0], place)
-        engine = _choose(chosen, model, layers, data, forward, index, place, notes)
+        if by_batch:
+            stack.enter_context(batch_statistics(model))
+        engine = _choose(chosen, model, layers, data, forward, index, place, notes, by_batch)
         chunk = _chunk_rows(model, layers, data, forward, index, place, memory_budget, engine)
         mean = torch.zeros(layers.n, dtype=torch.float64, device=place)
         total = torch.zeros((), dtype=torch.float64, device=place)
@@ -171,6 +180,19 @@ def sample_gradients(
     return GradientSample(factor, mean, loss, size, name, time.perf_counter() - started, tuple(notes))
 
 
+def _by_batch(batch_norm: str, method: GradientMethod, size: int) -> bool:
+    """Whether batch norms use the statistics of the batch; raises OptionError where that makes no sense."""
+    if batch_norm not in ("running", "batch"):
+        raise OptionError(f"batch_norm must be 'running' or 'batch', not {batch_norm!r}")
+    if batch_norm == "running":
+        return False
+    if size < 2:
+        raise OptionError("one sample has no batch statistics; use rows of several samples, or batch_norm='running'")
+    if method not in (GradientMethod.AUTO, GradientMethod.LOOP):
+        raise OptionError(f"gradients under batch statistics are taken by 'loop', not {method.value!r}")
+    return True
+
+
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient: what is differentiated is said explicitly."""
@@ -193,9 +215,10 @@ def _choose(
     index: Index,
     device: torch.device,
     notes: list[str],
+    by_batch: bool,
 ) -> Engine:
     """The method asked for, or the first that applies, compared with autograd on two rows."""
-    if method is GradientMethod.LOOP:
+    if method is GradientMethod.LOOP or by_batch:
         return loop_rows
     rows = _rows(data, index[: min(2, len(index))], device)
     dtype = layers.parameters(model)[0].dtype

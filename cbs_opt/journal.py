@@ -1,9 +1,9 @@
 """The journal of a staged pruning: whatever a killed run needs to go on as if it had not been.
 
 A folder with ``journal.json`` (what is being run, a record per finished stage) and ``stage-0007.safetensors`` (weights,
-mask, damping and batch-norm statistics after stage 7). A stage counts once ``journal.json`` names it. Both files are
-written under another name and then moved, the state first, so a run killed at any instant leaves a whole journal.
-Random numbers are no part of it: they are derived from the seed and the number of the stage.
+mask, damping, last step and batch-norm statistics after stage 7). A stage counts once ``journal.json`` names it. Both
+files are written under another name and then moved, the state first, so a run killed at any instant leaves a whole
+journal. Random numbers are no part of it: they are derived from the seed and the number of the stage.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class StageState:
         λ of the last step, where the next search starts.
     statistics : dict
         Running statistics of batch norms by qualified name.
+    step : float64 (n,), optional
+        The last change of the weights, where the next stage may want it.
     """
 
     number: int
@@ -54,6 +56,7 @@ class StageState:
     pruned: npt.NDArray[np.bool_]
     damping: float
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    step: Tensor | None = None
 
     @property
     def n_kept(self) -> int:
@@ -141,6 +144,7 @@ class Journal:
                 pruned=tensors["pruned"].numpy(),
                 damping=float(tensors["damping"]),
                 statistics=statistics,
+                step=tensors.get("step"),
             )
         except (OSError, SafetensorError, KeyError) as error:
             raise CheckpointError(
@@ -153,6 +157,8 @@ class Journal:
         tensors["weights"] = state.weights.contiguous()
         tensors["pruned"] = torch.from_numpy(np.ascontiguousarray(state.pruned))
         tensors["damping"] = torch.tensor(state.damping, dtype=torch.float64)
+        if state.step is not None:
+            tensors["step"] = state.step.contiguous()
         content = save_tensors(tensors)
         name = f"stage-{state.number:04d}.safetensors"
         entry = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "record": _strings(record.as_dict())}

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from cbs_opt.calibration import Tree
+from cbs_opt.distillation import Distillation
 from cbs_opt.layers import check_sparsity
 from cbs_opt.schedules import Schedule
 from solvers.errors import OptionError
 
+#: Fewest samples whose batch statistics a gradient is taken under.
+LEAST_BATCH = 16
 #: (inputs of a batch, generator) → inputs of the same shapes, e.g. randomly cropped and flipped.
 Augmentation = Callable[[Tree, torch.Generator], Tree]
 
@@ -44,9 +47,15 @@ class StageOptions:
     step_damping : float, optional
         λ that steps start from, or keep if it is not searched; None takes that of the choice.
     max_evaluations : int
-        Most losses a search may take in a stage.
+        Most losses a search may take in a stage, beside two for the momentum.
+    momentum : float
+        Share of the last stage's step that may be added to the new one, whole or halved, where that lowers the loss:
+        few rows span few directions, and along the others steps are short. 0 never tries.
     held_out : int
         Training samples kept from the gradients and used by the searches; at most a fifth of the data.
+    first_order : bool
+        Whether the choice of weights sees the gradient, as steps always do. Where few rows make it noisy and each stage
+        starts near a stationary point, leave it out: the choice would count on gains that no step brings.
     centred : bool
         Rows are taken relative to their mean, so that AᵀA ≈ H/b without the gradient's own outer product, which would
         shorten the steps.
@@ -57,11 +66,15 @@ class StageOptions:
     settle : int
         See `regrow`.
     batch_norm : bool
-        Re-estimate the statistics of batch norms after each stage, and search with the statistics of the batch.
+        Let the statistics of batch norms follow the weights: gradients (of rows of `LEAST_BATCH` samples or more) and
+        losses are those under the statistics of the batch, and the running ones are re-estimated after each stage.
+        Otherwise they stay as they are.
     batch_norm_samples : int
         Samples for that.
     augment : callable, optional
         Augmentation of the inputs, for networks trained with one: on samples as they are their gradients vanish.
+    distillation : Distillation, optional
+        The loss asks for the outputs of the dense network beside the labels.
     """
 
     n_stages: int = 15
@@ -74,12 +87,15 @@ class StageOptions:
     step_damping: float | None = None
     max_evaluations: int = 12
     held_out: int = 2000
+    first_order: bool = True
     centred: bool = True
     regrow: float = 0.0
     settle: int = 2
     batch_norm: bool = True
     batch_norm_samples: int = 4000
     augment: Augmentation | None = None
+    momentum: float = 0.0
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -106,6 +122,9 @@ class StageOptions:
             raise OptionError(f"step_damping must be positive and finite, or None, not {self.step_damping!r}")
         if not (isinstance(self.regrow, (int, float)) and math.isfinite(self.regrow) and self.regrow >= 0):
             raise OptionError(f"regrow must be a finite number, zero or more, not {self.regrow!r}")
+
+        if not (isinstance(self.momentum, (int, float)) and 0.0 <= self.momentum < 1.0):
+            raise OptionError(f"momentum must lie in [0, 1), not {self.momentum!r}")
 
     @classmethod
     def of(cls, stages: int | StageOptions) -> StageOptions:
@@ -153,6 +172,8 @@ class StageRecord:
         λ of the step.
     step : float
         Its length; 0 where no step lowered the loss and the weights were left alone.
+    momentum : float
+        Share of the last step in it.
     evaluations : int
         Losses taken by the searches.
     n_regrown : int
@@ -187,6 +208,7 @@ class StageRecord:
     seconds_update: float
     seconds_batch_norm: float
     repairs: tuple[str, ...] = ()
+    momentum: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

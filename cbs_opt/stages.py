@@ -2,7 +2,9 @@
 
 Far from w the quadratic model is wrong, so the way to a high sparsity is cut into stages. Stage k, at weights w:
 
-1. r batches of b fresh training samples give A (batch means, divided by √r) and g. Since E[ḡḡᵀ] ≈ H/b + ggᵀ, the rows
+1. r batches of b fresh training samples give A (batch means, divided by √r) and g. In a network with batch norms they
+   are gradients under the statistics of the batch: once the statistics follow the weights, the gradient at resting
+   statistics is none of the loss, and steps along it fail. Since E[ḡḡᵀ] ≈ H/b + ggᵀ, the rows
    are taken relative to their mean and g enters as g/b: both then stand for H/b. (Leaving ggᵀ in damps exactly the
    direction of descent and makes steps far too short.)
 2. The weights still there, and the removed ones which promise most if put back (`regrow`), form a
@@ -24,6 +26,7 @@ Alistarh, NeurIPS 2020 (gradual Fisher pruning); Marquardt, 1963 (damping).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -34,32 +37,28 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cbs_opt.batch_norm import batch_statistics, reestimate, restore_statistics, statistics_of, tracked_norms
+from cbs_opt.batch_norm import reestimate, restore_statistics, statistics_of
 from cbs_opt.blocks import contiguous_partition
-from cbs_opt.calibration import CalibrationData, Forward, Index, Tree
+from cbs_opt.calibration import CalibrationData, Forward
 from cbs_opt.damped_refits import DampedRefits
 from cbs_opt.fisher import FisherOptions
-from cbs_opt.gradients import evaluation_mode, sample_gradients
 from cbs_opt.journal import Journal, StageState
 from cbs_opt.layers import PrunableLayers
 from cbs_opt.schedules import kept_after_stages
 from cbs_opt.stage_model import StageModel
-from cbs_opt.stage_options import StageOptions, StageRecord
+from cbs_opt.stage_options import LEAST_BATCH, StageOptions, StageRecord
+from cbs_opt.stage_samples import SOLVER, StageSamples
+from cbs_opt.stage_samples import number as number_of
 from cbs_opt.step_search import DAMPING_FACTOR, search_step
+from cbs_opt.trees import leaves
 from solvers import Capability, Objective, Solver, make_solver, solve
-from solvers.errors import DataError, OptionError
+from solvers.errors import OptionError
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 StageProgress = Callable[[StageRecord, StageState], None]
-
-#: Samples whose gradients are taken together; bounds the memory that augmented copies take.
-_SAMPLES_AT_ONCE = 4096
-_EVALUATION_BATCH = {"cpu": 500, "cuda": 2000}
-#: Uses of random numbers within a stage.
-_ROWS, _AUGMENT, _NORMS, _HELD_OUT, _SOLVER = range(5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +95,7 @@ def run_stages(
     device: torch.device | str = "cpu",
     seed: int = 0,
     start: StageState | None = None,
+    teacher: nn.Module | None = None,
     journal: Path | str | None = None,
     progress: StageProgress | None = None,
 ) -> StagedRun:
@@ -122,6 +122,8 @@ def run_stages(
     seed : int
     start : StageState, optional
         Go on from a state of another run, whose stages have been paid for; the network must be the same.
+    teacher : nn.Module, optional
+        The dense network, where `options` ask for distillation; None takes a copy of `model` as it is given.
     journal : path, optional
         Folder that gets the state after each stage; a run that finds its own journal goes on where that ends.
     progress : callable, optional
@@ -150,6 +152,7 @@ def run_stages(
         allocation,
         torch.device(device),
         seed,
+        teacher,
     )
     state = start if start is not None else stager.initial_state()
     plan = stager.plan(n_kept, state.n_kept)
@@ -189,6 +192,7 @@ class _Stager:
         allocation: str | None,
         device: torch.device,
         seed: int,
+        teacher: nn.Module | None,
     ) -> None:
         if not fisher.spec.contiguous:
             raise OptionError(
@@ -197,7 +201,7 @@ class _Stager:
             )
         if fisher.damping <= 0.0:
             raise OptionError("stages need a damping > 0 to start from; pass FisherOptions(damping=1e-4), for example")
-        self.model, self.layers, self.data, self.forward = model, layers, data, forward
+        self.model, self.layers, self.n_samples = model, layers, data.n
         self.options, self.fisher, self.solver = options, fisher, solver
         self.allocation, self.device = allocation, device
         self.seed = fisher.seed if fisher.seed is not None else seed
@@ -206,43 +210,9 @@ class _Stager:
             Objective.parse(objective) if objective is not None else (Objective.JOINT if joint else Objective.SELECTION)
         )
         self.partition = contiguous_partition(layers, fisher.spec)
-        self.norms = options.batch_norm and bool(tracked_norms(model))
-        order = _generator(self.seed, 0, _HELD_OUT).permutation(data.n)
-        n_held = min(options.held_out, data.n // 5)
-        if n_held < 1:
-            raise DataError(f"stages keep a fifth of the training samples for their searches; {data.n} are too few")
-        self.held_index, self.fit_index = np.sort(order[:n_held]), np.sort(order[n_held:])
-        self.held_out = self._held_out_batches()
-        self.factor: Tensor | None = None
-        self.evaluations = 0
-
-    # -- data ---------------------------------------------------------------------------------------------------------
-
-    def _batch(self, index: Index, generator: torch.Generator | None) -> tuple[Tree, Tree | None]:
-        """(inputs, targets), augmented if there is an augmentation, on the device."""
-        inputs, targets = self.data.batch(index, "cpu")
-        if self.options.augment is not None and generator is not None:
-            inputs = self.options.augment(inputs, generator)
-        whole = CalibrationData(inputs, targets, len(index))
-        return whole.batch(slice(None), self.device)
-
-    def _held_out_batches(self) -> list[tuple[Tree, Tree | None, int]]:
-        generator = torch.Generator().manual_seed(_number(self.seed, 0, _AUGMENT))
-        size = _EVALUATION_BATCH.get(self.device.type, 500)
-        pieces = [self.held_index[i : i + size] for i in range(0, len(self.held_index), size)]
-        return [(*self._batch(piece, generator), len(piece)) for piece in pieces]
-
-    def loss(self, weights: Array | Tensor) -> float:
-        """Mean loss on the held-out samples; the weights stay in the network. inf where it is not finite."""
-        self.evaluations += 1
-        self.layers.write(self.model, weights)
-        total = 0.0
-        mode = batch_statistics(self.model) if self.norms else evaluation_mode(self.model)
-        with mode, torch.no_grad():
-            for inputs, targets, count in self.held_out:
-                loss = self.forward.loss(self.forward.output(self.model, inputs, targets), inputs, targets)
-                total += float(loss) * count
-        return total / len(self.held_index) if math.isfinite(total) else math.inf
+        if options.distillation is not None and teacher is None:
+            teacher = copy.deepcopy(model)
+        self.samples = StageSamples(model, layers, data, forward, options, fisher, teacher, self.device, self.seed)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -278,9 +248,9 @@ class _Stager:
         """What makes a run the run it is."""
         digest = hashlib.sha256(state.weights.numpy().tobytes() + state.pruned.tobytes())
         inputs = hashlib.sha256()
-        for leaf, _, count in self.held_out[:1]:
-            inputs.update(f"{self.data.n} {count} {leaf if not isinstance(leaf, Tensor) else ''}".encode())
-            if isinstance(leaf, Tensor):
+        inputs.update(str(self.n_samples).encode())
+        for batch, targets, _ in self.samples.held_out[:1]:
+            for _, leaf in leaves((batch,) if targets is None else (batch, targets)):
                 inputs.update(leaf.cpu().contiguous().numpy().tobytes())
         return {
             "n_kept": str(n_kept),
@@ -299,31 +269,38 @@ class _Stager:
     def stage(self, state: StageState, n_kept: int, *, may_swap: bool) -> tuple[StageState, StageRecord]:
         """Advance a state, which the network holds."""
         number = state.number + 1
-        self.evaluations = 0
+        self.samples.evaluations = 0
         clock = _Clock()
-        factor, gradient, loss_gradients = self._gradients(number)
+        factor, gradient, loss_gradients = self.samples.gradients(number)
         seconds_gradients = clock.lap()
         weights = state.weights.numpy()
         pruning = n_kept < state.n_kept
         model = StageModel(self.partition, factor, gradient, weights)
         pruned, objective, spec, seconds_solve = state.pruned, math.nan, "", 0.0
         repairs: tuple[str, ...] = ()
+        if self.samples.follows_norms and not self.samples.norms_by_batch:
+            repairs += (
+                f"rows of {self.fisher.batch_size} samples (fewer than {LEAST_BATCH}): gradients were taken under the "
+                "running batch-norm statistics",
+            )
         if pruning or (self.options.regrow > 0 and may_swap and state.pruned.any()):
-            pruned, objective, repairs = self._choose(model, state, n_kept, number, regrow=may_swap)
+            pruned, objective, found = self._choose(model, state, n_kept, number, regrow=may_swap)
+            repairs += found
             spec, seconds_solve = self.solver.spec, clock.lap()
-        loss_before = self.loss(weights)
-        outcome = self._step(model, pruned, None if pruning else loss_before, state.damping)
+        loss_before = self.samples.loss(weights)
+        outcome = self._step(model, pruned, None if pruning else loss_before, state)
         if not pruning and outcome.length == 0.0 and not np.array_equal(pruned, state.pruned):
             # The swaps do not pay: the same refit without them.
             pruned = state.pruned
-            outcome = self._step(model, pruned, loss_before, state.damping)
+            outcome = self._step(model, pruned, loss_before, state)
         self.layers.write(self.model, outcome.weights)
         stored = self.layers.read(self.model)
         seconds_update = clock.lap()
-        if self.norms:
-            self._reestimate(number)
+        if self.samples.follows_norms:
+            reestimate(self.model, self.samples.forward, self.samples.norm_batches(number))
         seconds_norms = clock.lap()
-        new = StageState(number, stored, pruned, outcome.damping, statistics_of(self.model))
+        taken = stored - state.weights if self.options.momentum > 0.0 and outcome.length > 0.0 else None
+        new = StageState(number, stored, pruned, outcome.damping, statistics_of(self.model), taken)
         record = StageRecord(
             stage=number,
             kind="prune" if pruning else "polish",
@@ -335,7 +312,7 @@ class _Stager:
             loss_after=outcome.loss,
             damping=outcome.damping,
             step=outcome.length,
-            evaluations=self.evaluations,
+            evaluations=self.samples.evaluations,
             n_regrown=int((state.pruned & ~pruned).sum()),
             n_images=len(factor) * self.fisher.batch_size,
             solver=spec,
@@ -345,49 +322,9 @@ class _Stager:
             seconds_update=seconds_update,
             seconds_batch_norm=seconds_norms,
             repairs=repairs,
+            momentum=outcome.momentum,
         )
         return new, record
-
-    def _gradients(self, number: int) -> tuple[Tensor, Tensor, float]:
-        """(A (r, n), g / b float64 (n,), mean loss) over fresh samples."""
-        fisher = self.fisher
-        rows, size = fisher.rows_for(self.data), fisher.batch_size
-        index = _draw(self.fit_index, rows, size, _generator(self.seed, number, _ROWS))
-        if self.factor is None:
-            self.factor = torch.empty(rows, self.layers.n, dtype=fisher.torch_dtype, device=self.device)
-        factor = self.factor
-        mean = torch.zeros(self.layers.n, dtype=torch.float64, device=self.device)
-        generator = torch.Generator().manual_seed(_number(self.seed, number, _AUGMENT))
-        loss = 0.0
-        together = rows if self.options.augment is None else max(1, _SAMPLES_AT_ONCE // size)
-        for start in range(0, rows, together):
-            part = index[start : start + together]
-            data = self.data
-            if self.options.augment is not None:
-                inputs, targets = self._batch(part.reshape(-1), generator)
-                data = CalibrationData(inputs, targets, part.size)
-                part = np.arange(part.size, dtype=np.int64).reshape(part.shape)
-            target = factor[start : start + together]
-            sample = sample_gradients(
-                self.model,
-                self.layers,
-                data,
-                self.forward,
-                part,
-                device=self.device,
-                dtype=fisher.torch_dtype,
-                method=fisher.gradient_method,
-                memory_budget=fisher.memory_budget,
-                out=target,
-            )
-            share = len(part) / rows
-            if share < 1.0:
-                target.mul_(math.sqrt(share))
-            mean += share * sample.mean
-            loss += share * sample.loss
-        if self.options.centred and rows > 1:
-            factor -= (mean / math.sqrt(rows)).to(factor.dtype)
-        return factor, mean / size, loss
 
     def _choose(
         self, model: StageModel, state: StageState, n_kept: int, number: int, *, regrow: bool
@@ -398,7 +335,7 @@ class _Stager:
             active |= model.most_wanted(state.pruned, int(self.options.regrow * n_kept))
         problem, index = model.problem(active, int(active.sum()) - n_kept, self.fisher.damping)
         problem = problem.with_objective(self.objective)
-        if Capability.LINEAR_TERM not in self.solver.capabilities:
+        if not self.options.first_order or Capability.LINEAR_TERM not in self.solver.capabilities:
             problem = problem.without_gradient()
         start = None
         if n_kept == state.n_kept and Capability.WARM_START in self.solver.capabilities:
@@ -407,12 +344,12 @@ class _Stager:
         def calibration_loss(mask: Mask) -> float:
             trial = model.weights.copy()
             trial[index[mask]] = 0.0
-            return self.loss(trial)
+            return self.samples.loss(trial)
 
         solution = solve(
             problem,
             self.solver,
-            seed=_number(self.seed, number, _SOLVER),
+            seed=number_of(self.seed, number, SOLVER),
             start=start,
             calibration_loss=calibration_loss,
             allocation=self.allocation,
@@ -422,53 +359,44 @@ class _Stager:
         pruned[index[~solution.pruned]] = False
         return pruned, solution.objective, solution.repairs
 
-    def _step(self, model: StageModel, pruned: Mask, loss_now: float | None, damping: float) -> _Step:
+    def _step(self, model: StageModel, pruned: Mask, loss_now: float | None, state: StageState) -> _Step:
         """The refit of a mask, searched; `loss_now` is the loss that a polishing step must beat."""
+        damping = state.damping
         # Removed weights that are not zero yet still push the kept ones; all others play no role.
         involved = ~pruned | (model.weights != 0.0)
         problem, index = model.problem(involved, int((pruned & involved).sum()), damping)
+        previous = None if state.step is None else np.where(pruned, 0.0, state.step.numpy())
         refits = DampedRefits(problem, pruned[index])
         start = np.where(pruned, 0.0, model.weights)
         same = loss_now is not None and np.array_equal(start, model.weights)
-        masked = loss_now if loss_now is not None and same else self.loss(start)
+        masked = loss_now if loss_now is not None and same else self.samples.loss(start)
 
         def step(factor: float) -> Array:
             full = np.zeros_like(start)
             full[index] = refits.step(factor)
             return full
 
-        found = search_step(start, step, self.loss, self.options)
+        found = search_step(start, step, self.samples.loss, self.options, previous)
         searched = self.options.search_damping or self.options.search_step
         if found.loss < (masked if loss_now is None else loss_now) or not searched:
-            return _Step(found.weights, damping * found.factor, found.length, found.loss, masked)
+            return _Step(found.weights, damping * found.factor, found.length, found.loss, masked, found.momentum)
         if loss_now is None:
             # The damage just done leaves the next stage more to gain, so its search starts where this one did.
             return _Step(start, damping, 0.0, masked, masked)
         raised = damping * (DAMPING_FACTOR if self.options.search_damping else 1.0)
         return _Step(model.weights, raised, 0.0, loss_now, masked)
 
-    def _reestimate(self, number: int) -> None:
-        """Batch-norm statistics over fresh samples."""
-        generator = _generator(self.seed, number, _NORMS)
-        torch_generator = torch.Generator().manual_seed(_number(self.seed, number, _NORMS))
-        index = generator.permutation(self.fit_index)[: self.options.batch_norm_samples]
-        size = _EVALUATION_BATCH.get(self.device.type, 500) // 2
-        pieces = [index[i : i + size] for i in range(0, len(index), size)]
-        if len(pieces) > 1 and len(pieces[-1]) < size // 2:
-            # The batches count alike, so a small one would weigh too much.
-            pieces.pop()
-        reestimate(self.model, self.forward, (self._batch(piece, torch_generator) for piece in pieces))
-
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """New weights, λ for the next stage, length (0 = rejected), loss, loss under the mask alone."""
+    """New weights, λ for the next stage, length (0 = rejected), loss, loss under the mask alone, momentum."""
 
     weights: Array
     damping: float
     length: float
     loss: float
     masked: float
+    momentum: float = 0.0
 
 
 class _Clock:
@@ -481,19 +409,3 @@ class _Clock:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
-
-
-def _generator(seed: int, stage: int, use: int) -> np.random.Generator:
-    """Random numbers for one use in one stage."""
-    return np.random.default_rng([seed, stage, use])
-
-
-def _number(seed: int, stage: int, use: int) -> int:
-    """A seed for one use in one stage."""
-    return int(_generator(seed, stage, use).integers(1 << 31))
-
-
-def _draw(index: Index, rows: int, size: int, generator: np.random.Generator) -> Index:
-    """Sample numbers (rows, size): consecutive pieces of random permutations of `index`."""
-    passes = [generator.permutation(index) for _ in range(-(-rows * size // len(index)))]
-    return np.concatenate(passes)[: rows * size].reshape(rows, size)

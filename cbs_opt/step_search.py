@@ -1,7 +1,8 @@
 """Damping and length of a step, chosen by the loss of the network on training samples that no gradient saw.
 
 The steps w_S + t d(λ) form a grid in (log λ, log t). The search starts at the last damping and the full step, looks at
-the four neighbours, moves to the best point seen so far, and ends where that is the one it stands on.
+the four neighbours, moves to the best point seen so far, and ends where that is the one it stands on. The best of them
+is then tried with a share of the step before added to it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ LONGEST_STEP, SHORTEST_STEP = 16.0, 1.0 / 32.0
 
 @dataclass(frozen=True, eq=False)
 class FoundStep:
-    """The best step: weights (n,), λ relative to the last one, length, loss."""
+    """The best step: weights (n,), λ relative to the last one, length, loss, share of the step before."""
 
     weights: Array
     factor: float
     length: float
     loss: float
+    momentum: float = 0.0
 
 
 def search_step(
-    start: Array, step: Callable[[float], Array], loss: Callable[[Array], float], options: StageOptions
+    start: Array,
+    step: Callable[[float], Array],
+    loss: Callable[[Array], float],
+    options: StageOptions,
+    previous: Array | None = None,
 ) -> FoundStep:
     """The step with the lowest loss.
 
@@ -47,6 +53,8 @@ def search_step(
     options : StageOptions
         Whether λ and the length are searched, and the number of losses that may be taken. With neither, the full step
         at the last λ is returned.
+    previous : float64 (n,), optional
+        The step before.
     """
     losses: dict[tuple[float, float], float] = {}
     steps: dict[float, Array] = {}
@@ -68,7 +76,16 @@ def search_step(
             break
         here = best
     here = min(losses, key=lambda point: losses[point])
-    return FoundStep(start + here[1] * steps[here[0]], *here, losses[here])
+    found = FoundStep(start + here[1] * steps[here[0]], *here, losses[here])
+    if previous is None or options.momentum == 0.0:
+        return found
+    plain = found.weights
+    for share in (options.momentum, 0.5 * options.momentum):
+        weights = plain + share * previous
+        value = loss(weights)
+        if value < found.loss:
+            found = FoundStep(weights, *here, value, share)
+    return found
 
 
 def _neighbours(factor: float, length: float, options: StageOptions) -> list[tuple[float, float]]:

@@ -131,6 +131,7 @@ class StagedPath:
         if dataset.train.images.shape[1] > 1:
             # Convolutions of small images run about twice as fast with channels last on a CPU.
             self.model = self.model.to(memory_format=torch.channels_last)
+        self.dense = copy.deepcopy(self.model)
         self.layers: PrunableLayers = find_layers(self.model, include=include, exclude=exclude)
         self.forward = (_LowPrecision if plan.bfloat16 else Forward)(self.model, F.cross_entropy)
         train = dataset.train
@@ -166,6 +167,7 @@ class StagedPath:
                 device=self.device,
                 seed=self.seed,
                 start=start,
+                teacher=self.dense,
                 journal=journal,
                 progress=lambda record, _: say(record, None),
             )
