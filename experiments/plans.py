@@ -95,9 +95,9 @@ _MLPNET = Plan(
     reported=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
 )
 
-# All judged by the loss on held-out training images: at equal images 125 rows of 64 went further than 250 of 32 or 64 of
+# Judged by the loss on held-out training images: at equal images 125 rows of 64 went further than 250 of 32 or 64 of
 # 128, and the weight ½ of the dense network's outputs further than none or 0.9. The choice does not see the gradient:
-# from the dense network to 60 % it was better without at any λ, and better by half at small λ.
+# from the dense network to 60 % it was better without at every λ, and a third better at small λ.
 _RESNET20 = Plan(
     experiment="resnet20-cifar10",
     solver="obs[chunks=2,pool=0]",

@@ -70,6 +70,53 @@ def test_central_differences() -> None:
         assert float(found.factor[1, i]) * math.sqrt(2) == pytest.approx((values[0] - values[1]) / 2e-6, abs=2e-7)
 
 
+def normed() -> tuple[nn.Module, CalibrationData]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4), nn.BatchNorm1d(4)
+    )
+    x = torch.randn(12, 2, 6, 6, dtype=torch.float64)
+    return model.double().eval(), CalibrationData(x, torch.arange(12) % 4, 12)
+
+
+def test_central_differences_under_batch_statistics() -> None:
+    model, data = normed()
+    layers, forward = find_layers(model), Forward(model, F.cross_entropy)
+    index = data.draw(2, 6, seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = sample_gradients(model, layers, data, forward, index, dtype=torch.float64, batch_norm="batch")
+    assert found.method == "loop"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not any(module.training for module in model.modules())
+    w = layers.read(model)
+    inputs, targets = data.batch(index[1], "cpu")
+    model.train()
+    for i in range(0, layers.n, 7):
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = w.clone()
+            moved[i] += step
+            layers.write(model, moved)
+            values.append(F.cross_entropy(model(inputs), targets).item())
+        assert float(found.factor[1, i]) * math.sqrt(2) == pytest.approx((values[0] - values[1]) / 2e-5, abs=1e-7)
+    # But for its ε, a batch norm takes out the scale of the weights before it, so the gradient is orthogonal to them.
+    fc = next(layer for layer in layers if layer.name == "4")
+    row, weights = found.factor[0, fc.slice], w[fc.slice]
+    assert abs(float(row @ weights)) < 1e-4 * float(row.norm() * weights.norm())
+
+
+def test_batch_statistics_need_batches_and_the_loop() -> None:
+    model, data = normed()
+    arguments = (model, find_layers(model), data, Forward(model, F.cross_entropy))
+    with pytest.raises(OptionError, match="one sample"):
+        sample_gradients(*arguments, data.draw(3, 1, seed=0), batch_norm="batch")
+    with pytest.raises(OptionError, match="loop"):
+        sample_gradients(*arguments, data.draw(3, 4, seed=0), batch_norm="batch", method="vmap")
+    with pytest.raises(OptionError, match="'running' or 'batch'"):
+        sample_gradients(*arguments, data.draw(3, 4, seed=0), batch_norm="both")
+
+
 def test_auto_says_what_it_took_and_why() -> None:
     plain = sample_gradients(*setting(Mlp), np.arange(6).reshape(6, 1))
     assert plain.method == "outer" and plain.notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +14,22 @@ from torch.nn import functional as F
 from cbs_opt.batch_norm import batch_statistics, reestimate, statistics_of
 from cbs_opt.calibration import CalibrationData, Forward
 from cbs_opt.damped_refits import DampedRefits
+from cbs_opt.distillation import Distillation
 from cbs_opt.fisher import FisherOptions
 from cbs_opt.journal import Journal, StageState
 from cbs_opt.layers import find_layers
+from cbs_opt.network_checks import evaluation_mode
 from cbs_opt.schedules import kept_after_stages
 from cbs_opt.stage_options import StageOptions, StageRecord
 from cbs_opt.stages import run_stages
 from cbs_opt.step_search import search_step
-from solvers import QuadraticBlock, SelectionProblem
+from solvers import QuadraticBlock, SelectionProblem, solve
 from solvers.errors import CheckpointError, OptionError, OutputError, UnknownNameError
 from solvers.refit import refit
 from tests.conftest import random_block
 
 FISHER = FisherOptions(n_rows=40, batch_size=5, damping=1e-3)
+BATCHES = FisherOptions(n_rows=20, batch_size=16, damping=1e-3)
 
 
 def _network(batch_norm: bool = False) -> nn.Module:
@@ -134,6 +138,24 @@ def test_search_keeps_to_its_budget() -> None:
     assert len(calls) == 7
 
 
+def test_search_adds_the_step_before_where_that_helps() -> None:
+    def step(factor: float) -> np.ndarray:
+        return np.array([1.0, 0.0])
+
+    def loss(weights: np.ndarray) -> float:
+        return float(np.sum((weights - np.array([1.0, 0.4])) ** 2))
+
+    options = StageOptions(search_damping=False, search_step=False, momentum=0.8)
+    before = np.array([0.0, 1.0])
+    found = search_step(np.zeros(2), step, loss, options, before)
+    assert found.momentum == 0.4
+    np.testing.assert_allclose(found.weights, [1.0, 0.4])
+    assert found.loss == pytest.approx(0.0, abs=1e-15)
+    # Where it does not help it is left out, and without a step before there is nothing to add.
+    assert search_step(np.zeros(2), step, loss, options, -before).momentum == 0.0
+    assert search_step(np.zeros(2), step, loss, options).momentum == 0.0
+
+
 def test_batch_statistics_show_what_reestimation_gives() -> None:
     model, data = _trained(batch_norm=True)
     with torch.no_grad():
@@ -233,6 +255,40 @@ def test_batch_norm_statistics_follow_the_weights() -> None:
     assert torch.equal(before["1.running_mean"], statistics_of(frozen)["1.running_mean"])
 
 
+@pytest.mark.parametrize(("size", "noted"), [(5, True), (16, False)])
+def test_gradients_are_taken_under_batch_statistics(size: int, noted: bool) -> None:
+    model, data = _trained(batch_norm=True)
+    fisher = FisherOptions(n_rows=12, batch_size=size, damping=1e-3)
+    first, *others = _run(model, data, options=_options(), fisher=fisher).records
+    assert [any("running batch-norm statistics" in r for r in record.repairs) for record in (first, *others)] == [
+        noted
+    ] * 5
+    # The mean loss of the batches is that of the dense network under the statistics that were meant.
+    dense, _ = _trained(batch_norm=True)
+    with torch.no_grad(), evaluation_mode(dense):
+        running = float(F.cross_entropy(dense(data.inputs), data.targets))
+    with torch.no_grad(), batch_statistics(dense):
+        pieces = torch.randperm(data.n, generator=torch.Generator().manual_seed(0)).split(size)
+        batch = np.mean([float(F.cross_entropy(dense(data.inputs[i]), data.targets[i])) for i in pieces])
+    assert abs(first.loss_gradients - (running if noted else batch)) < abs(
+        first.loss_gradients - (batch if noted else running)
+    )
+
+
+def test_the_choice_may_leave_the_gradient_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def watch(problem: SelectionProblem, *args: Any, **kwargs: Any) -> Any:
+        seen.append(problem.gradient is not None)
+        return solve(problem, *args, **kwargs)
+
+    monkeypatch.setattr("cbs_opt.stages.solve", watch)
+    for first_order in (True, False):
+        model, data = _trained()
+        _run(model, data, options=_options(n_stages=2, n_polish=0, first_order=first_order))
+    assert seen == [True, True, False, False]
+
+
 def test_augmentation_is_applied_to_what_gradients_see() -> None:
     seen = []
 
@@ -253,10 +309,13 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_after", [1, 3, 4])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, killed_after: int) -> None:
+@pytest.mark.parametrize(
+    ("killed_after", "changes"), [(1, {}), (3, {}), (4, {}), (4, {"momentum": 0.8, "distillation": Distillation()})]
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, killed_after: int, changes: dict[str, Any]) -> None:
     whole, data = _trained(batch_norm=True)
-    reference = _run(whole, data, options=_options())
+    options = _options(**changes)
+    reference = _run(whole, data, options=options, fisher=BATCHES)
 
     def kill(record: StageRecord, state: StageState) -> None:
         if record.stage == killed_after:
@@ -264,9 +323,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, killed_after: int
 
     model, _ = _trained(batch_norm=True)
     with pytest.raises(_KilledError):
-        _run(model, data, options=_options(), journal=tmp_path, progress=kill)
+        _run(model, data, options=options, fisher=BATCHES, journal=tmp_path, progress=kill)
     fresh, _ = _trained(batch_norm=True)
-    resumed = _run(fresh, data, options=_options(), journal=tmp_path)
+    resumed = _run(fresh, data, options=options, fisher=BATCHES, journal=tmp_path)
     assert resumed.n_resumed == killed_after
     assert torch.equal(resumed.state.weights, reference.state.weights)
     assert np.array_equal(resumed.state.pruned, reference.state.pruned)
@@ -327,6 +386,8 @@ def test_options_are_checked() -> None:
         {"n_polish": 1.5},
         {"max_evaluations": 0},
         {"regrow": -0.1},
+        {"momentum": 1.0},
+        {"momentum": float("nan")},
         {"regrow": float("nan")},
         {"levels": ()},
         {"levels": (0.5, 0.4)},
