@@ -82,7 +82,7 @@ class DistilledForward(Forward):
         assert isinstance(logits, Tensor)
         weight, warmth = self._options.weight, self._options.temperature
         student, teacher = F.log_softmax(output / warmth, 1), F.log_softmax(logits / warmth, 1)
-        distance = warmth**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        distance = warmth**2 * (teacher.exp() * (teacher - student)).sum(1).mean()
         if weight == 1.0:
             return distance
         return (1.0 - weight) * self._forward.loss(output, inputs, labels) + weight * distance

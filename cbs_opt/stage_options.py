@@ -53,9 +53,10 @@ class StageOptions:
         few rows span few directions, and along the others steps are short. 0 never tries.
     held_out : int
         Training samples kept from the gradients and used by the searches; at most a fifth of the data.
-    first_order : bool
-        Whether the choice of weights sees the gradient, as steps always do. Where few rows make it noisy and each stage
-        starts near a stationary point, leave it out: the choice would count on gains that no step brings.
+    first_order : bool, optional
+        Whether the choice of weights sees the gradient, as steps always do. With few rows it is noisy, and a choice may
+        count on gains that no step brings. None chooses and refits both ways in each stage that prunes, and keeps what
+        has the lower loss on held-out training data.
     centred : bool
         Rows are taken relative to their mean, so that AᵀA ≈ H/b without the gradient's own outer product, which would
         shorten the steps.
@@ -87,7 +88,7 @@ class StageOptions:
     step_damping: float | None = None
     max_evaluations: int = 12
     held_out: int = 2000
-    first_order: bool = True
+    first_order: bool | None = None
     centred: bool = True
     regrow: float = 0.0
     settle: int = 2
@@ -123,6 +124,8 @@ class StageOptions:
         if not (isinstance(self.regrow, (int, float)) and math.isfinite(self.regrow) and self.regrow >= 0):
             raise OptionError(f"regrow must be a finite number, zero or more, not {self.regrow!r}")
 
+        if self.regrow > 0 and self.first_order is False:
+            raise OptionError("regrow needs the gradient: weights come back by it; leave first_order=False out")
         if not (isinstance(self.momentum, (int, float)) and 0.0 <= self.momentum < 1.0):
             raise OptionError(f"momentum must lie in [0, 1), not {self.momentum!r}")
 
@@ -176,6 +179,8 @@ class StageRecord:
         Share of the last step in it.
     evaluations : int
         Losses taken by the searches.
+    first_order : bool
+        Whether the choice saw the gradient.
     n_regrown : int
         Removed weights that came back.
     n_images : int
@@ -209,6 +214,7 @@ class StageRecord:
     seconds_batch_norm: float
     repairs: tuple[str, ...] = ()
     momentum: float = 0.0
+    first_order: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

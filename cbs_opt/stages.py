@@ -8,7 +8,8 @@ Far from w the quadratic model is wrong, so the way to a high sparsity is cut in
    are taken relative to their mean and g enters as g/b: both then stand for H/b. (Leaving ggᵀ in damps exactly the
    direction of descent and makes steps far too short.)
 2. The weights still there, and the removed ones which promise most if put back (`regrow`), form a
-   `SelectionProblem` with λ as it was given; any solver chooses which of them go.
+   `SelectionProblem` with λ as it was given; any solver chooses which of them go. Whether g is part of that problem is
+   decided by the loss after step 3 (`first_order`).
 3. CBS-U with the first-order term gives v(λ) on the chosen support, for any λ from one eigendecomposition
    (`cbs_opt.damped_refits`). λ and the length t of the step w_S + t (v_S − w_S) are searched by the loss on training
    samples that no gradient sees, starting from the last λ: as in Levenberg and Marquardt, λ rises where the model is
@@ -31,7 +32,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -276,23 +277,28 @@ class _Stager:
         weights = state.weights.numpy()
         pruning = n_kept < state.n_kept
         model = StageModel(self.partition, factor, gradient, weights)
-        pruned, objective, spec, seconds_solve = state.pruned, math.nan, "", 0.0
         repairs: tuple[str, ...] = ()
         if self.samples.follows_norms and not self.samples.norms_by_batch:
             repairs += (
                 f"rows of {self.fisher.batch_size} samples (fewer than {LEAST_BATCH}): gradients were taken under the "
                 "running batch-norm statistics",
             )
+        choices = [_Choice(state.pruned)]
+        seconds_solve = 0.0
         if pruning or (self.options.regrow > 0 and may_swap and state.pruned.any()):
-            pruned, objective, found = self._choose(model, state, n_kept, number, regrow=may_swap)
-            repairs += found
-            spec, seconds_solve = self.solver.spec, clock.lap()
+            ways = self._ways(pruning)
+            choices = [self._choose(model, state, n_kept, number, regrow=may_swap, first_order=way) for way in ways]
+            seconds_solve = clock.lap()
         loss_before = self.samples.loss(weights)
-        outcome = self._step(model, pruned, None if pruning else loss_before, state)
-        if not pruning and outcome.length == 0.0 and not np.array_equal(pruned, state.pruned):
+        bar = None if pruning else loss_before
+        tried = [(choice, self._step(model, choice.pruned, bar, state)) for choice in choices]
+        choice, outcome = min(tried, key=lambda pair: pair[1].loss)
+        if not pruning and outcome.length == 0.0 and not np.array_equal(choice.pruned, state.pruned):
             # The swaps do not pay: the same refit without them.
-            pruned = state.pruned
-            outcome = self._step(model, pruned, loss_before, state)
+            choice = replace(choice, pruned=state.pruned)
+            outcome = self._step(model, choice.pruned, bar, state)
+        pruned = choice.pruned
+        repairs += choice.repairs
         self.layers.write(self.model, outcome.weights)
         stored = self.layers.read(self.model)
         seconds_update = clock.lap()
@@ -315,27 +321,37 @@ class _Stager:
             evaluations=self.samples.evaluations,
             n_regrown=int((state.pruned & ~pruned).sum()),
             n_images=len(factor) * self.fisher.batch_size,
-            solver=spec,
-            objective=objective,
+            solver=choice.solver,
+            objective=choice.objective,
             seconds_gradients=seconds_gradients,
             seconds_solve=seconds_solve,
             seconds_update=seconds_update,
             seconds_batch_norm=seconds_norms,
             repairs=repairs,
             momentum=outcome.momentum,
+            first_order=choice.first_order,
         )
         return new, record
 
+    def _ways(self, pruning: bool) -> tuple[bool, ...]:
+        """Whether choices see the gradient: one choice for each."""
+        if Capability.LINEAR_TERM not in self.solver.capabilities:
+            return (False,)
+        if self.options.first_order is not None:
+            return (self.options.first_order,)
+        # Without the gradient no weight that is gone would come back.
+        return (True, False) if pruning else (True,)
+
     def _choose(
-        self, model: StageModel, state: StageState, n_kept: int, number: int, *, regrow: bool
-    ) -> tuple[Mask, float, tuple[str, ...]]:
-        """(mask (n,), objective, repairs): which weights go."""
+        self, model: StageModel, state: StageState, n_kept: int, number: int, *, regrow: bool, first_order: bool
+    ) -> _Choice:
+        """Which weights go."""
         active = ~state.pruned
         if regrow and self.options.regrow > 0:
             active |= model.most_wanted(state.pruned, int(self.options.regrow * n_kept))
         problem, index = model.problem(active, int(active.sum()) - n_kept, self.fisher.damping)
         problem = problem.with_objective(self.objective)
-        if not self.options.first_order or Capability.LINEAR_TERM not in self.solver.capabilities:
+        if not first_order:
             problem = problem.without_gradient()
         start = None
         if n_kept == state.n_kept and Capability.WARM_START in self.solver.capabilities:
@@ -357,7 +373,7 @@ class _Stager:
         )
         pruned = np.ones(self.layers.n, dtype=bool)
         pruned[index[~solution.pruned]] = False
-        return pruned, solution.objective, solution.repairs
+        return _Choice(pruned, solution.objective, solution.repairs, self.solver.spec, first_order)
 
     def _step(self, model: StageModel, pruned: Mask, loss_now: float | None, state: StageState) -> _Step:
         """The refit of a mask, searched; `loss_now` is the loss that a polishing step must beat."""
@@ -385,6 +401,17 @@ class _Stager:
             return _Step(start, damping, 0.0, masked, masked)
         raised = damping * (DAMPING_FACTOR if self.options.search_damping else 1.0)
         return _Step(model.weights, raised, 0.0, loss_now, masked)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Removed weights (n,), the solver's objective and repairs, its name, whether it saw the gradient."""
+
+    pruned: Mask
+    objective: float = math.nan
+    repairs: tuple[str, ...] = ()
+    solver: str = ""
+    first_order: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ _MLPNET = Plan(
     experiment="mlpnet-mnist",
     solver="obs[chunks=2,pool=0]",
     fisher=FisherOptions(n_rows=1000, batch_size=100, damping=1e-4),
-    stages=StageOptions(settle=1),
+    stages=StageOptions(settle=1, first_order=True),
     phases=(
         Phase(((0.5, 6), (0.6, 3), (0.7, 3), (0.8, 3), (0.85, 2))),
         Phase(
@@ -114,21 +114,20 @@ _RESNET20 = Plan(
         distillation=Distillation(weight=0.5, temperature=2.0),
     ),
     phases=(
+        Phase(((0.3, 2), (0.4, 3), (0.5, 4), (0.6, 4), (0.65, 1))),
         Phase(
             (
-                (0.3, 2),
-                (0.4, 3),
-                (0.5, 4),
-                (0.6, 4),
-                (0.65, 1),
-                (0.7, 4),
-                (0.75, 1),
-                (0.8, 10),
+                (0.675, 1),
+                (0.7, 8),
+                (0.73, 1),
+                (0.76, 1),
+                (0.78, 1),
+                (0.8, 12),
                 (0.82, 1),
                 (0.84, 1),
                 (0.86, 1),
                 (0.88, 2),
-                (0.9, 12),
+                (0.9, 10),
             )
         ),
     ),

@@ -283,10 +283,16 @@ def test_the_choice_may_leave_the_gradient_out(monkeypatch: pytest.MonkeyPatch) 
         return solve(problem, *args, **kwargs)
 
     monkeypatch.setattr("cbs_opt.stages.solve", watch)
-    for first_order in (True, False):
+    ends = {}
+    for first_order in (True, False, None):
         model, data = _trained()
-        _run(model, data, options=_options(n_stages=2, n_polish=0, first_order=first_order))
-    assert seen == [True, True, False, False]
+        run = _run(model, data, options=_options(n_stages=1, n_polish=0, regrow=0.0, first_order=first_order))
+        ends[first_order] = run.records[0]
+    assert seen == [True, False, True, False]
+    # Undecided, the better of the two is taken.
+    better = min(True, False, key=lambda way: ends[way].loss_after)
+    assert ends[None].loss_after == ends[better].loss_after
+    assert ends[None].first_order is better
 
 
 def test_augmentation_is_applied_to_what_gradients_see() -> None:
@@ -386,6 +392,7 @@ def test_options_are_checked() -> None:
         {"n_polish": 1.5},
         {"max_evaluations": 0},
         {"regrow": -0.1},
+        {"regrow": 0.2, "first_order": False},
         {"momentum": 1.0},
         {"momentum": float("nan")},
         {"regrow": float("nan")},
