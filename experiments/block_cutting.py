@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import cbs_opt
+from cbs_opt.fisher import DEFAULT_ROWS
 from experiments.catalog import get_experiment
 from experiments.datasets import load_dataset
 from experiments.networks import load_network
@@ -62,22 +63,22 @@ def cut_blocks(
         Data or checkpoint are missing or bad.
     """
     chosen = get_experiment(experiment)
-    rows = chosen.fisher_samples if samples is None else samples
-    strength = chosen.damping if damping is None else damping
+    rows = (chosen.fisher.n_rows or DEFAULT_ROWS) if samples is None else samples
+    strength = chosen.fisher.damping if damping is None else damping
     target = folder.expanduser() / f"{chosen.name}-{size}x{count}-seed{seed}-rows{rows}-damping{strength:g}"
     wanted = [target / f"{chosen.name}-{size}-{index:03d}.npz" for index in range(count)]
     if all(path.is_file() for path in wanted):
         return target
     dataset = load_dataset(chosen.dataset, data_dir)
     network = load_network(chosen, dataset, checkpoint=checkpoint, data_dir=data_dir, say=say)
-    images = dataset.train.sample(max(rows * chosen.fisher_batch, 1000), seed).batch(slice(None))
+    images = dataset.train.sample(max(rows * chosen.fisher.batch_size, 1000), seed).batch(slice(None))
     say(f"gradients of {chosen.name}: {rows} rows")
     prepared = cbs_opt.prepare(
         network.model,
         images,
         F.cross_entropy,
         fisher=cbs_opt.FisherOptions(
-            n_rows=rows, batch_size=chosen.fisher_batch, damping=strength, blocks="per_layer", first_order=True
+            n_rows=rows, batch_size=chosen.fisher.batch_size, damping=strength, blocks="per_layer", first_order=True
         ),
         include=chosen.include or ("*",),
         exclude=chosen.exclude,

@@ -189,9 +189,8 @@ def prune_in_stages(
     layers = layers_of(model, options)
     # On images as they are, the gradients of a network trained on cropped and flipped ones vanish.
     augment = CropAndFlip.of(train) if options.experiment.recipe.augment else None
-    stages = cbs_opt.StageOptions(
-        n_stages=options.stages, augment=augment, held_out=min(cbs_opt.StageOptions.held_out, len(train) // 5)
-    )
+    usual = options.experiment.staged.options
+    stages = replace(usual, n_stages=options.stages, augment=augment, held_out=min(usual.held_out, len(train) // 5))
     result = cbs_opt.prune(
         model,
         calibration(train, options, seed),

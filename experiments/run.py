@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from cbs_opt import resolve_device
+from cbs_opt.fisher import DEFAULT_ROWS
 from experiments.cache import CacheWarning
 from experiments.catalog import DEFAULT, EXPERIMENTS, get_experiment
-from experiments.catalog.experiment import StageDefaults
 from experiments.cli import run_app, wide_console
 from experiments.options import Rounding, RunOptions
 from experiments.plots import Series, plot_accuracy, series_of
@@ -60,7 +60,10 @@ def main(
     ] = None,
     first_order: Annotated[bool, typer.Option("--first-order", help="Keep the mean gradient in the model.")] = False,
     stages: Annotated[
-        int, typer.Option(help="Prune in as many steps, each from gradients anew; a few more polish.")
+        int,
+        typer.Option(
+            help="Prune in as many steps, each from gradients anew, with the experiment's settings; a few more polish."
+        ),
     ] = 1,
     include: Annotated[list[str] | None, typer.Option(help="Patterns of the layers to prune.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Patterns of the layers to leave alone.")] = None,
@@ -99,18 +102,17 @@ def main(
     """Prune the network of an experiment, and report accuracy, objective, bound and time of every row."""
     started = time.perf_counter()
     chosen = get_experiment(experiment)
-    one_shot = StageDefaults(chosen.fisher_samples, chosen.fisher_batch, chosen.damping)
-    usual = chosen.staged if stages > 1 else one_shot
+    usual = chosen.staged.fisher if stages > 1 else chosen.fisher
     options = RunOptions(
         experiment=chosen,
         solvers=tuple(solver),
         sparsities=tuple(sparsity) if sparsity else chosen.sparsities,
         seeds=tuple(seed),
         updates=tuple(update),
-        fisher_samples=usual.samples if fisher_samples is None else fisher_samples,
-        fisher_batch=usual.batch if fisher_batch is None else fisher_batch,
+        fisher_samples=(usual.n_rows or DEFAULT_ROWS) if fisher_samples is None else fisher_samples,
+        fisher_batch=usual.batch_size if fisher_batch is None else fisher_batch,
         damping=usual.damping if damping is None else damping,
-        blocks=blocks or chosen.blocks,
+        blocks=blocks or usual.blocks,
         objective=objective,
         update_scale=update_scale,
         first_order=first_order,

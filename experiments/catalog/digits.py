@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cbs_opt import FisherOptions, StageOptions
 from experiments.catalog.experiment import Experiment, StageDefaults
 from experiments.models import DigitsMLP
 from experiments.training import Recipe
@@ -16,10 +17,7 @@ DIGITS = Experiment(
     recipe=Recipe(epochs=40, batch_size=32, learning_rate=0.05, weight_decay=1e-2),
     train_on_demand=True,
     sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-    fisher_samples=1_000,
-    fisher_batch=1,
-    damping=1e-3,
-    blocks="one",
-    staged=StageDefaults(200, 16, 1e-3),
+    fisher=FisherOptions(n_rows=1_000, batch_size=1, damping=1e-3),
+    staged=StageDefaults(FisherOptions(n_rows=200, batch_size=16, damping=1e-3), StageOptions()),
     reference=True,
 )

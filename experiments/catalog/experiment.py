@@ -7,23 +7,24 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cbs_opt import FisherOptions, StageOptions
 from experiments.training import Recipe
 
 
 @dataclass(frozen=True)
 class StageDefaults:
-    """The quadratic model of each stage where ``--stages`` asks for several: means over batches and more damping.
+    """How a network is pruned in stages, chosen on held-out training images.
 
     Attributes
     ----------
-    samples, batch, damping
-        As ``fisher_samples``, ``fisher_batch`` and ``damping`` of `Experiment`; the stages search the damping from
-        there.
+    fisher
+        The quadratic model of each stage: means over batches and more damping than one shot has.
+    options
+        Everything else, but for the stages themselves.
     """
 
-    samples: int
-    batch: int
-    damping: float
+    fisher: FisherOptions
+    options: StageOptions
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,10 @@ class Experiment:
         Patterns of the layers which are pruned.
     sparsities
         Of the paper's table.
-    fisher_samples, fisher_batch
-        Rows of the factor, and images averaged into each.
-    damping
-        Added to the diagonal of the Fisher matrix.
-    blocks
-        Partition of the weights into Fisher blocks.
+    fisher
+        The quadratic model of one shot, as in the paper.
     staged
-        What replaces samples, batch and damping in several stages.
+        What replaces it in several stages.
     reference
         Whether magnitude pruning is so quick that it is shown without being asked for.
     stale_batch_norm
@@ -70,10 +67,7 @@ class Experiment:
     recipe: Recipe
     train_on_demand: bool
     sparsities: tuple[float, ...]
-    fisher_samples: int
-    fisher_batch: int
-    damping: float
-    blocks: str
+    fisher: FisherOptions
     staged: StageDefaults
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cbs_opt import FisherOptions, StageOptions
 from experiments.catalog.experiment import Experiment, StageDefaults
 from experiments.models import MLPNet
 from experiments.training import Recipe
@@ -16,10 +17,9 @@ MLPNET = Experiment(
     recipe=Recipe(epochs=2, batch_size=64, learning_rate=0.005, weight_decay=1e-4),
     train_on_demand=True,
     sparsities=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
-    fisher_samples=10_000,
-    fisher_batch=1,
-    damping=1e-3,
-    blocks="one",
-    staged=StageDefaults(1_000, 100, 1e-4),
+    fisher=FisherOptions(n_rows=10_000, batch_size=1, damping=1e-3),
+    staged=StageDefaults(
+        FisherOptions(n_rows=1000, batch_size=100, damping=1e-4), StageOptions(settle=1, first_order=True)
+    ),
     reference=True,
 )

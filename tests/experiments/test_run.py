@@ -221,7 +221,7 @@ def test_stages(tmp_path: Path) -> None:
     run("--solver", "obs", "--sparsity", "0.9", "--stages", "3", "--output-dir", tmp_path)
     (row,) = rows_of(tmp_path)
     assert row["stages"] == 3 and row["n_kept"] == 271 and row["objective_kind"] == "joint"
-    assert row["fisher_batch"] == EXPERIMENTS["digits-mlp"].staged.batch
+    assert row["fisher_batch"] == EXPERIMENTS["digits-mlp"].staged.fisher.batch_size
     assert row["accuracy"] > 93
     assert not any((tmp_path / "journals").iterdir())
 
