@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments import plans, tables
+from experiments import plans, staged_path, table_report
 from experiments.augmentation import CropAndFlip
 from experiments.datasets import load_dataset
 from experiments.datasets.images import ImageSet, crop_and_flip
@@ -34,7 +34,7 @@ def _model() -> nn.Module:
 
 
 def _rows(folder: Path, until: float = 0.9, said: list | None = None, plan: Plan = TINY) -> list[dict]:
-    path = tables.StagedPath(plan, _model(), load_dataset("digits"), ("*",), (), torch.device("cpu"), 0, folder)
+    path = staged_path.StagedPath(plan, _model(), load_dataset("digits"), ("*",), (), torch.device("cpu"), 0, folder)
     return path.run(until, lambda record, accuracy: said.append((record.stage, accuracy)) if said is not None else None)
 
 
@@ -83,7 +83,7 @@ def test_the_table_shows_the_literature_and_the_seeds(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     others = [{"solver": "magnitude", "update": "none", "sparsity": 0.98, "accuracy": 32.25}]
-    tables.write_table(tmp_path, plan, rows, others, 93.97)
+    table_report.write_table(tmp_path, plan, rows, others, 93.97)
     text = (tmp_path / "table.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| 0.98"))
     assert "90.73" in line
@@ -108,12 +108,12 @@ def test_rows_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{\n")
     with pytest.raises(DataError, match=r"rows\.jsonl"):
-        tables.read_rows(broken)
-    tables.write_rows(broken, [{"a": 1}])
-    assert tables.read_rows(broken) == [{"a": 1}]
+        table_report.read_rows(broken)
+    table_report.write_rows(broken, [{"a": 1}])
+    assert table_report.read_rows(broken) == [{"a": 1}]
     assert json.loads(broken.read_text()) == {"a": 1}
     with pytest.raises(OutputError):
-        tables.write_rows(broken / "below" / "a-file", [])
+        table_report.write_rows(broken / "below" / "a-file", [])
 
 
 def test_augmentation_of_normalised_images_is_that_of_raw_ones() -> None:

@@ -1,0 +1,156 @@
+"""The path of stages of one seed: through every sparsity of a table, most sparse last (see `experiments.plans`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cbs_opt import CalibrationData, Forward, StageRecord, find_layers
+from cbs_opt.batch_norm import restore_statistics
+from cbs_opt.journal import Journal, StageState
+from cbs_opt.layers import PrunableLayers
+from cbs_opt.stages import run_stages
+from experiments.augmentation import CropAndFlip
+from experiments.datasets.images import Dataset
+from experiments.evaluation import evaluate
+from experiments.plans import Plan
+from experiments.results import versions
+
+
+class _LowPrecision(Forward):
+    """The network in bfloat16, which halves the time of convolutions on processors that have it."""
+
+    def output(self, call: Any, inputs: Any, targets: Any) -> Any:
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            logits = super().output(call, inputs, targets)
+        return logits.float()
+
+
+class StagedPath:
+    """The path of one seed.
+
+    Parameters
+    ----------
+    plan
+    model
+        Trained network in eval mode; each path works on a copy.
+    dataset
+        Training images for everything but the reported accuracy.
+    include, exclude
+        Which layers.
+    folder
+        Journals go below it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        dataset: Dataset,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        device: torch.device,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.plan, self.dataset, self.device, self.seed, self.folder = plan, dataset, device, seed, folder
+        self.model = copy.deepcopy(model).eval()
+        if dataset.train.images.shape[1] > 1:
+            # Convolutions of small images run about twice as fast with channels last on a CPU.
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.dense = copy.deepcopy(self.model)
+        self.layers: PrunableLayers = find_layers(self.model, include=include, exclude=exclude)
+        self.forward = (_LowPrecision if plan.bfloat16 else Forward)(self.model, F.cross_entropy)
+        train = dataset.train
+        self.data = CalibrationData(*train.batch(slice(None)), len(train))
+        self.augment = CropAndFlip.of(train) if plan.augment else None
+
+    def run(self, until: float, say: Any) -> list[dict[str, Any]]:
+        """All stages up to a sparsity; one row per sparsity of the table."""
+        start: StageState | None = None
+        rows: list[dict[str, Any]] = []
+        past: list[StageRecord] = []
+        for position, phase in enumerate(self.plan.phases):
+            levels = tuple(level for level in phase.sparsities if level <= until)
+            if not levels:
+                break
+            last = self.layers.n_kept(levels[-1])
+            # The final level is listed by the number of stages at it, as `levels` leaves the target's own entries out.
+            polish = sum(level == levels[-1] for level in levels) - 1
+            options = replace(
+                self.plan.stages, levels=levels, n_polish=polish, regrow=phase.regrow, augment=self.augment
+            )
+            journal = self.folder / "journals" / f"seed-{self.seed}-phase-{position}-{len(levels)}"
+            fisher = replace(self.plan.fisher, n_rows=phase.n_rows or self.plan.fisher.n_rows)
+            run = run_stages(
+                self.model,
+                self.layers,
+                self.data,
+                self.forward,
+                n_kept=last,
+                solver=self.plan.solver,
+                options=options,
+                fisher=fisher,
+                device=self.device,
+                seed=self.seed,
+                start=start,
+                teacher=self.dense,
+                journal=journal,
+                progress=lambda record, _: say(record, None),
+            )
+            rows.extend(self._rows(journal, run.records, past, levels, say))
+            past.extend(run.records)
+            start = run.state
+        return rows
+
+    def _rows(
+        self,
+        journal: Path,
+        records: Sequence[StageRecord],
+        past: Sequence[StageRecord],
+        levels: Sequence[float],
+        say: Any,
+    ) -> list[dict[str, Any]]:
+        """A row for the last state at each reported sparsity."""
+        book = Journal.open(journal)
+        found = []
+        for sparsity in self.plan.reported:
+            kept = self.layers.n_kept(sparsity)
+            at = [i for i, record in enumerate(records) if record.n_kept == kept]
+            if sparsity not in levels or not at:
+                continue
+            state = book.state(at[-1])
+            self.layers.write(self.model, state.weights)
+            restore_statistics(self.model, state.statistics)
+            test = evaluate(self.model, self.dataset.test, device=self.device)
+            done = [*past, *records[: at[-1] + 1]]
+            say(records[at[-1]], test.accuracy)
+            found.append(
+                {
+                    "experiment": self.plan.experiment,
+                    "solver": self.plan.solver,
+                    "update": "combinatorial",
+                    "sparsity": sparsity,
+                    "seed": self.seed,
+                    "n_weights": self.layers.n,
+                    "n_kept": state.n_kept,
+                    "accuracy": test.accuracy,
+                    "held_out_loss": records[at[-1]].loss_after,
+                    "stages": len(done),
+                    "images": sum(r.n_images for r in done),
+                    "seconds_gradients": sum(r.seconds_gradients for r in done),
+                    "seconds_solve": sum(r.seconds_solve for r in done),
+                    "seconds_update": sum(r.seconds_update + r.seconds_batch_norm for r in done),
+                    "device": self.device.type,
+                    "threads": torch.get_num_threads(),
+                    "versions": versions(),
+                }
+            )
+        return found
