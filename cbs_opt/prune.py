@@ -7,7 +7,6 @@ masks → report. Everything that can be refused is refused before gradients are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from cbs_opt.layers import PrunableLayers, check_sparsity
 from cbs_opt.losses import MOST_SAMPLES
 from cbs_opt.prepared import pick_objective, prepare
 from cbs_opt.results import PruneResult
-from cbs_opt.stage_options import StageOptions
+from cbs_opt.stage_options import LEAST_BATCH, StageOptions
 from cbs_opt.update import Update, check_scale
 from cbs_opt.workspace import open_workspace
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
@@ -75,7 +74,7 @@ def prune(
     objective : {"selection", "joint"}, optional
         What the solver minimises; None takes the selection objective where the solver supports it.
     fisher : FisherOptions, optional
-        Rows, batch size, damping and blocks of the quadratic model.
+        Rows, batch size, damping and blocks of the quadratic model; None takes rows of one sample, in stages of 16.
     calibration : CalibrationOptions, optional
         Which samples of `data` are used.
     include, exclude : patterns
@@ -90,7 +89,7 @@ def prune(
         Calibration losses, by which solvers pick among masks, are taken over at most this many samples.
     stages : int or StageOptions
         How often gradients are recomputed on the way to the sparsity; see `cbs_opt.stages`. With more than one stage
-        the first-order term is always part of the model and the update is the combinatorial one, its length searched.
+        steps always follow the gradient, and the update is the combinatorial one, its length searched.
     journal : path, optional
         Folder that gets the state after each stage; a killed run that is started again goes on from there.
     progress : callable, optional
@@ -109,13 +108,12 @@ def prune(
     chosen = make_solver(solver)
     how = Update.parse(update)
     check_scale(update_scale)
-    fisher = fisher or FisherOptions()
     goal = pick_objective(chosen, objective)
     staged = None if isinstance(stages, int) and stages == 1 else StageOptions.of(stages)
     if staged is None and journal is not None:
         raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
+    fisher = fisher or (FisherOptions() if staged is None else FisherOptions(batch_size=LEAST_BATCH))
     if staged is not None:
-        fisher = replace(fisher, first_order=True)
         if objective is None and Capability.JOINT in chosen.capabilities:
             goal = Objective.JOINT
         _refuse_in_stages(how, update_scale, time_limit, fisher)

@@ -278,7 +278,8 @@ def check_solvers(layers: cbs_opt.PrunableLayers, options: RunOptions) -> None:
     spec = cbs_opt.BlockSpec.parse(options.blocks)
     sizes = contiguous_partition(layers, spec).sizes if spec.contiguous else (layers.n,)
     zeros = [torch.zeros(size) for size in sizes]
-    linear = options.first_order or options.stages > 1
+    # In stages a solver without a linear term chooses without the gradient.
+    linear = options.first_order and options.stages == 1
     blocks = [QuadraticBlock(z, z.unsqueeze(0), gradient=z if linear else None) for z in zeros]
     for solver in options.solvers:
         problem = SelectionProblem(blocks, layers.n // 2, objective_of(solver, options))
