@@ -4,9 +4,9 @@ Far from w the quadratic model is wrong, so the way to a high sparsity is cut in
 
 1. r batches of b fresh training samples give A (batch means, divided by √r) and g. In a network with batch norms they
    are gradients under the statistics of the batch: once the statistics follow the weights, the gradient at resting
-   statistics is none of the loss, and steps along it fail. Since E[ḡḡᵀ] ≈ H/b + ggᵀ, the rows
-   are taken relative to their mean and g enters as g/b: both then stand for H/b. (Leaving ggᵀ in damps exactly the
-   direction of descent and makes steps far too short.)
+   statistics is not that of the loss, and steps along it fail. Since E[ḡḡᵀ] ≈ H/b + ggᵀ, the rows are taken relative to
+   their mean and g enters as g/b: both then stand for H/b. (Leaving ggᵀ in damps exactly the direction of descent and
+   makes steps far too short.)
 2. The weights still there, and the removed ones which promise most if put back (`regrow`), form a
    `SelectionProblem` with λ as it was given; any solver chooses which of them go. Whether g is part of that problem is
    decided by the loss after step 3 (`first_order`).
@@ -15,7 +15,10 @@ Far from w the quadratic model is wrong, so the way to a high sparsity is cut in
    samples that no gradient sees, starting from the last λ: as in Levenberg and Marquardt, λ rises where the model is
    bad. This λ is that of the step alone: a network with nothing to gain drives it up, and a choice made with it would
    become magnitude.
+   To the best of these steps a share of the last stage's step may be added, where that pays too (`momentum`).
 4. Batch-norm statistics are re-estimated, where there are any.
+
+The loss is the one given, or that mixed with the distance from the dense network's outputs (`cbs_opt.distillation`).
 
 A polishing stage is the same at the final sparsity: it refits, and swaps where it pays, and is undone if the loss does
 not fall; then λ is raised instead. Whatever is random is drawn from (seed, number of the stage), so a run taken up
