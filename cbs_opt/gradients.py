@@ -144,6 +144,8 @@ def sample_gradients(
     started = time.perf_counter()
     chosen = parse_method(method)
     by_batch = _by_batch(batch_norm, chosen, index.shape[1])
+    if by_batch:
+        chosen = GradientMethod.LOOP
     place = torch.device(device)
     rows, size = index.shape
     factor = _allocate(rows, layers.n, dtype, place, out)
@@ -152,7 +154,7 @@ def sample_gradients(
         check_loss(model, data, forward, index[0], place)
         if by_batch:
             stack.enter_context(batch_statistics(model))
-        engine = _choose(chosen, model, layers, data, forward, index, place, notes, by_batch)
+        engine = _choose(chosen, model, layers, data, forward, index, place, notes)
         chunk = _chunk_rows(model, layers, data, forward, index, place, memory_budget, engine)
         mean = torch.zeros(layers.n, dtype=torch.float64, device=place)
         total = torch.zeros((), dtype=torch.float64, device=place)
@@ -215,10 +217,9 @@ def _choose(
     index: Index,
     device: torch.device,
     notes: list[str],
-    by_batch: bool,
 ) -> Engine:
     """The method asked for, or the first that applies, compared with autograd on two rows."""
-    if method is GradientMethod.LOOP or by_batch:
+    if method is GradientMethod.LOOP:
         return loop_rows
     rows = _rows(data, index[: min(2, len(index))], device)
     dtype = layers.parameters(model)[0].dtype

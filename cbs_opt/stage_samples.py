@@ -5,6 +5,7 @@ Whatever is random is drawn from (seed, number of the stage, use), so that a sta
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ from solvers.errors import DataError
 
 #: Samples whose gradients are taken together; bounds the memory that augmented copies take.
 _SAMPLES_AT_ONCE = 4096
+#: Samples per batch of a loss by device type.
 _EVALUATION_BATCH = {"cpu": 500, "cuda": 2000}
 #: Uses of random numbers within a stage.
 ROWS, AUGMENT, NORMS, HELD_OUT, SOLVER = range(5)
@@ -51,10 +53,11 @@ class StageSamples:
     forward : Forward
     options : StageOptions
     fisher : FisherOptions
-    teacher : nn.Module
-        The dense network, for distillation.
+    teacher : nn.Module, optional
+        The dense network, for distillation; None takes a copy of `model` as it is given.
     device : torch.device
     seed : int
+        Unless `fisher` has one.
 
     Raises
     ------
@@ -74,14 +77,16 @@ class StageSamples:
         device: torch.device,
         seed: int,
     ) -> None:
-        self._model, self._layers, self._data, self._device = model, layers, data, device
-        self._options, self._fisher, self._seed = options, fisher, seed
+        self.model, self.layers, self.data, self.device = model, layers, data, device
+        self.options, self.fisher = options, fisher
+        self.seed = fisher.seed if fisher.seed is not None else seed
+        self._at_once = _EVALUATION_BATCH.get(device.type, _EVALUATION_BATCH["cpu"])
         self.forward = forward
         if options.distillation is not None:
-            assert teacher is not None
-            self.forward = DistilledForward(forward, teacher, options.distillation)
+            dense = copy.deepcopy(model) if teacher is None else teacher
+            self.forward = DistilledForward(forward, dense, options.distillation)
         self.follows_norms = options.batch_norm and bool(tracked_norms(model))
-        order = generator(seed, 0, HELD_OUT).permutation(data.n)
+        order = generator(self.seed, 0, HELD_OUT).permutation(data.n)
         n_held = min(options.held_out, data.n // 5)
         if n_held < 1:
             raise DataError(f"stages keep a fifth of the training samples for their searches; {data.n} are too few")
@@ -94,48 +99,48 @@ class StageSamples:
     @property
     def norms_by_batch(self) -> bool:
         """Whether gradients are taken under batch statistics."""
-        return self.follows_norms and self._fisher.batch_size >= LEAST_BATCH
+        return self.follows_norms and self.fisher.batch_size >= LEAST_BATCH
 
     def loss(self, weights: np.ndarray | Tensor) -> float:
         """Mean loss on the held-out samples; the weights stay in the network. inf where it is not finite."""
         self.evaluations += 1
-        self._layers.write(self._model, weights)
+        self.layers.write(self.model, weights)
         total = 0.0
-        mode = batch_statistics(self._model) if self.follows_norms else evaluation_mode(self._model)
+        mode = batch_statistics(self.model) if self.follows_norms else evaluation_mode(self.model)
         with mode, torch.no_grad():
             for inputs, targets, count in self.held_out:
-                loss = self.forward.loss(self.forward.output(self._model, inputs, targets), inputs, targets)
+                loss = self.forward.loss(self.forward.output(self.model, inputs, targets), inputs, targets)
                 total += float(loss) * count
         return total / len(self._held_index) if math.isfinite(total) else math.inf
 
     def gradients(self, stage: int) -> tuple[Tensor, Tensor, float]:
         """(A (r, n), g / b float64 (n,), mean loss) over fresh samples; the next call writes over A."""
-        fisher, options = self._fisher, self._options
-        rows, size = fisher.rows_for(self._data), fisher.batch_size
-        index = _draw(self._fit_index, rows, size, generator(self._seed, stage, ROWS))
+        fisher, options = self.fisher, self.options
+        rows, size = fisher.rows_for(self.data), fisher.batch_size
+        index = _draw(self._fit_index, rows, size, generator(self.seed, stage, ROWS))
         if self._factor is None:
-            self._factor = torch.empty(rows, self._layers.n, dtype=fisher.torch_dtype, device=self._device)
+            self._factor = torch.empty(rows, self.layers.n, dtype=fisher.torch_dtype, device=self.device)
         factor = self._factor
-        mean = torch.zeros(self._layers.n, dtype=torch.float64, device=self._device)
-        changes = torch.Generator().manual_seed(number(self._seed, stage, AUGMENT))
+        mean = torch.zeros(self.layers.n, dtype=torch.float64, device=self.device)
+        changes = torch.Generator().manual_seed(number(self.seed, stage, AUGMENT))
         loss = 0.0
         as_they_are = options.augment is None and options.distillation is None
         together = rows if as_they_are else max(1, _SAMPLES_AT_ONCE // size)
         for start in range(0, rows, together):
             part = index[start : start + together]
-            data = self._data
+            data = self.data
             if not as_they_are:
                 inputs, targets = self._batch(part.reshape(-1), changes)
                 data = CalibrationData(inputs, targets, part.size)
                 part = np.arange(part.size, dtype=np.int64).reshape(part.shape)
             target = factor[start : start + together]
             sample = sample_gradients(
-                self._model,
-                self._layers,
+                self.model,
+                self.layers,
                 data,
                 self.forward,
                 part,
-                device=self._device,
+                device=self.device,
                 dtype=fisher.torch_dtype,
                 method=fisher.gradient_method,
                 memory_budget=fisher.memory_budget,
@@ -153,9 +158,9 @@ class StageSamples:
 
     def norm_batches(self, stage: int) -> Iterator[tuple[Tree, Tree | None]]:
         """Batches to re-estimate batch-norm statistics with."""
-        torch_generator = torch.Generator().manual_seed(number(self._seed, stage, NORMS))
-        index = generator(self._seed, stage, NORMS).permutation(self._fit_index)[: self._options.batch_norm_samples]
-        size = _EVALUATION_BATCH.get(self._device.type, 500) // 2
+        torch_generator = torch.Generator().manual_seed(number(self.seed, stage, NORMS))
+        index = generator(self.seed, stage, NORMS).permutation(self._fit_index)[: self.options.batch_norm_samples]
+        size = self._at_once // 2
         pieces = [index[i : i + size] for i in range(0, len(index), size)]
         if len(pieces) > 1 and len(pieces[-1]) < size // 2:
             # The batches count alike, so a small one would weigh too much.
@@ -165,27 +170,27 @@ class StageSamples:
 
     def _plain_batch(self, index: Index, changes: torch.Generator | None) -> tuple[Tree, Tree | None]:
         """(inputs, targets) as the data have them, augmented if there is an augmentation, on the device."""
-        inputs, targets = self._data.batch(index, "cpu")
-        if self._options.augment is not None and changes is not None:
-            inputs = self._options.augment(inputs, changes)
-        return CalibrationData(inputs, targets, len(index)).batch(slice(None), self._device)
+        inputs, targets = self.data.batch(index, "cpu")
+        if self.options.augment is not None and changes is not None:
+            inputs = self.options.augment(inputs, changes)
+        return CalibrationData(inputs, targets, len(index)).batch(slice(None), self.device)
 
     def _batch(self, index: Index, changes: torch.Generator | None) -> tuple[Tree, Tree | None]:
         """As `_plain_batch`, with the targets of the loss."""
         inputs, targets = self._plain_batch(index, changes)
         if not isinstance(self.forward, DistilledForward):
             return inputs, targets
-        batch, size = CalibrationData(inputs, targets, len(index)), _EVALUATION_BATCH.get(self._device.type, 500)
+        batch, size = CalibrationData(inputs, targets, len(index)), self._at_once
         logits = []
         for start in range(0, len(index), size):
-            part = batch.batch(slice(start, start + size), self._device)
+            part = batch.batch(slice(start, start + size), self.device)
             logits.append(self.forward.teacher_logits(*part))
         assert targets is not None
         return inputs, (targets, torch.cat(logits))
 
     def _held_out_batches(self) -> list[tuple[Tree, Tree | None, int]]:
-        changes = torch.Generator().manual_seed(number(self._seed, 0, AUGMENT))
-        size = _EVALUATION_BATCH.get(self._device.type, 500)
+        changes = torch.Generator().manual_seed(number(self.seed, 0, AUGMENT))
+        size = self._at_once
         pieces = [self._held_index[i : i + size] for i in range(0, len(self._held_index), size)]
         return [(*self._batch(piece, changes), len(piece)) for piece in pieces]
 

@@ -30,7 +30,6 @@ Alistarh, NeurIPS 2020 (gradual Fisher pruning); Marquardt, 1963 (damping).
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import time
@@ -144,20 +143,10 @@ def run_stages(
     CBSError
         From the solver, the journal or the gradients.
     """
-    stager = _Stager(
-        model,
-        layers,
-        data,
-        forward,
-        options or StageOptions(),
-        fisher or FisherOptions(),
-        make_solver(solver),
-        objective,
-        allocation,
-        torch.device(device),
-        seed,
-        teacher,
-    )
+    fisher, where = fisher or FisherOptions(), torch.device(device)
+    _check_fisher(fisher)
+    samples = StageSamples(model, layers, data, forward, options or StageOptions(), fisher, teacher, where, seed)
+    stager = _Stager(samples, make_solver(solver), objective, allocation)
     state = start if start is not None else stager.initial_state()
     plan = stager.plan(n_kept, state.n_kept)
     book = None if journal is None else Journal(journal, stager.fingerprint(n_kept, state))
@@ -180,43 +169,31 @@ def run_stages(
     return StagedRun(state, tuple(records), resumed)
 
 
+def _check_fisher(fisher: FisherOptions) -> None:
+    """Raise OptionError for a quadratic model that stages cannot use."""
+    if not fisher.spec.contiguous:
+        raise OptionError(
+            f"stages rebuild the blocks as weights go, which {str(fisher.spec)!r} does not support; use 'one', "
+            "'per_layer', 'per_row' or 'fixed:SIZE'"
+        )
+    if fisher.damping <= 0.0:
+        raise OptionError("stages need a damping > 0 to start from; pass FisherOptions(damping=1e-4), for example")
+
+
 class _Stager:
     """The parts of a stage; see the module's docstring."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: PrunableLayers,
-        data: CalibrationData,
-        forward: Forward,
-        options: StageOptions,
-        fisher: FisherOptions,
-        solver: Solver,
-        objective: Objective | str | None,
-        allocation: str | None,
-        device: torch.device,
-        seed: int,
-        teacher: nn.Module | None,
+        self, samples: StageSamples, solver: Solver, objective: Objective | str | None, allocation: str | None
     ) -> None:
-        if not fisher.spec.contiguous:
-            raise OptionError(
-                f"stages rebuild the blocks as weights go, which {str(fisher.spec)!r} does not support; use 'one', "
-                "'per_layer', 'per_row' or 'fixed:SIZE'"
-            )
-        if fisher.damping <= 0.0:
-            raise OptionError("stages need a damping > 0 to start from; pass FisherOptions(damping=1e-4), for example")
-        self.model, self.layers, self.n_samples = model, layers, data.n
-        self.options, self.fisher, self.solver = options, fisher, solver
-        self.allocation, self.device = allocation, device
-        self.seed = fisher.seed if fisher.seed is not None else seed
+        self.samples, self.solver, self.allocation = samples, solver, allocation
+        self.model, self.layers = samples.model, samples.layers
+        self.options, self.fisher, self.seed = samples.options, samples.fisher, samples.seed
         joint = Capability.JOINT in solver.capabilities
         self.objective = (
             Objective.parse(objective) if objective is not None else (Objective.JOINT if joint else Objective.SELECTION)
         )
-        self.partition = contiguous_partition(layers, fisher.spec)
-        if options.distillation is not None and teacher is None:
-            teacher = copy.deepcopy(model)
-        self.samples = StageSamples(model, layers, data, forward, options, fisher, teacher, self.device, self.seed)
+        self.partition = contiguous_partition(self.layers, self.fisher.spec)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -252,7 +229,7 @@ class _Stager:
         """What makes a run the run it is."""
         digest = hashlib.sha256(state.weights.numpy().tobytes() + state.pruned.tobytes())
         inputs = hashlib.sha256()
-        inputs.update(str(self.n_samples).encode())
+        inputs.update(str(self.samples.data.n).encode())
         for batch, targets, _ in self.samples.held_out[:1]:
             for _, leaf in leaves((batch,) if targets is None else (batch, targets)):
                 inputs.update(leaf.cpu().contiguous().numpy().tobytes())
