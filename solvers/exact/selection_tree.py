@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from solvers.bounds.shift import best_shift, safe_shift
 from solvers.exact import selection_kernels as kernels
-from solvers.local_search import dense
+from solvers.moves import selection_swaps
 from solvers.problem import Array, Mask
 from solvers.solution import Reason
 from solvers.solver import Deadline
@@ -109,7 +109,7 @@ class _Tree:
         """Descend from a mask by swaps; keep the result if it is better than the incumbent."""
         pruned = mask.copy()
         forces = self.quadratic @ pruned - self.linear
-        dense.steepest_descent(self.quadratic, forces, pruned, 1e-13 * max(abs(self.upper), 1e-300), 10_000)
+        selection_swaps.steepest_descent(self.quadratic, forces, pruned, 1e-13 * max(abs(self.upper), 1e-300), 10_000)
         value = self.value(pruned)
         if value < self.upper:
             self.upper, self.best = value, pruned
@@ -337,14 +337,14 @@ def _find_incumbent(tree: _Tree, seed: int, start: Mask | None) -> None:
         tree.offer(mask)
     if start is not None:
         tree.offer(start.astype(np.bool_))
-    frozen, random = np.zeros(n, dtype=np.int64), dense.random_state(rng)
+    frozen, random = np.zeros(n, dtype=np.int64), selection_swaps.random_state(rng)
     pruned, best = tree.best.copy(), tree.best.copy()
     forces = tree.quadratic @ pruned - tree.linear
     value = best_value = tree.upper
     for round_number in range(_TABU_ROUNDS):
         if tree.deadline.expired():
             break
-        value, best_value, idle = dense.tabu_search(
+        value, best_value, idle = selection_swaps.tabu_search(
             tree.quadratic, forces, pruned, frozen, value, best_value, best,
             round_number * _TABU_MOVES, _TABU_MOVES, max(2, min(10, n // 4)), 40, random,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Search for the joint optimum of a small dense problem: descent from several starts, then tabu with kicks.
 
-The walk and its arithmetic are in `solvers.joint.tableau`. When the best has not moved for `stall` swaps, the walk
+The walk and its arithmetic are in `solvers.moves.joint_swaps`. When the best has not moved for `stall` swaps, the walk
 is thrown off where it stands by a random exchange of a few weights. The result is a one-swap local optimum.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.joint import tableau
+from solvers.moves import joint_swaps
 from solvers.problem import Array, Mask
 from solvers.solver import Deadline
 
@@ -53,7 +53,7 @@ def descend(problem: DenseJoint, kept: Mask, least_gain: float, deadline: Deadli
     best, best_value, start_value = kept.copy(), np.inf, np.nan
     swaps = 0
     while True:
-        table, solution = tableau.build(problem.hessian, problem.linear, kept)
+        table, solution = joint_swaps.build(problem.hessian, problem.linear, kept)
         value = problem.value(solution, kept)
         if not value < best_value:
             # Rounding, not a gain: a nearly singular H would have this go round for ever.
@@ -62,7 +62,7 @@ def descend(problem: DenseJoint, kept: Mask, least_gain: float, deadline: Deadli
         best[:], best_value = kept, value
         if deadline is not None and deadline.expired():
             return DenseResult(best, best_value, start_value, swaps)
-        _, made = tableau.descend(table, solution, kept, least_gain, tableau.REFRESH)
+        _, made = joint_swaps.descend(table, solution, kept, least_gain, joint_swaps.REFRESH)
         swaps += made
         if made == 0:
             return DenseResult(best, best_value, start_value, swaps)
@@ -96,7 +96,7 @@ def search(
     for start in starts:
         if best is not None and deadline.expired():
             break
-        table, solution = tableau.build(problem.hessian, problem.linear, start)
+        table, solution = joint_swaps.build(problem.hessian, problem.linear, start)
         gain = tolerance * abs(problem.value(solution, start))
         found = descend(problem, start, gain, deadline)
         swaps += found.swaps
@@ -111,12 +111,12 @@ def search(
     until = np.zeros(n, dtype=np.int64)
     clock = last_gain = 0
     while clock < iterations and not deadline.expired():
-        table, solution = tableau.build(problem.hessian, problem.linear, current)
+        table, solution = joint_swaps.build(problem.hessian, problem.linear, current)
         value = problem.value(solution, current)
         stride = min(_STRIDE, iterations - clock)
         draws = rng.integers(_TENURE[0], _TENURE[1] + 1, stride)
         before = best_value
-        _, best_value, last = tableau.tabu_walk(
+        _, best_value, last = joint_swaps.tabu_walk(
             table, solution, current, until, clock, draws, value, best_value, best_kept
         )
         clock += stride

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from solvers.joint.path import eliminate_dense
 from solvers.joint.woodbury import KeptSystem, dense_problem, effective_damping
+from solvers.moves.elimination_path import eliminate_dense
 from solvers.problem import Array, Mask, QuadraticBlock, SelectionProblem
 from solvers.solution import Reason
 from solvers.solver import Deadline

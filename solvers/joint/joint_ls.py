@@ -6,7 +6,7 @@ With S kept, P pruned, v the refit on S and ρ minus the gradient of the model a
     putting j back gains   ρ_j² / (2 (H_jj − H_jS H_SS⁻¹ H_Sj)) ,
 
 and a swap changes the objective by cost − gain corrected for the interaction of i and j, exactly
-(`solvers.joint.tableau`, `solvers.joint.pool_search`). Small problems are held as a dense tableau, searched by
+(`solvers.moves.joint_swaps`, `solvers.joint.pool_search`). Small problems are held as a dense tableau, searched by
 descent from several starts and then by a tabu walk with kicks; large ones by rounds of exact searches over pools
 of promising weights. Either way the result cannot be bettered by one swap, unless a limit stopped it earlier.
 

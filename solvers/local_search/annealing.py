@@ -17,11 +17,11 @@ from typing import Literal
 
 import numpy as np
 
-from solvers.local_search import dense
 from solvers.local_search.descent import descend
-from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
+from solvers.moves import selection_swaps
+from solvers.moves.starts import STARTS, starting_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
@@ -30,8 +30,8 @@ _STEPS_BETWEEN_CHECKS = 50_000
 _WORKING_SET = 2000
 _ROUNDS = 5
 
-dense.compile_kernel("steepest_descent")
-dense.compile_kernel("anneal")
+selection_swaps.compile_kernel("steepest_descent")
+selection_swaps.compile_kernel("anneal")
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ class AnnealingSolver(Solver):
             return 0
         start = value = best_value = state.value
         best = piece.pruned.copy()
-        random = dense.random_state(rng)
+        random = selection_swaps.random_state(rng)
         total = self.sweeps * piece.pruned.shape[0]
         temperatures = hot * scale * self.cooling ** np.linspace(0.0, 1.0, -(-total // _STEPS_BETWEEN_CHECKS) + 1)
         done = 0
         for first, last in pairwise(temperatures):
             steps = min(_STEPS_BETWEEN_CHECKS, total - done)
-            value, best_value, _ = dense.anneal(
+            value, best_value, _ = selection_swaps.anneal(
                 piece.table, piece.forces, piece.pruned, value, best_value, best, first, last, steps, random
             )
             done += steps

@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from solvers.local_search import dense
 from solvers.local_search.descent import descend
-from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import SwapState
+from solvers.moves import selection_swaps
+from solvers.moves.starts import STARTS, starting_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
 
-dense.compile_kernel("steepest_descent")
+selection_swaps.compile_kernel("steepest_descent")
 
 
 @dataclass(frozen=True)

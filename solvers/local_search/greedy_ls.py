@@ -31,8 +31,8 @@ from typing import Literal
 import numpy as np
 
 from solvers.local_search.descent import descend
-from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import Index, SwapState
+from solvers.moves.starts import STARTS, starting_mask
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Deadline, Solver, option

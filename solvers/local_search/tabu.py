@@ -17,11 +17,11 @@ from typing import Literal
 
 import numpy as np
 
-from solvers.local_search import dense
 from solvers.local_search.descent import descend
-from solvers.local_search.starts import STARTS, starting_mask
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
+from solvers.moves import selection_swaps
+from solvers.moves.starts import STARTS, starting_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
@@ -31,8 +31,8 @@ _MOVES_BETWEEN_CHECKS = 250
 _MOVES_PER_ROUND = 2000
 _WORKING_SET = 2000
 
-dense.compile_kernel("steepest_descent")
-dense.compile_kernel("tabu_search")
+selection_swaps.compile_kernel("steepest_descent")
+selection_swaps.compile_kernel("tabu_search")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TabuSolver(Solver):
         """Tabu moves on one table; commits the best mask found."""
         value = best_value = initial = state.value
         best = piece.pruned.copy()
-        random = dense.random_state(rng)
+        random = selection_swaps.random_state(rng)
         size = best.shape[0]
         # A tenure that freezes a whole side would leave nothing to move.
         smaller = min(int(best.sum()), size - int(best.sum()))
@@ -108,7 +108,7 @@ class TabuSolver(Solver):
         while clock < budget and not context.deadline.expired():
             moves = min(_MOVES_BETWEEN_CHECKS, budget - clock)
             previous = best_value
-            value, best_value, since = dense.tabu_search(
+            value, best_value, since = selection_swaps.tabu_search(
                 piece.table, piece.forces, piece.pruned, frozen, value, best_value, best, clock,
                 moves, tenure, self.candidates, random,
             )  # fmt: skip

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from solvers.local_search import dense
 from solvers.local_search.state import Index, SwapState
+from solvers.moves import selection_swaps
 from solvers.problem import Array, Mask
 from solvers.solver import Deadline
 
@@ -73,7 +73,9 @@ def settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int,
     """Steepest descent on a working set, committed; (swaps, whether it ended before the deadline)."""
     total, swaps = 0.0, 0
     while True:
-        made, change = dense.steepest_descent(piece.table, piece.forces, piece.pruned, min_gain, _SWAPS_BETWEEN_CHECKS)
+        made, change = selection_swaps.steepest_descent(
+            piece.table, piece.forces, piece.pruned, min_gain, _SWAPS_BETWEEN_CHECKS
+        )
         total, swaps = total + change, swaps + made
         done = made < _SWAPS_BETWEEN_CHECKS
         if done or deadline.expired():

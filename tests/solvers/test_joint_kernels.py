@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from solvers import QuadraticBlock, SelectionProblem, SingularHessianError
-from solvers.joint import tableau
-from solvers.joint.path import eliminate_dense
 from solvers.joint.woodbury import KeptSystem, ReducedProblem, dense_problem, effective_damping
+from solvers.moves import joint_swaps
+from solvers.moves.elimination_path import eliminate_dense
 from solvers.refit import refit
 from tests.conftest import random_block
 
@@ -184,14 +184,14 @@ def test_the_tableau_and_its_pivots_follow_the_dense_algebra(seed: int) -> None:
     block = random_block(seed, 11, 6, damping=0.1, gradient=True)
     dense = Dense(block)
     kept = some_kept(seed, 11, 5)
-    table, solution = tableau.build(dense.hessian, dense.linear, kept)
+    table, solution = joint_swaps.build(dense.hessian, dense.linear, kept)
     before = dense.value(kept)
     for k in (0, 4, 7, 0):
-        change = tableau.pivot(table, solution, k, kept)
+        change = joint_swaps.pivot(table, solution, k, kept)
         after = dense.value(kept)
         assert change == pytest.approx(after - before, rel=1e-9, abs=1e-12)
         before = after
-        fresh_table, fresh_solution = tableau.build(dense.hessian, dense.linear, kept)
+        fresh_table, fresh_solution = joint_swaps.build(dense.hessian, dense.linear, kept)
         np.testing.assert_allclose(table, fresh_table, atol=1e-9)
         np.testing.assert_allclose(solution, fresh_solution, atol=1e-9)
 
@@ -200,8 +200,8 @@ def test_the_best_swap_is_the_best_of_all_swaps() -> None:
     block = random_block(12, 10, 5, damping=0.1)
     dense = Dense(block)
     kept = some_kept(12, 10, 4)
-    table, solution = tableau.build(dense.hessian, dense.linear, kept)
-    change, out, into = tableau.best_swap(table, solution, np.flatnonzero(kept), np.flatnonzero(~kept))
+    table, solution = joint_swaps.build(dense.hessian, dense.linear, kept)
+    change, out, into = joint_swaps.best_swap(table, solution, np.flatnonzero(kept), np.flatnonzero(~kept))
     changes = {}
     for i, j in itertools.product(np.flatnonzero(kept), np.flatnonzero(~kept)):
         swapped = kept.copy()
