@@ -8,15 +8,19 @@ print(result.report)
 
 from __future__ import annotations
 
-from cbs_opt.blocks import BlockSpec, Partition, Structure
-from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward
-from cbs_opt.devices import resolve_device
-from cbs_opt.distillation import Distillation
-from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.gradient_methods import GradientMethod
-from cbs_opt.gradients import GradientSample, sample_gradients
-from cbs_opt.layers import Layer, PrunableLayers, find_layers
-from cbs_opt.masks import (
+from cbs_opt.data.calibration import CalibrationData, CalibrationOptions
+from cbs_opt.data.distillation import Distillation
+from cbs_opt.data.forward import Forward
+from cbs_opt.engine.stage_options import StageOptions, StageRecord
+from cbs_opt.engine.update import Update, Updated, update_weights
+from cbs_opt.engine.workspace import Workspace, open_workspace
+from cbs_opt.measure.blocks import BlockSpec, Partition, Structure
+from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks
+from cbs_opt.measure.gradient_methods import GradientMethod
+from cbs_opt.measure.gradients import GradientSample, sample_gradients
+from cbs_opt.network.devices import resolve_device
+from cbs_opt.network.layers import Layer, PrunableLayers, find_layers
+from cbs_opt.network.masks import (
     PruningMask,
     apply_masks,
     from_torch_prune,
@@ -27,11 +31,8 @@ from cbs_opt.masks import (
 )
 from cbs_opt.prepared import Prepared, prepare
 from cbs_opt.prune import prune
-from cbs_opt.report import LayerReport, PruneReport
-from cbs_opt.results import PruneResult
-from cbs_opt.stage_options import StageOptions, StageRecord
-from cbs_opt.update import Update, Updated, update_weights
-from cbs_opt.workspace import Workspace, open_workspace
+from cbs_opt.report.report import LayerReport, PruneReport
+from cbs_opt.report.result import PruneResult
 from solvers.errors import (
     BackendError,
     CapabilityError,

@@ -20,14 +20,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cbs_opt.calibration import CalibrationOptions, LossFunction
-from cbs_opt.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.gradients import GradientSample, Progress
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.losses import MOST_SAMPLES
-from cbs_opt.results import PruneResult, assemble
-from cbs_opt.update import Update, Updated, check_scale, update_weights
-from cbs_opt.workspace import Workspace, open_workspace
+from cbs_opt.data.calibration import CalibrationOptions
+from cbs_opt.data.forward import LossFunction
+from cbs_opt.data.losses import MOST_SAMPLES
+from cbs_opt.engine.update import Update, Updated, check_scale, update_weights
+from cbs_opt.engine.workspace import Workspace, open_workspace
+from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks
+from cbs_opt.measure.gradients import GradientSample, Progress
+from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.report.result import PruneResult, assemble
 from solvers import Capability, Objective, SelectionProblem, Solution, Solver, make_solver, solve
 from solvers.errors import OptionError
 
@@ -269,7 +270,7 @@ def prepare(
     model : nn.Module
         Not changed. Networks with batch norm must be in eval mode. Earlier pruning masks become zeros.
     data
-        Calibration (training) data; see `cbs_opt.calibration`.
+        Calibration (training) data; see `cbs_opt.data.calibration`.
     loss_fn : callable
         (output, target) → mean loss over the batch; for dict batches (output, batch).
     fisher : FisherOptions, optional

@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cbs_opt.blocks import contiguous_partition
-from cbs_opt.calibration import CalibrationOptions, LossFunction
-from cbs_opt.fisher import FisherOptions
-from cbs_opt.gradients import Progress
-from cbs_opt.layers import PrunableLayers, check_sparsity
-from cbs_opt.losses import MOST_SAMPLES
+from cbs_opt.data.calibration import CalibrationOptions
+from cbs_opt.data.forward import LossFunction
+from cbs_opt.data.losses import MOST_SAMPLES
+from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
+from cbs_opt.engine.update import Update, check_scale
+from cbs_opt.engine.workspace import open_workspace
+from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import Progress
+from cbs_opt.network.layers import PrunableLayers, check_sparsity
 from cbs_opt.prepared import pick_objective, prepare
-from cbs_opt.results import PruneResult
-from cbs_opt.stage_options import LEAST_BATCH, StageOptions
-from cbs_opt.update import Update, check_scale
-from cbs_opt.workspace import open_workspace
+from cbs_opt.report.result import PruneResult
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.errors import OptionError, UnknownNameError
@@ -60,7 +61,7 @@ def prune(
         With Linear, Conv1d or Conv2d layers. Not changed. Networks with batch norm must be in eval mode.
     data
         Training data: an iterable of (x, y) or dict batches, a DataLoader without shuffling, a Dataset, or two tensors;
-        see `cbs_opt.calibration`.
+        see `cbs_opt.data.calibration`.
     loss_fn : callable
         (output, target) → mean loss over the batch; for dict batches (output, batch).
     sparsity : float in [0, 1)
@@ -68,7 +69,7 @@ def prune(
     solver : str or Solver
         See `solvers.available_solvers`; options in brackets, ``"greedy_ls[window=20]"``.
     update : {"combinatorial", "searched", "single", "none"}
-        How the kept weights are re-optimised; see `cbs_opt.update`.
+        How the kept weights are re-optimised; see `cbs_opt.engine.update`.
     update_scale : float
         Multiplies the step of the kept weights.
     objective : {"selection", "joint"}, optional
@@ -88,7 +89,7 @@ def prune(
     loss_samples : int
         Calibration losses, by which solvers pick among masks, are taken over at most this many samples.
     stages : int or StageOptions
-        How often gradients are recomputed on the way to the sparsity; see `cbs_opt.stages`. With more than one stage
+        How often gradients are recomputed on the way to the sparsity; see `cbs_opt.engine`. With more than one stage
         steps always follow the gradient, and the update is the combinatorial one, its length searched.
     journal : path, optional
         Folder that gets the state after each stage; a killed run that is started again goes on from there.
@@ -125,7 +126,7 @@ def prune(
             check_capabilities(chosen, _outline(layers, fisher, sparsity, goal), time_limit, None)
 
     if staged is not None:
-        from cbs_opt.staged_pruning import prune_in_stages
+        from cbs_opt.engine.staged_pruning import prune_in_stages
 
         workspace = open_workspace(
             model,

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import cbs_opt
-from cbs_opt.fisher import DEFAULT_ROWS
+from cbs_opt.measure.fisher import DEFAULT_ROWS
 from experiments.catalog import get_experiment
 from experiments.datasets import load_dataset
 from experiments.networks import load_network

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import cbs_opt
 import solvers
-from cbs_opt.blocks import contiguous_partition
+from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.prepared import pick_objective
 from experiments.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from cbs_opt import resolve_device
-from cbs_opt.fisher import DEFAULT_ROWS
+from cbs_opt.measure.fisher import DEFAULT_ROWS
 from experiments.cache import CacheWarning
 from experiments.catalog import DEFAULT, EXPERIMENTS, get_experiment
 from experiments.cli import run_app, wide_console

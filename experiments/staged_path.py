@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from cbs_opt import CalibrationData, Forward, StageRecord, find_layers
-from cbs_opt.batch_norm import restore_statistics
-from cbs_opt.journal import Journal, StageState
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.stages import run_stages
+from cbs_opt.engine.journal import Journal, StageState
+from cbs_opt.engine.stages import run_stages
+from cbs_opt.network.batch_norm import restore_statistics
+from cbs_opt.network.layers import PrunableLayers
 from experiments.augmentation import CropAndFlip
 from experiments.datasets.images import Dataset
 from experiments.evaluation import evaluate

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbs_opt.calibration import CalibrationData, Forward
-from cbs_opt.layers import PrunableLayers
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.forward import Forward
+from cbs_opt.network.layers import PrunableLayers
 
 
 class Mlp(nn.Module):

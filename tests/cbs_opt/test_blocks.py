@@ -18,7 +18,7 @@ from cbs_opt import (
     find_layers,
     sample_gradients,
 )
-from cbs_opt.blocks import MOST_WEIGHTS, interaction_partition
+from cbs_opt.measure.blocks import MOST_WEIGHTS, interaction_partition
 from solvers import SelectionProblem
 from solvers.errors import DataError, OptionError, ProblemError, UnknownNameError
 from tests.cbs_opt.networks import Mlp, build, inputs_for

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cbs_opt import CalibrationData, Distillation, FisherOptions, Forward, StageOptions, find_layers
-from cbs_opt.distillation import DistilledForward
-from cbs_opt.stages import run_stages
+from cbs_opt.data.distillation import DistilledForward
+from cbs_opt.engine.stages import run_stages
 from solvers.errors import DataError, ModelError, OptionError
 
 

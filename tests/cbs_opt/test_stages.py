@@ -11,18 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cbs_opt.batch_norm import batch_statistics, reestimate, statistics_of
-from cbs_opt.calibration import CalibrationData, Forward
-from cbs_opt.damped_refits import DampedRefits
-from cbs_opt.distillation import Distillation
-from cbs_opt.fisher import FisherOptions
-from cbs_opt.journal import Journal, StageState
-from cbs_opt.layers import find_layers
-from cbs_opt.network_checks import evaluation_mode
-from cbs_opt.schedules import kept_after_stages
-from cbs_opt.stage_options import StageOptions, StageRecord
-from cbs_opt.stages import run_stages
-from cbs_opt.step_search import search_step
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.distillation import Distillation
+from cbs_opt.data.forward import Forward
+from cbs_opt.engine.damped_refits import DampedRefits
+from cbs_opt.engine.journal import Journal, StageState
+from cbs_opt.engine.schedules import kept_after_stages
+from cbs_opt.engine.stage_options import StageOptions, StageRecord
+from cbs_opt.engine.stages import run_stages
+from cbs_opt.engine.step_search import search_step
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.network.batch_norm import batch_statistics, reestimate, statistics_of
+from cbs_opt.network.layers import find_layers
+from cbs_opt.network.modes import evaluation_mode
 from solvers import QuadraticBlock, SelectionProblem, solve
 from solvers.errors import CheckpointError, OptionError, OutputError, UnknownNameError
 from solvers.refit import refit
@@ -166,7 +167,7 @@ def test_batch_statistics_show_what_reestimation_gives() -> None:
         seen = F.cross_entropy(model(data.inputs), data.targets)
     for name, value in statistics_of(model).items():
         assert torch.equal(value, before[name])
-    reestimate(model, forward, [(data.inputs, data.targets)])
+    reestimate(model, forward.output, [(data.inputs, data.targets)])
     assert not model.training
     with torch.no_grad():
         after = F.cross_entropy(model(data.inputs), data.targets)
@@ -282,7 +283,7 @@ def test_the_choice_may_leave_the_gradient_out(monkeypatch: pytest.MonkeyPatch) 
         seen.append(problem.gradient is not None)
         return solve(problem, *args, **kwargs)
 
-    monkeypatch.setattr("cbs_opt.stages.solve", watch)
+    monkeypatch.setattr("cbs_opt.engine.stages.solve", watch)
     ends = {}
     for first_order in (True, False, None):
         model, data = _trained()

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cbs_opt.calibration import Forward
-from cbs_opt.trees import Tree
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.trees import Tree
 from solvers.errors import DataError, ModelError, OptionError
 
 

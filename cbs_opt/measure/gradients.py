@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.batch_norm import batch_statistics
-from cbs_opt.calibration import CalibrationData, Forward, Index
-from cbs_opt.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.network_checks import check_loss, typed_failures
-from cbs_opt.network_checks import evaluation_mode as evaluation_mode
-from cbs_opt.outer_products import NotApplicableError
-from cbs_opt.trees import Tree, leaves, split_rows
+from cbs_opt.data.calibration import CalibrationData, Index
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.loss_checks import check_loss, typed_failures
+from cbs_opt.data.trees import Tree, leaves, split_rows
+from cbs_opt.measure.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
+from cbs_opt.measure.outer_products import NotApplicableError
+from cbs_opt.network.batch_norm import batch_statistics
+from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.modes import evaluation_mode as evaluation_mode
 from solvers.errors import DataError, ModelError, OptionError
 
 Progress = Callable[[int, int], None]

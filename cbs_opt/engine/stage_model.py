@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cbs_opt.blocks import Partition
+from cbs_opt.measure.blocks import Partition
 from solvers import Objective, QuadraticBlock, SelectionProblem
 
 Array = npt.NDArray[np.float64]

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.calibration import CalibrationData, Forward
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.network_checks import evaluation_mode, typed_failures
-from cbs_opt.trees import Tree, leaves, map_tree
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.loss_checks import typed_failures
+from cbs_opt.data.trees import Tree, leaves, map_tree
+from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.modes import evaluation_mode
 
 #: Most calibration samples a loss is taken over, as in the published experiments.
 MOST_SAMPLES = 5000

@@ -8,7 +8,7 @@ With P removed, S kept, E_P the columns of the identity that belong to P:
                      removes from the unconstrained minimiser u = w − H⁻¹g, so δ = −H⁻¹g − H⁻¹E_P (u_P / diag(H⁻¹)_P).
 * ``combinatorial``  CBS-U, the minimiser of the quadratic model for this P (`solvers.refit`)
 * ``searched``       CBS-U with the damping and the length of its step searched by the calibration loss
-                     (`cbs_opt.step_search`): far from w the model is wrong, and the network itself has the last word
+                     (`step_search`): far from w the model is wrong, and the network itself has the last word
 
 and v_S = w_S + scale · δ_S. Sources: Singh and Alistarh, *WoodFisher*, NeurIPS 2020; Yu et al., ICML 2022.
 """
@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cbs_opt.damped_refits import DampedRefits
-from cbs_opt.stage_options import StageOptions
-from cbs_opt.step_search import search_step
+from cbs_opt.engine.damped_refits import DampedRefits
+from cbs_opt.engine.stage_options import StageOptions
+from cbs_opt.engine.step_search import search_step
 from solvers import QuadraticBlock, SelectionProblem, linalg
 from solvers.errors import OptionError, UnknownNameError
 from solvers.refit import refit

@@ -1,4 +1,4 @@
-"""`prune` in several stages: the workspace goes through `cbs_opt.stages`, and its last state becomes the result."""
+"""`prune` in several stages: the workspace goes through `stages`, and its last state becomes the result."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cbs_opt.batch_norm import restore_statistics
-from cbs_opt.blocks import contiguous_partition
-from cbs_opt.fisher import FisherOptions
-from cbs_opt.gradients import Progress
-from cbs_opt.report import PruneReport, layer_reports
-from cbs_opt.results import PruneResult
-from cbs_opt.stage_options import StageOptions, StageRecord
-from cbs_opt.stages import run_stages
-from cbs_opt.update import Update
-from cbs_opt.workspace import Workspace
+from cbs_opt.engine.stage_options import StageOptions, StageRecord
+from cbs_opt.engine.stages import run_stages
+from cbs_opt.engine.update import Update
+from cbs_opt.engine.workspace import Workspace
+from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import Progress
+from cbs_opt.network.batch_norm import restore_statistics
+from cbs_opt.report.report import PruneReport, layer_reports
+from cbs_opt.report.result import PruneResult
 from solvers import Objective, Reason, Solver, Status
 
 

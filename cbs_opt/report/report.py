@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cbs_opt.layers import PrunableLayers
+from cbs_opt.network.layers import PrunableLayers
 from solvers import Objective, SelectionProblem
 from solvers.errors import DataError, OutputError
 
@@ -29,7 +29,7 @@ class LayerReport:
 
     Attributes
     ----------
-    name, kind, shape : as in `cbs_opt.layers.Layer`
+    name, kind, shape : as in `cbs_opt.network.layers.Layer`
     n, n_kept : int
         Weights in all, weights that stay.
     sparsity : float

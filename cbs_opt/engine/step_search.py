@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cbs_opt.stage_options import StageOptions
+from cbs_opt.engine.stage_options import StageOptions
 
 Array = npt.NDArray[np.float64]
 

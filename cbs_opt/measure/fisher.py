@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbs_opt.blocks import BlockSpec, Partition, contiguous_partition, interaction_partition
-from cbs_opt.calibration import CalibrationData
-from cbs_opt.gradient_methods import GradientMethod, parse_method
-from cbs_opt.gradients import GradientSample
-from cbs_opt.layers import PrunableLayers
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.measure.blocks import BlockSpec, Partition, contiguous_partition, interaction_partition
+from cbs_opt.measure.gradient_methods import GradientMethod, parse_method
+from cbs_opt.measure.gradients import GradientSample
+from cbs_opt.network.layers import PrunableLayers
 from solvers import QuadraticBlock
 from solvers.errors import DataError, OptionError
 

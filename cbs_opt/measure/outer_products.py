@@ -7,7 +7,7 @@ weight-gradient convolution in which every sample is a group, gives the gradient
 unfold does, was measured to be twice as slow on a CPU, ``torch.func.vmap`` of the whole loss three times.
 
 It needs layers that are called as modules with the samples along the first dimension. Whether that holds is not
-guessed: `cbs_opt.gradients` compares the first rows with plain autograd.
+guessed: `cbs_opt.measure.gradients` compares the first rows with plain autograd.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-from cbs_opt.calibration import Forward
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.trees import Tree, leaves, map_tree, row_of, split_rows
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.trees import Tree, leaves, map_tree, row_of, split_rows
+from cbs_opt.network.layers import PrunableLayers
 
 
 class NotApplicableError(Exception):

@@ -7,14 +7,13 @@ are averaged with equal weight (``momentum=None``), so that it does not matter w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from cbs_opt.calibration import Forward, Tree
 
 
 def tracked_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -63,14 +62,17 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def reestimate(model: nn.Module, forward: Forward, batches: Iterable[tuple[Tree, Tree | None]]) -> None:
+def reestimate(
+    model: nn.Module, output: Callable[[nn.Module, Any, Any], Any], batches: Iterable[tuple[Any, Any]]
+) -> None:
     """Replace the running statistics by the mean over `batches`, in place.
 
     Parameters
     ----------
     model : nn.Module
         Only its batch norms are put into train mode; every flag is restored.
-    forward : Forward
+    output : callable
+        (network, inputs, targets) → output, as `cbs_opt.Forward.output`.
     batches : iterable of (inputs, targets)
         On the device of the network, each of many samples.
     """
@@ -85,7 +87,7 @@ def reestimate(model: nn.Module, forward: Forward, batches: Iterable[tuple[Tree,
     try:
         with torch.no_grad():
             for inputs, targets in batches:
-                forward.output(model, inputs, targets)
+                output(model, inputs, targets)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

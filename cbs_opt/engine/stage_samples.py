@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.batch_norm import batch_statistics, tracked_norms
-from cbs_opt.calibration import CalibrationData, Forward, Index, Tree
-from cbs_opt.distillation import DistilledForward
-from cbs_opt.fisher import FisherOptions
-from cbs_opt.gradients import sample_gradients
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.network_checks import evaluation_mode
-from cbs_opt.stage_options import LEAST_BATCH, StageOptions
+from cbs_opt.data.calibration import CalibrationData, Index
+from cbs_opt.data.distillation import DistilledForward
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.trees import Tree
+from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import sample_gradients
+from cbs_opt.network.batch_norm import batch_statistics, tracked_norms
+from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.modes import evaluation_mode
 from solvers.errors import DataError
 
 #: Samples whose gradients are taken together; bounds the memory that augmented copies take.

@@ -1,4 +1,4 @@
-"""What a network and its loss must be like for gradients per sample to exist; refused before work starts."""
+"""What a loss must be like for gradients per sample to exist; refused before work starts."""
 
 from __future__ import annotations
 
@@ -8,41 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from cbs_opt.calibration import CalibrationData, Forward, Index
-from cbs_opt.trees import Tree, leaves
+from cbs_opt.data.calibration import CalibrationData, Index
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.trees import Tree, leaves
 from solvers.errors import CBSError, ModelError
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode and restore every training flag afterwards; see `check_mode`."""
-    check_mode(model)
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def check_mode(model: nn.Module) -> None:
-    """Raise ModelError if batch norm would mix the samples of a batch."""
-    for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
-            continue
-        if module.running_mean is None:
-            raise ModelError(
-                f"batch norm {name!r} keeps no running statistics, so gradients per sample do not exist; build it with "
-                "track_running_stats=True"
-            )
-        if module.training:
-            raise ModelError(
-                f"batch norm {name!r} is in train mode; call model.eval() first, after re-estimating its running "
-                "statistics if they are stale"
-            )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ Each tensor of a batch has the samples along its first dimension. ``loss_fn`` mu
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from cbs_opt.trees import Tree as Tree
-from cbs_opt.trees import leaves, map_tree
+from cbs_opt.data.trees import Tree, leaves, map_tree
 from solvers.errors import DataError, OptionError
 
-LossFunction = Callable[[Any, Any], Tensor]
 Index = npt.NDArray[np.int64]
 
 #: Samples per batch where a data set comes without batches.
@@ -135,42 +132,6 @@ class CalibrationData:
         index = _choice(self.n, options)
         inputs, targets = self.batch(index, "cpu")
         return CalibrationData(inputs, targets, len(index))
-
-
-class Forward:
-    """How a network is called on a batch and its loss taken; see the module's docstring.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Only the signature of its ``forward`` is looked at.
-    loss_fn : callable
-        (output, target or dict batch) → mean loss, a scalar.
-    """
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
-        self.loss_fn = loss_fn
-        parameters = inspect.signature(model.forward).parameters
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self.names = None if takes_all else frozenset(parameters)
-
-    def output(self, call: Callable[..., Any], inputs: Tree, targets: Tree | None) -> Any:
-        """The network's output; `call` is the network."""
-        if not isinstance(inputs, dict):
-            return call(inputs)
-        if targets is not None or self.names is None:
-            return call(**inputs)
-        named = {key: value for key, value in inputs.items() if key in self.names}
-        if not named:
-            raise DataError(
-                f"no entry of the dict batch ({', '.join(inputs)}) is an argument of the network's forward "
-                f"({', '.join(sorted(self.names))}); rename the entries or pass (dict, target) pairs"
-            )
-        return call(**named)
-
-    def loss(self, output: Any, inputs: Tree, targets: Tree | None) -> Tensor:
-        """The loss of an output."""
-        return self.loss_fn(output, inputs if targets is None else targets)
 
 
 Batch = tuple[Tree, Tree | None, int]

@@ -1,6 +1,6 @@
 """The ways of computing rows of gradients, with one signature: write scale · gradient of each row, return the losses.
 
-See `cbs_opt.gradients` for what they are and when which is taken.
+See `cbs_opt.measure.gradients` for what they are and when which is taken.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from cbs_opt.calibration import Forward
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.outer_products import outer_product_rows
-from cbs_opt.trees import Tree, row_of
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.trees import Tree, row_of
+from cbs_opt.measure.outer_products import outer_product_rows
+from cbs_opt.network.layers import PrunableLayers
 from solvers.errors import UnknownNameError
 
 

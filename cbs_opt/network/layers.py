@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cbs_opt.masks import PruningMask
+from cbs_opt.network.masks import PruningMask
 from solvers.errors import ModelError, OptionError, UnknownNameError
 
 #: Module types whose ``weight`` can be pruned.

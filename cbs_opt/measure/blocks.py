@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cbs_opt.layers import PrunableLayers
+from cbs_opt.network.layers import PrunableLayers
 from solvers.errors import OptionError, ProblemError, UnknownNameError
 
 Order = npt.NDArray[np.int64]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbs_opt.calibration import Tree
-from cbs_opt.distillation import Distillation
-from cbs_opt.layers import check_sparsity
-from cbs_opt.schedules import Schedule
+from cbs_opt.data.distillation import Distillation
+from cbs_opt.data.trees import Tree
+from cbs_opt.engine.schedules import Schedule
+from cbs_opt.network.layers import check_sparsity
 from solvers.errors import OptionError
 
 #: Fewest samples whose batch statistics a gradient is taken under.
@@ -25,7 +25,7 @@ Augmentation = Callable[[Tree, torch.Generator], Tree]
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How weights are removed in stages; see `cbs_opt.stages` for what a stage does.
+    """How weights are removed in stages; see `cbs_opt.engine.stages` for what a stage does.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class StageOptions:
     n_polish : int
         Stages at the final sparsity that refit, and swap where it pays (`regrow`).
     schedule : str
-        ``exponential``, ``polynomial`` or ``linear`` (`cbs_opt.schedules`).
+        ``exponential``, ``polynomial`` or ``linear`` (`cbs_opt.engine.schedules`).
     first_sparsity : float, optional
         Sparsity of the first stage, from which the schedule then goes on.
     levels : tuple of float, optional

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from cbs_opt.report import PruneReport, contributions, layer_reports
-from cbs_opt.stage_options import StageRecord
-from cbs_opt.update import Update, Updated
+from cbs_opt.engine.stage_options import StageRecord
+from cbs_opt.engine.update import Update, Updated
+from cbs_opt.report.report import PruneReport, contributions, layer_reports
 from solvers import SelectionProblem, Solution
 from solvers.refit import refit
 
@@ -29,7 +29,7 @@ class PruneResult:
     Attributes
     ----------
     model : nn.Module
-        A copy of the network given, with new weights under masks (see `cbs_opt.masks`).
+        A copy of the network given, with new weights under masks (see `cbs_opt.network.masks`).
     masks : dict of str to bool tensor
         By layer name, in the shape of the weight; True = kept.
     report : PruneReport

@@ -13,14 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.calibration import CalibrationData, CalibrationOptions, Forward, LossFunction
-from cbs_opt.devices import resolve_device
-from cbs_opt.fisher import FisherOptions
-from cbs_opt.gradients import GradientSample, Progress, sample_gradients
-from cbs_opt.layers import PrunableLayers, find_layers
-from cbs_opt.losses import MOST_SAMPLES, LossMeter
-from cbs_opt.masks import apply_masks, remove_masks
-from cbs_opt.network_checks import check_mode
+from cbs_opt.data.calibration import CalibrationData, CalibrationOptions
+from cbs_opt.data.forward import Forward, LossFunction
+from cbs_opt.data.losses import MOST_SAMPLES, LossMeter
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import GradientSample, Progress, sample_gradients
+from cbs_opt.network.devices import resolve_device
+from cbs_opt.network.layers import PrunableLayers, find_layers
+from cbs_opt.network.masks import apply_masks, remove_masks
+from cbs_opt.network.modes import check_mode
 from solvers.errors import ModelError, OptionError
 
 Array = npt.NDArray[np.float64]

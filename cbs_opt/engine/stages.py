@@ -11,14 +11,14 @@ Far from w the quadratic model is wrong, so the way to a high sparsity is cut in
    `SelectionProblem` with λ as it was given; any solver chooses which of them go. Whether g is part of that problem is
    decided by the loss after step 3 (`first_order`).
 3. CBS-U with the first-order term gives v(λ) on the chosen support, for any λ from one eigendecomposition
-   (`cbs_opt.damped_refits`). λ and the length t of the step w_S + t (v_S − w_S) are searched by the loss on training
+   (`damped_refits`). λ and the length t of the step w_S + t (v_S − w_S) are searched by the loss on training
    samples that no gradient sees, starting from the last λ: as in Levenberg and Marquardt, λ rises where the model is
    bad. This λ is that of the step alone: a network with nothing to gain drives it up, and a choice made with it would
    become magnitude.
    To the best of these steps a share of the last stage's step may be added, where that pays too (`momentum`).
 4. Batch-norm statistics are re-estimated, where there are any.
 
-The loss is the one given, or that mixed with the distance from the dense network's outputs (`cbs_opt.distillation`).
+The loss is the one given, or that mixed with the distance from the dense network's outputs (`data.distillation`).
 
 A polishing stage is the same at the final sparsity: it refits, and swaps where it pays, and is undone if the loss does
 not fall; then λ is raised instead. Whatever is random is drawn from (seed, number of the stage), so a run taken up
@@ -42,20 +42,21 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from cbs_opt.batch_norm import reestimate, restore_statistics, statistics_of
-from cbs_opt.blocks import contiguous_partition
-from cbs_opt.calibration import CalibrationData, Forward
-from cbs_opt.damped_refits import DampedRefits
-from cbs_opt.fisher import FisherOptions
-from cbs_opt.journal import Journal, StageState
-from cbs_opt.layers import PrunableLayers
-from cbs_opt.schedules import kept_after_stages
-from cbs_opt.stage_model import StageModel
-from cbs_opt.stage_options import LEAST_BATCH, StageOptions, StageRecord
-from cbs_opt.stage_samples import SOLVER, StageSamples
-from cbs_opt.stage_samples import number as number_of
-from cbs_opt.step_search import DAMPING_FACTOR, search_step
-from cbs_opt.trees import leaves
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.trees import leaves
+from cbs_opt.engine.damped_refits import DampedRefits
+from cbs_opt.engine.journal import Journal, StageState
+from cbs_opt.engine.schedules import kept_after_stages
+from cbs_opt.engine.stage_model import StageModel
+from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions, StageRecord
+from cbs_opt.engine.stage_samples import SOLVER, StageSamples
+from cbs_opt.engine.stage_samples import number as number_of
+from cbs_opt.engine.step_search import DAMPING_FACTOR, search_step
+from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
+from cbs_opt.network.layers import PrunableLayers
 from solvers import Capability, Objective, Solver, make_solver, solve
 from solvers.errors import OptionError
 
@@ -283,7 +284,7 @@ class _Stager:
         stored = self.layers.read(self.model)
         seconds_update = clock.lap()
         if self.samples.follows_norms:
-            reestimate(self.model, self.samples.forward, self.samples.norm_batches(number))
+            reestimate(self.model, self.samples.forward.output, self.samples.norm_batches(number))
         seconds_norms = clock.lap()
         taken = stored - state.weights if self.options.momentum > 0.0 and outcome.length > 0.0 else None
         new = StageState(number, stored, pruned, outcome.damping, statistics_of(self.model), taken)

@@ -1,0 +1,1 @@
+"""Calibration data, how a network is called on them, and its loss."""

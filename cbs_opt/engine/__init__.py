@@ -1,0 +1,1 @@
+"""What is done to a network, in order: plans, steps, refits, the journal."""
