@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.cache import CacheWarning, cache_dir, try_write
+from experiments.datasets.cache import CacheWarning, cache_dir, try_write
 from experiments.datasets.digits import load_digits
 from experiments.datasets.hub import download
 from experiments.datasets.images import Dataset, ImageSet

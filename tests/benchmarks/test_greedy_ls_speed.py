@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import cbs_opt
 import solvers
-from experiments.catalog import get_experiment
 from experiments.datasets import load_dataset
-from experiments.networks import load_network
+from experiments.networks import get_experiment
+from experiments.networks.load import load_network
 
 #: wᵀHw, without the ½, at which the published code ends after 146 s with more weights kept.
 PUBLISHED_OBJECTIVE = 0.01029

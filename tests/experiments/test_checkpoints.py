@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments.checkpoints import load_checkpoint, read_tensors, save_checkpoint
-from experiments.models import CIFARNet, MLPNet, ResNet20
+from experiments.networks import CIFARNet, MLPNet, ResNet20
+from experiments.networks.checkpoints import load_checkpoint, read_tensors, save_checkpoint
 from solvers.errors import CheckpointError
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.block_cutting import cut_blocks
-from experiments.cli import run_app
-from experiments.compare import SEVERAL, app
-from experiments.comparison import Comparison, Task, find_blocks, gap_between, measure, plan, stored_optima
-from experiments.comparison_report import best_values, gap_over_time, summary
-from experiments.results import ResultsFile
+from experiments.commands.compare import app
+from experiments.commands.shell import run_app
+from experiments.reports.gaps import best_values, gap_over_time, summary
+from experiments.runs.cutting import cut_blocks
+from experiments.runs.rows import ResultsFile
+from experiments.runs.solves import Comparison, Task, find_blocks, gap_between, measure, plan, stored_optima
 from solvers import OptionError, ProblemError, load_block, save_block
 from solvers.exact.isolation import Worker
 from tests.conftest import random_block
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 def run(*arguments: str) -> int:
     """Exit code of the command."""
     with pytest.raises(SystemExit) as ended:
-        run_app(app, SEVERAL, arguments)
+        run_app(app, arguments)
     return int(ended.value.code or 0)
 
 

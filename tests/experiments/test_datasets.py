@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.cache import CacheWarning
 from experiments.datasets import load_dataset
+from experiments.datasets.cache import CacheWarning
 from experiments.datasets.images import ImageSet, crop_and_flip
 from experiments.datasets.load import load_digits
 from solvers.errors import DataError

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experiments.batchnorm import has_batch_norm, reestimate
 from experiments.datasets.images import ImageSet, crop_and_flip
-from experiments.evaluation import evaluate
+from experiments.networks.batch_norm import has_batch_norm, reestimate
+from experiments.networks.evaluation import evaluate
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.models import CIFARNet, DigitsMLP, MLPNet, ResNet20
+from experiments.networks import CIFARNet, DigitsMLP, MLPNet, ResNet20
 
 
 def prunable(model: nn.Module, keep: str = "") -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.catalog import DEFAULT, EXPERIMENTS, get_experiment
-from experiments.catalog.experiment import Experiment
-from experiments.checkpoints import save_checkpoint
 from experiments.datasets import Dataset, load_dataset
 from experiments.datasets.images import ImageSet
-from experiments.literature import columns, published_kept
-from experiments.models import ResNet20
-from experiments.networks import cached_checkpoint, find_checkpoint, load_network
-from experiments.training import train
+from experiments.networks import DEFAULT, EXPERIMENTS, ResNet20, get_experiment
+from experiments.networks.checkpoints import save_checkpoint
+from experiments.networks.experiment import Experiment
+from experiments.networks.load import cached_checkpoint, find_checkpoint, load_network
+from experiments.networks.training import train
+from experiments.reports.literature import columns
+from experiments.runs.options import published_kept
 from solvers.errors import CheckpointError, UnknownNameError
 
 QUICK: Experiment = replace(EXPERIMENTS[DEFAULT], recipe=replace(EXPERIMENTS[DEFAULT].recipe, epochs=2))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.results import Measured, ResultsFile, Settings, row_of
+from experiments.runs.rows import Measured, ResultsFile, Settings, row_of
 from solvers.errors import OutputError
 
 SETTINGS = Settings(

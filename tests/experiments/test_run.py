@@ -15,16 +15,15 @@ import torch
 from torch.nn import functional as F
 
 import cbs_opt
-import experiments.runner as runner_module
-from experiments.catalog import EXPERIMENTS, get_experiment
-from experiments.checkpoints import save_checkpoint
-from experiments.cli import run_app
+import experiments.runs.runner as runner_module
+from experiments.commands.run import app
+from experiments.commands.shell import run_app
 from experiments.datasets import load_dataset
-from experiments.evaluation import evaluate
-from experiments.models import DigitsMLP
-from experiments.networks import load_network
-from experiments.run import SEVERAL, app
-from experiments.runner import Task
+from experiments.networks import EXPERIMENTS, DigitsMLP, get_experiment
+from experiments.networks.checkpoints import save_checkpoint
+from experiments.networks.evaluation import evaluate
+from experiments.networks.load import load_network
+from experiments.runs.runner import Task
 from tests.experiments.test_results import REQUIRED
 
 QUICK = ["--fisher-samples", "100", "--damping", "1e-3"]
@@ -38,7 +37,7 @@ def run(*arguments: str | Path) -> None:
 def leaves_with(*arguments: str | Path) -> object:
     """The exit code of a command."""
     with pytest.raises(SystemExit) as caught:
-        run_app(app, several=SEVERAL, arguments=[str(a) for a in arguments])
+        run_app(app, arguments=[str(a) for a in arguments])
     return caught.value.code
 
 

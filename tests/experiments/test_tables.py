@@ -11,20 +11,25 @@ import torch
 from torch import nn
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments import plans, staged_path, table_report
-from experiments.augmentation import CropAndFlip
 from experiments.datasets import load_dataset
+from experiments.datasets.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet, crop_and_flip
-from experiments.plans import PLANS, Phase, Plan, get_plan
-from solvers.errors import DataError, OutputError, UnknownNameError
+from experiments.networks import EXPERIMENTS, Experiment, get_experiment
+from experiments.networks.experiment import Phase, StageDefaults, StagedTable
+from experiments.reports import staged_table
+from experiments.runs.stages import StagedPath
+from solvers.errors import DataError, OptionError, OutputError
 
-TINY = Plan(
-    experiment="digits-mlp",
-    solver="obs[chunks=2]",
-    fisher=FisherOptions(n_rows=30, batch_size=8, damping=1e-3),
-    stages=StageOptions(held_out=200, settle=1, max_evaluations=5),
-    phases=(Phase(((0.5, 2), (0.7, 1))), Phase(((0.8, 1), (0.9, 2)), regrow=0.2)),
-    reported=(0.5, 0.9),
+TINY = replace(
+    get_experiment("digits-mlp"),
+    staged=StageDefaults(
+        FisherOptions(n_rows=30, batch_size=8, damping=1e-3), StageOptions(held_out=200, settle=1, max_evaluations=5)
+    ),
+    table=StagedTable(
+        phases=(Phase(((0.5, 2), (0.7, 1))), Phase(((0.8, 1), (0.9, 2)), regrow=0.2)),
+        reported=(0.5, 0.9),
+        solver="obs[chunks=2]",
+    ),
 )
 
 
@@ -33,8 +38,8 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)).eval()
 
 
-def _rows(folder: Path, until: float = 0.9, said: list | None = None, plan: Plan = TINY) -> list[dict]:
-    path = staged_path.StagedPath(plan, _model(), load_dataset("digits"), ("*",), (), torch.device("cpu"), 0, folder)
+def _rows(folder: Path, until: float = 0.9, said: list | None = None, experiment: Experiment = TINY) -> list[dict]:
+    path = StagedPath(experiment, _model(), load_dataset("digits"), torch.device("cpu"), 0, folder)
     return path.run(until, lambda record, accuracy: said.append((record.stage, accuracy)) if said is not None else None)
 
 
@@ -57,21 +62,20 @@ def test_a_path_may_stop_early(tmp_path: Path) -> None:
     assert [row["sparsity"] for row in _rows(tmp_path, until=0.5)] == [0.5]
 
 
-def test_phases_may_take_fewer_rows_and_bfloat16_changes_little(tmp_path: Path) -> None:
-    phases = (Phase(((0.5, 2),), n_rows=10), Phase(((0.9, 2),)))
-    rows = _rows(tmp_path / "float32", plan=replace(TINY, phases=phases))
-    assert [row["images"] for row in rows] == [2 * 10 * 8, 2 * 10 * 8 + 2 * 30 * 8]
-    low = _rows(tmp_path / "bfloat16", plan=replace(TINY, phases=phases, bfloat16=True))
+def test_bfloat16_changes_little(tmp_path: Path) -> None:
+    table = replace(TINY.table, phases=(Phase(((0.5, 2), (0.9, 2))),))
+    rows = _rows(tmp_path / "float32", experiment=replace(TINY, table=table))
+    low = _rows(tmp_path / "bfloat16", experiment=replace(TINY, table=replace(table, bfloat16=True)))
     assert low[0]["n_kept"] == rows[0]["n_kept"]
     assert low[0]["held_out_loss"] != rows[0]["held_out_loss"]
     assert low[0]["held_out_loss"] == pytest.approx(rows[0]["held_out_loss"], rel=0.1)
 
 
 def test_the_table_shows_the_literature_and_the_seeds(tmp_path: Path) -> None:
-    plan = get_plan("mlpnet-mnist")
+    chosen = get_experiment("mlpnet-mnist")
     rows = [
         {
-            "experiment": plan.experiment,
+            "experiment": chosen.name,
             "sparsity": 0.98,
             "seed": seed,
             "accuracy": 94.0 + seed,
@@ -83,7 +87,7 @@ def test_the_table_shows_the_literature_and_the_seeds(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     others = [{"solver": "magnitude", "update": "none", "sparsity": 0.98, "accuracy": 32.25}]
-    table_report.write_table(tmp_path, plan, rows, others, 93.97)
+    staged_table.write_table(tmp_path, chosen, rows, others, 93.97)
     text = (tmp_path / "table.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| 0.98"))
     assert "90.73" in line
@@ -93,27 +97,27 @@ def test_the_table_shows_the_literature_and_the_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 
-def test_plans_are_consistent() -> None:
-    for name, plan in PLANS.items():
-        assert plan.experiment == name
-        path = [level for phase in plan.phases for level in phase.sparsities]
+def test_tables_are_consistent() -> None:
+    tables = {name: experiment.table for name, experiment in EXPERIMENTS.items() if experiment.table is not None}
+    assert set(tables) == {"mlpnet-mnist", "resnet20-cifar10", "cifarnet-cifar10"}
+    for table in tables.values():
+        path = [level for phase in table.phases for level in phase.sparsities]
         assert path == sorted(path)
-        assert set(plan.reported) <= set(path)
-    with pytest.raises(UnknownNameError, match="mlpnet-mnist"):
-        get_plan("mlpnet")
-    assert plans.get_plan("resnet20-cifar10").augment
+        assert set(table.reported) <= set(path)
+    with pytest.raises(OptionError, match="no table"):
+        StagedPath(get_experiment("digits-mlp"), _model(), load_dataset("digits"), torch.device("cpu"), 0, Path())
 
 
 def test_rows_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{\n")
     with pytest.raises(DataError, match=r"rows\.jsonl"):
-        table_report.read_rows(broken)
-    table_report.write_rows(broken, [{"a": 1}])
-    assert table_report.read_rows(broken) == [{"a": 1}]
+        staged_table.read_rows(broken)
+    staged_table.write_rows(broken, [{"a": 1}])
+    assert staged_table.read_rows(broken) == [{"a": 1}]
     assert json.loads(broken.read_text()) == {"a": 1}
     with pytest.raises(OutputError):
-        table_report.write_rows(broken / "below" / "a-file", [])
+        staged_table.write_rows(broken / "below" / "a-file", [])
 
 
 def test_augmentation_of_normalised_images_is_that_of_raw_ones() -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.checkpoints import read_tensors
 from experiments.datasets import load_dataset
 from experiments.datasets.images import ImageSet
-from experiments.evaluation import evaluate
-from experiments.models import DigitsMLP
-from experiments.training import Epoch, Recipe, train, train_to_file
+from experiments.networks import DigitsMLP
+from experiments.networks.checkpoints import read_tensors
+from experiments.networks.evaluation import evaluate
+from experiments.networks.training import Epoch, Recipe, train, train_to_file
 from solvers.errors import CheckpointError
 
 RECIPE = Recipe(epochs=4, batch_size=64, learning_rate=0.05, augment=True)

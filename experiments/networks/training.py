@@ -18,9 +18,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.cache import write_atomically
-from experiments.checkpoints import save_checkpoint
+from experiments.datasets.cache import write_atomically
 from experiments.datasets.images import ImageSet, crop_and_flip
+from experiments.networks.checkpoints import save_checkpoint
 from solvers.errors import CheckpointError
 
 

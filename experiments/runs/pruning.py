@@ -21,9 +21,9 @@ import cbs_opt
 import solvers
 from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.prepared import pick_objective
-from experiments.augmentation import CropAndFlip
+from experiments.datasets.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet
-from experiments.options import RunOptions
+from experiments.runs.options import RunOptions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, make_solver
 from solvers.solving import check_capabilities
 from solvers.verify import certify
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned network and what was found out about it; figures as in `experiments.results.Measured`."""
+    """A pruned network and what was found out about it; figures as in `experiments.runs.rows.Measured`."""
 
     model: nn.Module
     n: int

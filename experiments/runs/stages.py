@@ -1,4 +1,4 @@
-"""The path of stages of one seed: through every sparsity of a table, most sparse last (see `experiments.plans`)."""
+"""The path of stages of one seed: through every sparsity of a table, most sparse last (see `StagedTable`)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from cbs_opt.engine.journal import Journal, StageState
 from cbs_opt.engine.stages import run_stages
 from cbs_opt.network.batch_norm import restore_statistics
 from cbs_opt.network.layers import PrunableLayers
-from experiments.augmentation import CropAndFlip
+from experiments.datasets.augmentation import CropAndFlip
 from experiments.datasets.images import Dataset
-from experiments.evaluation import evaluate
-from experiments.plans import Plan
-from experiments.results import versions
+from experiments.networks.evaluation import evaluate
+from experiments.networks.experiment import Experiment
+from experiments.runs.rows import versions
+from solvers.errors import OptionError
 
 
 class _LowPrecision(Forward):
@@ -38,46 +39,48 @@ class StagedPath:
 
     Parameters
     ----------
-    plan
+    experiment
+        One with a table.
     model
         Trained network in eval mode; each path works on a copy.
     dataset
         Training images for everything but the reported accuracy.
-    include, exclude
-        Which layers.
     folder
         Journals go below it.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        experiment: Experiment,
         model: nn.Module,
         dataset: Dataset,
-        include: Sequence[str],
-        exclude: Sequence[str],
         device: torch.device,
         seed: int,
         folder: Path,
     ) -> None:
-        self.plan, self.dataset, self.device, self.seed, self.folder = plan, dataset, device, seed, folder
+        if experiment.table is None:
+            raise OptionError(f"{experiment.name} has no table; give another experiment")
+        self.experiment, self.table, self.dataset = experiment, experiment.table, dataset
+        self.device, self.seed, self.folder = device, seed, folder
         self.model = copy.deepcopy(model).eval()
         if dataset.train.images.shape[1] > 1:
             # Convolutions of small images run about twice as fast with channels last on a CPU.
             self.model = self.model.to(memory_format=torch.channels_last)
         self.dense = copy.deepcopy(self.model)
-        self.layers: PrunableLayers = find_layers(self.model, include=include, exclude=exclude)
-        self.forward = (_LowPrecision if plan.bfloat16 else Forward)(self.model, F.cross_entropy)
+        self.layers: PrunableLayers = find_layers(
+            self.model, include=experiment.include or ("*",), exclude=experiment.exclude
+        )
+        self.forward = (_LowPrecision if self.table.bfloat16 else Forward)(self.model, F.cross_entropy)
         train = dataset.train
         self.data = CalibrationData(*train.batch(slice(None)), len(train))
-        self.augment = CropAndFlip.of(train) if plan.augment else None
+        self.augment = CropAndFlip.of(train) if experiment.recipe.augment else None
 
     def run(self, until: float, say: Any) -> list[dict[str, Any]]:
         """All stages up to a sparsity; one row per sparsity of the table."""
         start: StageState | None = None
         rows: list[dict[str, Any]] = []
         past: list[StageRecord] = []
-        for position, phase in enumerate(self.plan.phases):
+        for position, phase in enumerate(self.table.phases):
             levels = tuple(level for level in phase.sparsities if level <= until)
             if not levels:
                 break
@@ -85,19 +88,22 @@ class StagedPath:
             # The final level is listed by the number of stages at it, as `levels` leaves the target's own entries out.
             polish = sum(level == levels[-1] for level in levels) - 1
             options = replace(
-                self.plan.stages, levels=levels, n_polish=polish, regrow=phase.regrow, augment=self.augment
+                self.experiment.staged.options,
+                levels=levels,
+                n_polish=polish,
+                regrow=phase.regrow,
+                augment=self.augment,
             )
             journal = self.folder / "journals" / f"seed-{self.seed}-phase-{position}-{len(levels)}"
-            fisher = replace(self.plan.fisher, n_rows=phase.n_rows or self.plan.fisher.n_rows)
             run = run_stages(
                 self.model,
                 self.layers,
                 self.data,
                 self.forward,
                 n_kept=last,
-                solver=self.plan.solver,
+                solver=self.table.solver,
                 options=options,
-                fisher=fisher,
+                fisher=self.experiment.staged.fisher,
                 device=self.device,
                 seed=self.seed,
                 start=start,
@@ -121,7 +127,7 @@ class StagedPath:
         """A row for the last state at each reported sparsity."""
         book = Journal.open(journal)
         found = []
-        for sparsity in self.plan.reported:
+        for sparsity in self.table.reported:
             kept = self.layers.n_kept(sparsity)
             at = [i for i, record in enumerate(records) if record.n_kept == kept]
             if sparsity not in levels or not at:
@@ -134,8 +140,8 @@ class StagedPath:
             say(records[at[-1]], test.accuracy)
             found.append(
                 {
-                    "experiment": self.plan.experiment,
-                    "solver": self.plan.solver,
+                    "experiment": self.experiment.name,
+                    "solver": self.table.solver,
                     "update": "combinatorial",
                     "sparsity": sparsity,
                     "seed": self.seed,

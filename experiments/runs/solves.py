@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from experiments.results import ResultsFile, versions
+from experiments.runs.rows import ResultsFile, versions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
 from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
 from solvers.exact.isolation import Worker

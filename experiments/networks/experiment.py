@@ -8,7 +8,52 @@ from dataclasses import dataclass
 from torch import nn
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments.training import Recipe
+from experiments.networks.training import Recipe
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some stages of a table's path with the same options.
+
+    Attributes
+    ----------
+    levels
+        (sparsity, stages at it): the first of these stages removes weights, the others polish.
+    regrow
+        As in `cbs_opt.StageOptions`.
+    """
+
+    levels: tuple[tuple[float, int], ...]
+    regrow: float = 0.0
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """The sparsity after each stage."""
+        return tuple(level for level, count in self.levels for _ in range(count))
+
+
+@dataclass(frozen=True)
+class StagedTable:
+    """How ``experiments.tables`` measures a network: one nested path of stages per seed, most sparse last.
+
+    A network on its way to 98 % passes 90 %. So one path gives the whole table: it stops at each sparsity of the table
+    for some polishing stages, the state at the end of which is the table's entry, and goes on from there.
+
+    Attributes
+    ----------
+    phases
+        One after the other.
+    reported
+        Sparsities of the table.
+    solver
+    bfloat16
+        Whether the network runs in bfloat16 for gradients and held-out losses (never for the reported accuracy).
+    """
+
+    phases: tuple[Phase, ...]
+    reported: tuple[float, ...]
+    solver: str = "obs[chunks=2,pool=0]"
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +98,8 @@ class Experiment:
         The quadratic model of one shot, as in the paper.
     staged
         What replaces it in several stages.
+    table
+        The path of stages through all sparsities of a table, where there is one.
     reference
         Whether magnitude pruning is so quick that it is shown without being asked for.
     stale_batch_norm
@@ -71,5 +118,6 @@ class Experiment:
     staged: StageDefaults
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    table: StagedTable | None = None
     reference: bool = False
     stale_batch_norm: bool = False

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiments.batchnorm import has_batch_norm, reestimate
-from experiments.cache import cache_dir
-from experiments.catalog.experiment import Experiment
-from experiments.checkpoints import load_checkpoint, save_checkpoint
+from experiments.datasets.cache import cache_dir
 from experiments.datasets.images import Dataset
-from experiments.training import Epoch, train, train_to_file
+from experiments.networks.batch_norm import has_batch_norm, reestimate
+from experiments.networks.checkpoints import load_checkpoint, save_checkpoint
+from experiments.networks.experiment import Experiment
+from experiments.networks.training import Epoch, train, train_to_file
 from solvers.errors import CheckpointError
 
 Say = Callable[[str], None]

@@ -9,25 +9,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cache import write_atomically
-from experiments.literature import NAMES, columns
-from experiments.plans import Plan
-from experiments.plots import Series, mean_and_error, plot_accuracy, series_of
-from solvers.errors import DataError, OutputError
+from cbs_opt import StageOptions
+from experiments.datasets.cache import write_atomically
+from experiments.networks.experiment import Experiment
+from experiments.reports.literature import NAMES, columns
+from experiments.reports.plots import Series, mean_and_error, plot_accuracy, series_of
+from solvers.errors import DataError, OptionError, OutputError
 
 OURS = "ours (staged)"
 
 
 def write_table(
-    folder: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], dense: float
+    folder: Path,
+    experiment: Experiment,
+    rows: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+    dense: float,
 ) -> None:
     """``table.md`` and ``table.png`` from the rows."""
-    quoted = columns(plan.experiment)
+    table, staged = experiment.table, experiment.staged
+    if table is None:
+        raise OptionError(f"{experiment.name} has no table; give another experiment")
+    quoted = columns(experiment.name)
     measured = [*series_of(others), Series(OURS, _points(rows))]
-    text = [f"# {plan.experiment}: test accuracy (%), no training", ""]
+    text = [f"# {experiment.name}: test accuracy (%), no training", ""]
     heads = ["sparsity", *quoted, *(s.label for s in measured), "stages", "gradients + solve + update (s)"]
     text += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for sparsity in plan.reported:
+    for sparsity in table.reported:
         cells = [f"{sparsity:g}"]
         cells += [f"{values[sparsity]:.2f}" if sparsity in values else "" for values in quoted.values()]
         cells += [_cell(s.points.get(sparsity, ())) for s in measured]
@@ -48,10 +56,10 @@ def write_table(
         "",
         f"Dense: {dense:.2f}. Seeds {', '.join(map(str, seeds))}: mean ± standard error."
         + (f" Quoted from the literature: {notes}." if quoted else ""),
-        f"Ours: `{plan.solver}`, {plan.fisher.n_rows} rows of {plan.fisher.batch_size} training images per stage, "
-        f"λ = {plan.fisher.damping:g} for the choice, searched for the step on {plan.stages.held_out} training "
-        f"images that no gradient sees.{_distilled(plan)} One nested path per seed: stages and seconds (wall, of this "
-        "machine as it was) are those from the dense network on.",
+        f"Ours: `{table.solver}`, {staged.fisher.n_rows} rows of {staged.fisher.batch_size} training images per stage, "
+        f"λ = {staged.fisher.damping:g} for the choice, searched for the step on {staged.options.held_out} training "
+        f"images that no gradient sees.{_distilled(staged.options)} One nested path per seed: stages "
+        "and seconds (wall, of this machine as it was) are those from the dense network on.",
         "",
         "```",
         command(),
@@ -65,12 +73,12 @@ def write_table(
     lines = [
         Series(f"{name} (quoted)", {s: (v,) for s, v in values.items()}, quoted=True) for name, values in quoted.items()
     ]
-    plot_accuracy(folder / "table.png", f"{plan.experiment}: pruning without training", [*measured, *lines], dense)
+    plot_accuracy(folder / "table.png", f"{experiment.name}: pruning without training", [*measured, *lines], dense)
 
 
-def _distilled(plan: Plan) -> str:
+def _distilled(options: StageOptions) -> str:
     """A sentence about the loss where it is not that of the labels alone."""
-    how = plan.stages.distillation
+    how = options.distillation
     if how is None:
         return ""
     return (

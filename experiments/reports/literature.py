@@ -43,16 +43,3 @@ def columns(experiment: str) -> dict[str, dict[float, float]]:
     """Accuracy in percent by method and sparsity; empty where the literature has no such experiment."""
     rows = _ROWS.get(experiment, {})
     return {name: {s: row[i] for s, row in rows.items()} for i, name in enumerate(_COLUMNS)} if rows else {}
-
-
-def published_kept(n_weights: int, sparsity: float) -> int:
-    """How many weights the published CBS code really keeps.
-
-    It permutes the weights, cuts them into chunks of ``c = ceil(n / min(floor(sqrt n), 1000))``, and keeps
-    ``ceil(c (1 − sparsity))`` of each full chunk: 3,382 instead of 3,235 of MLPNet's 32,360 at 90 %, and 712 instead
-    of 647 at 98 %.
-    """
-    chunk = -(-n_weights // min(int(n_weights**0.5), 1000))
-    # The subtraction is exact to 1e-16; a product which should be whole must not be rounded up.
-    per_chunk = -int(-(chunk * (1.0 - sparsity) - 1e-9) // 1)
-    return min(n_weights, (n_weights // chunk) * per_chunk)

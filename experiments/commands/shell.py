@@ -61,18 +61,17 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, FILE_WIDTH))
 
 
-def run_app(app: typer.Typer, several: Collection[str] = (), arguments: Sequence[str] | None = None) -> None:
+def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 when done, 2 with one line on bad input, 130 when interrupted.
 
     Parameters
     ----------
-    several
-        Options which take several values, see `expand_values`.
     arguments
         Instead of ``sys.argv[1:]``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        several = {name for p in typer.main.get_command(app).params if p.multiple for name in p.opts}
         app(expand_values(given, several))
     except CBSError as error:
         Console(stderr=True).print(

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from experiments.cache import write_atomically
+from experiments.datasets.cache import write_atomically
 from solvers.errors import CheckpointError
 
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import cbs_opt
 from cbs_opt.measure.fisher import DEFAULT_ROWS
-from experiments.catalog import get_experiment
 from experiments.datasets import load_dataset
-from experiments.networks import load_network
+from experiments.networks import get_experiment
+from experiments.networks.load import load_network
 from solvers import QuadraticBlock, save_block
 from solvers.errors import OptionError
 

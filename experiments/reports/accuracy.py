@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.literature import NAMES, columns
-from experiments.plots import Series, mean_and_error, series_of
+from experiments.reports.literature import NAMES, columns
+from experiments.reports.plots import Series, mean_and_error, series_of
 
 #: Columns of the table of rows: heading, and the row's value as text.
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {

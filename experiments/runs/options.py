@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from cbs_opt import BlockSpec, Update
-from experiments.catalog.experiment import Experiment
+from experiments.networks.experiment import Experiment
 from solvers import Objective, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.bounds import METHODS
@@ -21,7 +21,24 @@ class Rounding(str, Enum):
     EXACT = "exact"
     """n_kept = int(n (1 − sparsity))."""
     PUBLISHED = "published"
-    """As many as the published CBS code keeps, see `experiments.literature.published_kept`."""
+    """As many as the published CBS code keeps, see `published_kept`."""
+
+    def n_kept(self, n: int, sparsity: float) -> int:
+        """Weights which stay of ``n``."""
+        return published_kept(n, sparsity) if self is Rounding.PUBLISHED else int(n * (1.0 - sparsity))
+
+
+def published_kept(n_weights: int, sparsity: float) -> int:
+    """How many weights the published CBS code really keeps.
+
+    It permutes the weights, cuts them into chunks of ``c = ceil(n / min(floor(sqrt n), 1000))``, and keeps
+    ``ceil(c (1 − sparsity))`` of each full chunk: 3,382 instead of 3,235 of MLPNet's 32,360 at 90 %, and 712 instead
+    of 647 at 98 %.
+    """
+    chunk = -(-n_weights // min(int(n_weights**0.5), 1000))
+    # The subtraction is exact to 1e-16; a product which should be whole must not be rounded up.
+    per_chunk = -int(-(chunk * (1.0 - sparsity) - 1e-9) // 1)
+    return min(n_weights, (n_weights // chunk) * per_chunk)
 
 
 @dataclass(frozen=True)

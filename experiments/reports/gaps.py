@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.comparison import gap_between
-from experiments.plots import COLOURS
+from experiments.reports.plots import COLOURS
+from experiments.runs.solves import gap_between
 from solvers.errors import OutputError
 
 Row = Mapping[str, Any]

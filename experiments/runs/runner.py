@@ -19,13 +19,11 @@ from torch import nn
 
 from experiments.datasets import Dataset, load_dataset
 from experiments.datasets.parquet import SOURCES
-from experiments.evaluation import Evaluation, evaluate
-from experiments.literature import published_kept
-from experiments.networks import Network, load_network
-from experiments.options import Rounding, RunOptions
-from experiments.plots import Series
-from experiments.pruning import Pruned, Pruner, check_solvers, layers_of, objective_of, prune_in_stages
-from experiments.results import Measured, ResultsFile, Settings, row_of
+from experiments.networks.evaluation import Evaluation, evaluate
+from experiments.networks.load import Network, load_network
+from experiments.runs.options import RunOptions
+from experiments.runs.pruning import Pruned, Pruner, check_solvers, layers_of, objective_of, prune_in_stages
+from experiments.runs.rows import Measured, ResultsFile, Settings, row_of
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,10 @@ class Runner:
         self.listener.finished(row, new)
         return row
 
-    def reference(self) -> list[Series]:
-        """Plain magnitude pruning without update at the run's sparsities, unless the run has it."""
+    def reference(self) -> dict[float, float]:
+        """Accuracy by sparsity of plain magnitude pruning without update; empty where the run has it as rows."""
         if any(row["solver"] == "magnitude" and row["update"] == "none" for row in self.rows):
-            return []
+            return {}
         self.listener.working("magnitude, for comparison", 0, 0)
         layers = layers_of(self.network.model, self.options)
         weights = layers.read(self.network.model)
@@ -136,8 +134,8 @@ class Runner:
             pruned = torch.zeros_like(weights)
             pruned[kept] = weights[kept]
             layers.write(model, pruned)
-            points[sparsity] = (evaluate(model, self.dataset.test, device=self.device).accuracy,)
-        return [Series("magnitude, no update (for comparison)", points)]
+            points[sparsity] = evaluate(model, self.dataset.test, device=self.device).accuracy
+        return points
 
     def measure(self, task: Task) -> Measured:
         """Make one row."""
@@ -201,9 +199,7 @@ class Runner:
 
     def n_kept(self, n: int, sparsity: float) -> int:
         """Weights which stay of ``n``."""
-        if self.options.rounding is Rounding.PUBLISHED:
-            return published_kept(n, sparsity)
-        return int(n * (1.0 - sparsity))
+        return self.options.rounding.n_kept(n, sparsity)
 
     def settings(self, task: Task) -> Settings:
         """What identifies a task's row."""

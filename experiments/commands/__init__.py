@@ -1,0 +1,1 @@
+"""The commands: their options, in words and in types, and what is done with them."""

@@ -1,0 +1,1 @@
+"""What is shown of the rows: tables, plots, the literature beside, the live display."""
