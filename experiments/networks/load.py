@@ -15,7 +15,7 @@ from torch import nn
 
 from experiments.datasets.cache import cache_dir
 from experiments.datasets.images import Dataset
-from experiments.networks.batch_norm import has_batch_norm, reestimate
+from experiments.networks.batch_norm import fresh_statistics
 from experiments.networks.checkpoints import load_checkpoint, save_checkpoint
 from experiments.networks.experiment import Experiment
 from experiments.networks.training import Epoch, train, train_to_file
@@ -85,8 +85,8 @@ def load_network(
         load_checkpoint(model, checkpoint)
         origin = str(checkpoint)
         say(f"weights: {checkpoint}")
-        if experiment.stale_batch_norm and has_batch_norm(model):
-            _fresh_statistics(model, dataset, checkpoint, device, say)
+        if experiment.stale_batch_norm:
+            _reestimated(model, dataset, checkpoint, device, say)
     else:
         origin = train_experiment(experiment, model, dataset, device=device, say=say)
     model.eval()
@@ -127,9 +127,7 @@ def train_experiment(
     return str(target)
 
 
-def _fresh_statistics(
-    model: nn.Module, dataset: Dataset, checkpoint: Path, device: torch.device | str, say: Say
-) -> None:
+def _reestimated(model: nn.Module, dataset: Dataset, checkpoint: Path, device: torch.device | str, say: Say) -> None:
     """Batch-norm statistics estimated anew, kept in the cache under the checkpoint's and the data's contents."""
     stamp = hashlib.sha256(checkpoint.read_bytes())
     stamp.update(dataset.train.labels.numpy().tobytes())
@@ -143,7 +141,7 @@ def _fresh_statistics(
             say(f"batch-norm statistics: estimated earlier, kept in {path}")
             return
     say("batch-norm statistics: estimating with one augmented pass over the training set")
-    reestimate(model, dataset.train, device=device)
+    fresh_statistics(model, dataset.train, device=device)
     try:
         save_checkpoint(model, path, note="batch-norm statistics estimated anew")
     except OSError as error:

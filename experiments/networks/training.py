@@ -6,17 +6,19 @@ augmentation of epoch e depend only on the seed and e, so that a killed training
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from experiments.datasets.cache import write_atomically
 from experiments.datasets.images import ImageSet, crop_and_flip
@@ -86,20 +88,16 @@ def train(
     OSError
         The state cannot be written.
     """
-    parameters = dict(model.named_parameters())
-    velocity = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    first = 0
-    if state_path is not None and state_path.exists():
-        first = _restore(state_path, model, velocity, recipe)
+    progress = _Progress.begin(model, recipe, -(-len(samples) // recipe.batch_size))
+    first = 0 if state_path is None or not state_path.exists() else progress.restore(state_path)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    per_epoch = -(-len(samples) // recipe.batch_size)
     model.train()
     for epoch in range(first, recipe.epochs):
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
         order = torch.randperm(len(samples), generator=generator)
         total = 0.0
-        for step, indices in enumerate(torch.split(order, recipe.batch_size)):
+        for indices in torch.split(order, recipe.batch_size):
             images = samples.images[indices]
             if recipe.augment:
                 images = crop_and_flip(images, generator)
@@ -107,17 +105,13 @@ def train(
             y = samples.labels[indices].to(device)
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
                 loss = F.cross_entropy(model(x), y)
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            rate = _rate(recipe, epoch + step / per_epoch)
-            with torch.no_grad():
-                for (name, p), g in zip(parameters.items(), gradients, strict=True):
-                    # Biases and batch-norm parameters are left out of the decay.
-                    decay = recipe.weight_decay if p.dim() > 1 else 0.0
-                    velocity[name].mul_(recipe.momentum).add_(g + decay * p)
-                    p.sub_(rate * velocity[name])
+            progress.optimizer.zero_grad()
+            loss.backward()
+            progress.optimizer.step()
+            progress.schedule.step()
             total += float(loss.detach()) * len(indices)
         if state_path is not None:
-            _store(state_path, model, velocity, recipe, epoch + 1)
+            progress.store(state_path, epoch + 1)
         if report is not None:
             report(Epoch(epoch + 1, recipe.epochs, total / len(samples), time.perf_counter() - started))
     model.eval()
@@ -141,40 +135,67 @@ def train_to_file(
     return model
 
 
-def _rate(recipe: Recipe, epoch: float) -> float:
-    """Learning rate at a fractional epoch."""
-    if epoch < recipe.warmup:
-        return recipe.learning_rate * (epoch + 0.01) / (recipe.warmup + 0.01)
-    done = (epoch - recipe.warmup) / max(recipe.epochs - recipe.warmup, 1e-9)
-    return 0.5 * recipe.learning_rate * (1.0 + math.cos(math.pi * min(done, 1.0)))
+@dataclass(frozen=True, eq=False)
+class _Progress:
+    """How far a training is: what a state file holds besides the epoch."""
 
+    model: nn.Module
+    recipe: Recipe
+    optimizer: SGD
+    schedule: SequentialLR
 
-def _signature(recipe: Recipe) -> str:
-    return repr(sorted(asdict(recipe).items()))
+    @classmethod
+    def begin(cls, model: nn.Module, recipe: Recipe, n_steps: int) -> _Progress:
+        """At the first of ``n_steps`` steps of the first epoch."""
+        # Biases and batch-norm parameters are left out of the decay.
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+        rise = max(round(recipe.warmup * n_steps), 1)
+        schedule = SequentialLR(
+            optimizer,
+            [
+                LinearLR(optimizer, 0.01 / (recipe.warmup + 0.01), total_iters=rise),
+                CosineAnnealingLR(optimizer, max(recipe.epochs * n_steps - rise, 1)),
+            ],
+            milestones=[rise],
+        )
+        return cls(model, recipe, optimizer, schedule)
 
+    @property
+    def signature(self) -> str:
+        """What a state must have been made with."""
+        return repr(sorted(asdict(self.recipe).items()))
 
-def _store(path: Path, model: nn.Module, velocity: dict[str, Tensor], recipe: Recipe, epoch: int) -> None:
-    tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    tensors |= {f"velocity.{k}": v.cpu().contiguous() for k, v in velocity.items()}
-    blob = save(tensors, metadata={"recipe": _signature(recipe), "epoch": str(epoch)})
-    write_atomically(path, lambda stream: stream.write(blob))
+    def store(self, path: Path, epoch: int) -> None:
+        """Write the state after an epoch."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"velocity.{k}": self.optimizer.state[p]["momentum_buffer"] for k, p in self._parameters()}
+        metadata = {"recipe": self.signature, "epoch": str(epoch), "schedule": json.dumps(self.schedule.state_dict())}
+        blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
+        write_atomically(path, lambda stream: stream.write(blob))
 
+    def restore(self, path: Path) -> int:
+        """Load a state in place; returns the number of epochs it has behind it."""
+        try:
+            with safe_open(path, "pt") as stored:
+                metadata = stored.metadata() or {}
+            tensors = load(path.read_bytes())
+            if metadata.get("recipe") != self.signature:
+                raise ValueError("it was begun with another recipe")
+            self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            for name, p in self._parameters():
+                self.optimizer.state[p]["momentum_buffer"] = tensors[f"velocity.{name}"].to(p.device).view_as(p)
+            self.schedule.load_state_dict(json.loads(metadata["schedule"]))
+            for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+            return int(metadata["epoch"])
+        except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot resume the training in {path} ({error}); delete the file to begin anew"
+            ) from error
 
-def _restore(path: Path, model: nn.Module, velocity: dict[str, Tensor], recipe: Recipe) -> int:
-    """Load a state in place; returns the number of epochs it has behind it."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
-        tensors = load(path.read_bytes())
-        if metadata.get("recipe") != _signature(recipe):
-            raise ValueError("it was begun with another recipe")
-        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        for name, v in velocity.items():
-            v.copy_(tensors[f"velocity.{name}"])
-        return int(metadata["epoch"])
-    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot resume the training in {path} ({error}); delete the file to begin anew"
-        ) from error
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.model.named_parameters())
