@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from experiments.commands.shell import wide_console
+from experiments.commands.shell import on_backend, wide_console
 from experiments.reports.gaps import (
     best_values,
     proven_values,
@@ -43,7 +43,8 @@ def main(
     seed: Annotated[list[int], typer.Option(help="Of randomised solvers; the first also cuts blocks.")] = [0],
     time_limit: Annotated[float | None, typer.Option(help="Seconds per solve, for solvers that keep a limit.")] = 60.0,
     gradient: Annotated[bool, typer.Option("--gradient", help="Keep the linear term of the blocks.")] = False,
-    workers: Annotated[int, typer.Option(help="Solves at a time, each on one thread.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Solves at a time, each on one thread; -1: as many as cores.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="Of joblib: dask or ray solve on a cluster.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="With --from: folder which holds the data sets.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="With --from: trained weights.")] = None,
     fisher_samples: Annotated[int | None, typer.Option(help="With --from: rows of the factor.", min=1)] = None,
@@ -53,6 +54,8 @@ def main(
     """Compare solvers on small problems against the best value known, proven where some solver can."""
     if (blocks is None) == (source is None):
         raise OptionError("give either --blocks DIR or --from EXPERIMENT")
+    if workers == 0:
+        raise OptionError("--workers must be at least 1, or -1 for as many as there are cores, not 0")
     if time_limit is not None and not 0 < time_limit < float("inf"):
         raise OptionError(f"--time-limit must be positive seconds, not {time_limit!r}")
     fractions = [0.5, 0.8, 0.9] if fraction is None and n_prune is None else fraction or []
@@ -97,7 +100,7 @@ def main(
     failed = 0
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with on_backend(backend), Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("solving", total=len(comparison.missing))
             for row in comparison.run():
                 progress.advance(bar)

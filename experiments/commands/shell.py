@@ -1,14 +1,17 @@
-"""What the commands share: options which take several values, and errors as one line."""
+"""What the commands share: options which take several values, errors as one line, where calls are carried out."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import joblib
 import typer
 from rich.console import Console
 
-from solvers.errors import CBSError
+from solvers.errors import CBSError, OptionError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -81,3 +84,29 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted", style="yellow")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def on_backend(backend: str | None) -> AbstractContextManager[object]:
+    """Where the calls of `experiments.runs.parallel.completed` go: None is this process, the rest are joblib's names.
+
+    Parameters
+    ----------
+    backend
+        ``dask`` takes the scheduler in ``DASK_SCHEDULER_ADDRESS``, ``ray`` the cluster in ``RAY_ADDRESS``.
+
+    Raises
+    ------
+    OptionError
+        The backend is unknown, or its library is not installed.
+    """
+    if backend is None:
+        return nullcontext()
+    try:
+        if backend == "ray":
+            from ray.util.joblib import register_ray
+
+            register_ray()
+        host = {"scheduler_host": os.environ.get("DASK_SCHEDULER_ADDRESS")} if backend == "dask" else {}
+        return joblib.parallel_config(backend=backend, **host)
+    except (ImportError, ValueError) as error:
+        raise OptionError(f"--backend {backend}: {error}; leave it out to stay on this machine") from error

@@ -1,14 +1,13 @@
-"""Solvers × blocks × budgets × objectives: the tasks of a comparison, run in processes that can be killed."""
+"""Solvers × blocks × budgets × objectives: the solves of a comparison."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 
+from experiments.runs.parallel import Call, completed
 from experiments.runs.rows import ResultsFile, versions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
 from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
-from solvers.exact.isolation import Worker
 from solvers.solving import check_capabilities
 from solvers.testing import random_problem
 
@@ -178,7 +177,8 @@ class Comparison:
     best_known
         By instance; rows improve on it as they come in.
     workers
-        Child processes. Each solves on one thread, so that times do not depend on their number more than they must.
+        Solves at a time, see `completed`. Each is on one thread, so that times do not depend on their number more than
+        they must.
     """
 
     def __init__(
@@ -187,43 +187,25 @@ class Comparison:
         paths: dict[str, Path],
         results: ResultsFile,
         best_known: dict[tuple[str, int, str, bool], float],
-        workers: int,
+        workers: int | None,
     ) -> None:
         self.tasks, self.paths, self.results, self.workers = tasks, paths, results, workers
         self.best_known = dict(best_known)
-        self._local = threading.local()
-        self._children: list[Worker] = []
         done = {row["key"]: row for row in results.rows if row.get("error") is None and "key" in row}
         self.finished = [done[task.key] for task in tasks if task.key in done]
         self.missing = [task for task in tasks if task.key not in done]
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Make the rows that are missing; each is on disk when it is yielded."""
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            pending = {pool.submit(self._measure, task): task for task in self.missing}
-            for future in as_completed(pending):
-                row = self._judged(pending[future], future.result())
+        calls = [Call(measure, (task, self.paths[task.digest]), _hard_limit(task)) for task in self.missing]
+        with closing(completed(calls, self.workers)) as outcomes:
+            for at, outcome in outcomes:
+                if isinstance(outcome, CBSError):
+                    outcome = {"error": f"{type(outcome).__name__}: {outcome}"}
+                row = self._judged(self.missing[at], outcome)
                 self.results.append(row)
                 self.finished.append(row)
                 yield row
-        finally:
-            # Reached by an interruption, too: what is under way is killed, what waits is dropped.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in self._children:
-                child.close()
-            pool.shutdown(wait=True)
-
-    def _measure(self, task: Task) -> dict[str, Any]:
-        if not hasattr(self._local, "worker"):
-            self._local.worker = Worker()
-            self._children.append(self._local.worker)
-        hard = None if task.time_limit is None else 3.0 * task.time_limit + 120.0
-        try:
-            figures: dict[str, Any] = self._local.worker.call(measure, task, self.paths[task.digest], limit=hard)
-        except CBSError as error:
-            figures = {"error": f"{type(error).__name__}: {error}"}
-        return figures
 
     def _judged(self, task: Task, figures: dict[str, Any]) -> dict[str, Any]:
         """The row: task, figures, and how far they are from the best value known by now."""
@@ -235,6 +217,11 @@ class Comparison:
         row["best_known"] = best
         row["gap_to_best"] = None if value is None or best is None else gap_between(value, best)
         return row
+
+
+def _hard_limit(task: Task) -> float | None:
+    """Seconds after which the child of a task is killed: imports and compilation come on top of its limit."""
+    return None if task.time_limit is None else 3.0 * task.time_limit + 120.0
 
 
 def gap_between(value: float, best: float) -> float:

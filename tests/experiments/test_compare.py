@@ -87,6 +87,8 @@ def test_bad_input_is_refused_with_one_line(folder: Path, tmp_path: Path, capsys
         (["--solver", "magnitude", "--blocks", str(folder), "--fraction", "1.5"], "between 0 and 1"),
         (["--solver", "magnitude", "--blocks", str(folder), "--objective", "both"], "unknown objective"),
         (["--solver", "magnitude", "--blocks", str(folder), "--time-limit", "-1"], "positive seconds"),
+        (["--solver", "magnitude", "--blocks", str(folder), "--backend", "cluster"], "--backend cluster"),
+        (["--solver", "magnitude", "--blocks", str(folder), "--workers", "0"], "--workers must be"),
     ):
         assert run(*arguments, "--output-dir", output) == 2
         error = capsys.readouterr().err.strip()
