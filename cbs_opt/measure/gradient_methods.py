@@ -32,6 +32,7 @@ class GradientMethod(str, Enum):
 
 
 def parse_method(method: GradientMethod | str) -> GradientMethod:
+    """The method of that name; raises UnknownNameError."""
     try:
         return GradientMethod(method)
     except ValueError:

@@ -95,7 +95,6 @@ def outer_product_rows(
 
 def row_losses(forward: Forward, output: Any, inputs: Tree, targets: Tree | None, rows: int, size: int) -> Tensor:
     """The loss (R,) of each row from the network's output for all R·b samples."""
-
     _require_plain(output)
     for _, t in leaves(output):
         if t.ndim == 0 or t.shape[0] != rows * size:

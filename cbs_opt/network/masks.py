@@ -36,6 +36,7 @@ class PruningMask(nn.Module):
         self.register_buffer("mask", mask.detach().clone().bool(), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
+        """The weight with zeros under the mask."""
         # where, not a product: a NaN under the mask must not leak out.
         return torch.where(self.mask, weight, 0.0)
 

@@ -1,4 +1,4 @@
-"""``python -m experiments.compare``: how good is a solver, really?
+"""``python -m experiments.compare``: how good is a solver, really, beside the best value known.
 
 Solvers × blocks × budgets × objectives, each in a child process with a time limit; a row per solve, a table with
 the gap to the best known value, and plots. The blocks are .npz files, or cut from a network with ``--from``.

@@ -30,6 +30,7 @@ class CIFARNet(nn.Module):
         self.fc2 = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         x = torch.relu(F.max_pool2d(self.conv1(x), 3, 2))
         x = F.avg_pool2d(torch.relu(self.conv2(x)), 3, 2)
         x = F.avg_pool2d(torch.relu(self.conv3(x)), 3, 2)

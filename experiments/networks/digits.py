@@ -23,6 +23,7 @@ class DigitsMLP(nn.Module):
         self.fc3 = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         x = torch.relu(self.fc1(x.flatten(1)))
         x = torch.relu(self.fc2(x))
         logits: Tensor = self.fc3(x)

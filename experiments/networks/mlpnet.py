@@ -27,6 +27,7 @@ class MLPNet(nn.Module):
         self.fc3 = nn.Linear(20, 10, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         x = torch.relu(self.fc1(x.flatten(1)))
         x = torch.relu(self.fc2(x))
         logits: Tensor = self.fc3(x)

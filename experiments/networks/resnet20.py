@@ -27,6 +27,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features of half the resolution where the stride is 2."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(out)) + shortcut)
@@ -58,6 +59,7 @@ class ResNet20(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
