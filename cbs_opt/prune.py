@@ -27,7 +27,7 @@ from cbs_opt.report.result import PruneResult
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.errors import OptionError, UnknownNameError
-from solvers.solving import check_capabilities
+from solvers.running import check_capabilities
 
 
 def prune(

@@ -8,7 +8,10 @@ print(solution.objective, solution.bound, solution.status)
 
 from __future__ import annotations
 
+from solvers.block import QuadraticBlock
 from solvers.bounds import Bound, bound
+from solvers.budget import Budget, Cardinality
+from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import (
     BackendError,
     CapabilityError,
@@ -18,22 +21,30 @@ from solvers.errors import (
     SingularHessianError,
     UnknownNameError,
 )
-from solvers.problem import Objective, ProblemArrays, QuadraticBlock, SelectionProblem
+from solvers.problem import Objective, ProblemArrays, SelectionProblem
 from solvers.refit import Refit
 from solvers.registry import available_solvers, describe, make_solver
 from solvers.solution import Proposal, Reason, Solution, Status, TracePoint
-from solvers.solver import Capability, Context, Deadline, Solver, option
+from solvers.solver import Capability, Context, Deadline, Need, Solver, option
 from solvers.solving import solve
 from solvers.storage import load_block, load_problem, save_block
 
 __all__ = [
     "BackendError",
     "Bound",
+    "Budget",
     "CBSError",
     "Capability",
     "CapabilityError",
+    "Cardinality",
     "Context",
+    "Curvature",
     "Deadline",
+    "Dense",
+    "Diagonal",
+    "Kronecker",
+    "LowRank",
+    "Need",
     "Objective",
     "OptionError",
     "ProblemArrays",

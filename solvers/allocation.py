@@ -17,9 +17,12 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import isotonic_regression
 
 from solvers.errors import UnknownNameError
+from solvers.joint.elimination import EliminationPlan, elimination_costs
 from solvers.problem import Array, Mask, Objective, SelectionProblem
+from solvers.running import check_capabilities, run_backend
 from solvers.solution import Proposal, Reason
 from solvers.solver import Context, Deadline, Solver
 
@@ -73,27 +76,12 @@ def _marginal_costs(alone: SelectionProblem, count: int) -> Array:
         if alone.gradient is not None:
             saliency = saliency - alone.gradient * alone.weights
         return np.sort(saliency, kind="stable")[:count]
-    from solvers.joint.elimination import EliminationPlan, elimination_costs
-
     return elimination_costs(alone.with_n_prune(count), EliminationPlan(chunks=8, pool=0))
 
 
 def convex_slopes(increments: Array) -> Array:
-    """Slopes of the lower convex hull of a curve given by its increments, non-decreasing, same shape.
-
-    Pooling adjacent violators: increments that fall are averaged until they rise.
-    """
-    heights: list[float] = []
-    widths: list[int] = []
-    for increment in increments.tolist():
-        height, width = increment, 1
-        while heights and heights[-1] >= height:
-            total = heights.pop() * widths[-1] + height * width
-            width += widths.pop()
-            height = total / width
-        heights.append(height)
-        widths.append(width)
-    return np.repeat(np.array(heights), np.array(widths, dtype=np.int64)) if heights else np.zeros(0)
+    """Slopes of the lower convex hull of a curve given by its increments, non-decreasing, same shape."""
+    return np.asarray(isotonic_regression(increments).x) if increments.size else increments
 
 
 ALLOCATIONS: dict[str, Callable[[SelectionProblem], Counts]] = {
@@ -115,8 +103,6 @@ def solve_blockwise(
     problem: SelectionProblem, solver: Solver, context: Context, rule: str, time_limit: float | None
 ) -> Proposal:
     """Run `solver` on every block with its own budget; time is shared in proportion to what is left."""
-    from solvers.solving import check_capabilities, run_backend
-
     counts = allocate(problem, rule)
     parts: list[Mask] = []
     repairs: list[str] = []

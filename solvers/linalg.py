@@ -1,90 +1,73 @@
-"""Linear algebra with H = AᵀA + λI that never forms H.
-
-Everything rests on the push-through identity, with K = λI + AAᵀ of size r × r:
-
-    H⁻¹ = (I − AᵀK⁻¹A) / λ ,      H⁻¹Aᵀ = AᵀK⁻¹ ,      [H⁻¹]_ii = (1 − a_iᵀK⁻¹a_i) / λ .
-"""
+"""Dense linear algebra that says when it fails: Cholesky factors and preconditioned conjugate gradients in float64."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-from solvers import matvec
 from solvers.errors import SingularHessianError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+Apply = Callable[[torch.Tensor], torch.Tensor]
 
-    from solvers.problem import QuadraticBlock
-
-#: Entries of a float32 factor that are converted to float64 at a time.
-CHUNK_ENTRIES = 1 << 24
-
-#: Smallest λ relative to the largest eigenvalue of AAᵀ at which float64 still resolves 1 − a_iᵀK⁻¹a_i.
-RELATIVE_DAMPING_FLOOR = 1e-13
+_RESIDUAL_TARGET = 1e-13
+_MAX_CG = 2000
 
 
-def column_chunks(factor: torch.Tensor) -> Iterator[slice]:
-    """Ranges of columns small enough to be converted to float64 at a time."""
-    rows, columns = factor.shape
-    width = max(1, CHUNK_ENTRIES // rows)
-    for start in range(0, columns, width):
-        yield slice(start, min(start + width, columns))
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the block's name in front of what a factorisation complains about."""
+    try:
+        yield
+    except SingularHessianError as error:
+        raise SingularHessianError(f"block {name!r}: {error}") from error
 
 
-def project(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A x for A (r, n) in float32 or float64 and x (n,) or (n, m); float64, accumulated in float64."""
-    if factor.dtype == torch.float64:
-        return factor @ x
-    if matvec.supported(factor, x):
-        return matvec.project(factor, x)
-    total = torch.zeros((factor.shape[0], *x.shape[1:]), dtype=torch.float64, device=factor.device)
-    for chunk in column_chunks(factor):
-        total += factor[:, chunk].double() @ x[chunk]
-    return total
+def cholesky(matrix: torch.Tensor, what: str) -> torch.Tensor:
+    """Lower Cholesky factor; raises SingularHessianError naming `what` instead of returning a broken one."""
+    factor: torch.Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise SingularHessianError(
+            f"{what} is singular or indefinite to float64 (leading minor {int(info)} of {matrix.shape[0]}); "
+            "use a larger damping"
+        )
+    return factor
 
 
-def back_project(factor: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Aᵀ z for A (r, n) in float32 or float64 and z (r,) or (r, m); float64, accumulated in float64."""
-    if factor.dtype == torch.float64:
-        return factor.T @ z
-    if matvec.supported(factor, z):
-        return matvec.back_project(factor, z)
-    return torch.cat([factor[:, chunk].double().T @ z for chunk in column_chunks(factor)])
+def relative_pivots(factor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Squared pivots relative to their own diagonal entries, (…, n); blind to how rows and columns are scaled.
 
-
-def gather_columns(factor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """A[:, index] in the factor's dtype, (r, m).
-
-    On the CPU ``index_select`` copies all of a factor that is not contiguous, such as one layer's columns of a larger
-    matrix; here only the wanted columns are read.
+    Pivot i is what is left of H_ii once the weights before it are eliminated; nan, above no floor, where H_ii is 0.
     """
-    if factor.is_contiguous() or factor.device.type != "cpu":
-        return factor.index_select(1, index)
-    if factor.T.is_contiguous():
-        return factor.T.index_select(0, index).T
-    return torch.from_numpy(factor.numpy()[:, index.numpy()])
+    return factor.diagonal(dim1=-2, dim2=-1).square() / matrix.diagonal(dim1=-2, dim2=-1)
 
 
-def column_squares(factor: torch.Tensor) -> torch.Tensor:
-    """diag(AᵀA), float64 (n,); a few rows at a time, so that the conversion stays in a CPU's cache."""
-    height = max(1, (CHUNK_ENTRIES if factor.is_cuda else 1 << 19) // factor.shape[1])
-    total = torch.zeros(factor.shape[1], dtype=torch.float64, device=factor.device)
-    for start in range(0, factor.shape[0], height):
-        total += factor[start : start + height].double().square().sum(0)
-    return total
+def strict_cholesky(matrix: torch.Tensor, what: str, floor: float = 1e-14) -> torch.Tensor:
+    """`cholesky`, refusing relative pivots of `floor` and less too; raises SingularHessianError."""
+    factor = cholesky(matrix, what)
+    pivots = relative_pivots(factor, matrix)
+    if not bool((pivots > floor).all()):
+        raise SingularHessianError(
+            f"{what} is singular to float64 (relative pivot {float(pivots.min()):.3g}); use a larger damping"
+        )
+    return factor
 
 
-def gram_of(factor: torch.Tensor) -> torch.Tensor:
-    """A Aᵀ, float64 (r, r)."""
-    rows = factor.shape[0]
-    total = torch.zeros((rows, rows), dtype=torch.float64, device=factor.device)
-    for chunk in column_chunks(factor):
-        part = factor[:, chunk].double()
-        total.addmm_(part, part.T)
-    return total
+def cholesky_solve(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(L Lᵀ)⁻¹ x for x of shape (n,) or (n, m), computed in the precision of L, float64."""
+    flat = x.to(factor.dtype).reshape(factor.shape[0], -1)
+    solved: torch.Tensor = torch.cholesky_solve(flat, factor).double()
+    return solved.reshape(x.shape)
+
+
+def inverse_diagonal_of(factor: torch.Tensor) -> torch.Tensor:
+    """diag((L Lᵀ)⁻¹), (n,)."""
+    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.square().sum(0)
 
 
 def lower_gram(rows: torch.Tensor, panel: int = 1024) -> torch.Tensor:
@@ -100,78 +83,60 @@ def lower_gram(rows: torch.Tensor, panel: int = 1024) -> torch.Tensor:
     return out
 
 
-def cholesky(matrix: torch.Tensor, what: str) -> torch.Tensor:
-    """Lower Cholesky factor; raises SingularHessianError naming `what` instead of returning a broken one."""
-    factor: torch.Tensor
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        raise SingularHessianError(
-            f"{what} is singular or indefinite to float64 (leading minor {int(info)} of {matrix.shape[0]}); "
-            "use a larger damping"
-        )
-    return factor
+def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
+    """F (q, n) with FᵀF = M to rounding, q the rank to float64, for M (n, n) positive semidefinite.
+
+    M is scaled to unit diagonal first, so that each entry is accurate relative to its own row and column.
+    """
+    scale = matrix.diagonal().clamp_min(0.0).sqrt()
+    safe = torch.where(scale > 0.0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(matrix / safe.unsqueeze(0) / safe.unsqueeze(1))
+    kept = values > matrix.shape[0] * 2.3e-16 * values[-1].clamp_min(0.0)
+    root: torch.Tensor = (vectors[:, kept] * values[kept].sqrt()).T * scale
+    return root
 
 
-def woodbury_cholesky(block: QuadraticBlock) -> torch.Tensor:
-    """Cholesky factor of K = λI + AAᵀ, float64 (r, r).
+def conjugate_gradients(
+    multiply: Apply, right: torch.Tensor, precondition: Apply, tolerance: float = _RESIDUAL_TARGET
+) -> tuple[torch.Tensor, float]:
+    """Solve multiply(x) = right; (x, ‖residual‖/‖right‖).
+
+    Flexible preconditioned conjugate gradients; returns the best iterate once `tolerance` is reached or the
+    residual has stopped falling, which after an exact factorisation is one or two steps.
 
     Raises
     ------
     SingularHessianError
-        If λ = 0, or λ is too small against AAᵀ for float64.
+        If the residual is not finite.
     """
-    ceiling = float(block.gram.diagonal().sum())
-    if block.damping <= RELATIVE_DAMPING_FLOOR * ceiling:
-        raise SingularHessianError(
-            f"block {block.name!r}: H⁻¹ is needed but damping {block.damping:g} is zero or negligible against "
-            f"trace(AAᵀ) = {ceiling:.3g}, and with {block.n_rows} rows for {block.n} weights AᵀA alone is not "
-            "invertible; pass a larger damping"
-        )
-    kernel = block.gram.clone()
-    kernel.diagonal().add_(block.damping)
-    return cholesky(kernel, f"block {block.name!r}: λI + AAᵀ")
-
-
-def apply_inverse(block: QuadraticBlock, x: torch.Tensor) -> torch.Tensor:
-    """H⁻¹ x for x of shape (n,) or (n, m), float64; raises SingularHessianError."""
-    if block.n <= block.n_rows:
-        factor = _dense_cholesky(block)
-        solved: torch.Tensor = torch.cholesky_solve(x.reshape(block.n, -1), factor)
-        return solved.reshape(x.shape)
-    factor = block.woodbury_factor
-    inner = torch.cholesky_solve(block.project(x).reshape(block.n_rows, -1), factor)
-    return (x - block.back_project(inner.reshape(block.n_rows, *x.shape[1:]))) / block.damping
-
-
-def inverse_diagonal(block: QuadraticBlock) -> torch.Tensor:
-    """diag(H⁻¹), float64 (n,); raises SingularHessianError."""
-    if block.n <= block.n_rows:
-        factor = _dense_cholesky(block)
-        identity = torch.eye(block.n, dtype=torch.float64, device=block.device)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-        return inverse.square().sum(0)
-    factor = block.woodbury_factor
-    parts = []
-    for chunk in column_chunks(block.factor):
-        columns = block.factor[:, chunk].double()
-        half = torch.linalg.solve_triangular(factor, columns, upper=False)
-        parts.append(1.0 - half.square_().sum(0))
-    shrink = torch.cat(parts)
-    # 1 − a_iᵀK⁻¹a_i lies in [λ/(λ + |a_i|²), 1]; rounding must not push it below.
-    floor = block.damping / block.diagonal
-    return torch.maximum(shrink, floor) / block.damping
-
-
-def _dense_cholesky(block: QuadraticBlock) -> torch.Tensor:
-    """Cholesky factor of the dense H (n ≤ r), refusing a numerically singular one."""
-    dense = block.factor.double()
-    hessian = dense.T @ dense
-    hessian.diagonal().add_(block.damping)
-    factor = cholesky(hessian, f"block {block.name!r}: H")
-    pivots = factor.diagonal().square()
-    if float(pivots.min()) <= 1e-14 * float(hessian.diagonal().max()):
-        raise SingularHessianError(
-            f"block {block.name!r}: H is singular to float64 (pivot {float(pivots.min()):.3g}) with damping "
-            f"{block.damping:g}; use a larger damping"
-        )
-    return factor
+    norm = float(right.norm())
+    x = precondition(right)
+    residual = right - multiply(x)
+    best, best_residual = x, float(residual.norm()) / norm
+    direction = torch.zeros_like(right)
+    previous, inner_previous = residual, 1.0
+    stalled = 0
+    for iteration in range(_MAX_CG):
+        if best_residual <= tolerance or stalled >= 3 + iteration // 10:
+            break
+        preconditioned = precondition(residual)
+        inner = float(residual @ preconditioned)
+        if not math.isfinite(inner) or inner <= 0.0:
+            break
+        beta = 0.0 if iteration == 0 else max(0.0, float((residual - previous) @ preconditioned) / inner_previous)
+        direction = preconditioned + beta * direction
+        image = multiply(direction)
+        curvature = float(direction @ image)
+        if not math.isfinite(curvature) or curvature <= 0.0:
+            break
+        x = x + (inner / curvature) * direction
+        previous, inner_previous = residual, inner
+        residual = residual - (inner / curvature) * image
+        size = float(residual.norm()) / norm
+        stalled = 0 if size < 0.7 * best_residual else stalled + 1
+        if size < best_residual:
+            best, best_residual = x, size
+    true = float((right - multiply(best)).norm()) / norm
+    if not math.isfinite(true):
+        raise SingularHessianError("the refit system could not be solved in float64; use a larger damping")
+    return best, true

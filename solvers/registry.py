@@ -22,6 +22,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from solvers.curvature import Curvature
 from solvers.errors import BackendError, OptionError, UnknownNameError
 from solvers.solver import Solver
 
@@ -72,6 +73,9 @@ class SolverDescription:
     summary: str
     reference: str
     capabilities: tuple[str, ...]
+    curvatures: tuple[str, ...]
+    budgets: tuple[str, ...]
+    needs: tuple[str, ...]
     max_weights: int | None
     requires: tuple[str, ...]
     missing: tuple[str, ...]
@@ -87,6 +91,8 @@ class SolverDescription:
         if self.reference:
             lines.append(f"  source: {self.reference}")
         lines.append(f"  can: {', '.join(self.capabilities)}")
+        lines.append(f"  curvatures: {', '.join(self.curvatures)}; budgets: {', '.join(self.budgets)}")
+        lines.append(f"  looks at: {', '.join(('weights', *self.needs))}")
         if self.max_weights is not None:
             lines.append(f"  at most {self.max_weights} weights")
         if self.requires:
@@ -153,6 +159,9 @@ def describe(name: str) -> SolverDescription:
         summary=cls.summary,
         reference=cls.reference,
         capabilities=tuple(sorted(c.value for c in cls.capabilities)),
+        curvatures=tuple("all" if kind is Curvature else kind.__name__ for kind in cls.curvatures),
+        budgets=tuple(kind.__name__ for kind in cls.budgets),
+        needs=tuple(sorted(need.value for need in cls.needs)),
         max_weights=cls.max_weights,
         requires=cls.requires,
         missing=missing,

@@ -29,6 +29,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from solvers.budget import Budget, Cardinality
+from solvers.curvature import Curvature
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
 from solvers.solution import Proposal, TracePoint
@@ -55,6 +57,16 @@ class Capability(str, Enum):
     """The result depends on the seed."""
     CALIBRATION = "calibration"
     """Can pick among its masks by the calibration loss."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Need(str, Enum):
+    """What must be known of a problem before a backend can choose, beside the weights."""
+
+    CURVATURE = "curvature"
+    GRADIENT = "gradient"
 
     def __str__(self) -> str:
         return self.value
@@ -132,6 +144,12 @@ class Solver(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[Capability]]
+    curvatures: ClassVar[tuple[type[Curvature], ...]] = (Curvature,)
+    """Kinds of curvature it runs on; all by default, since problems answer the same questions whatever the kind."""
+    budgets: ClassVar[tuple[type[Budget], ...]] = (Cardinality,)
+    """Kinds of budget it keeps."""
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CURVATURE})
+    """What it looks at; what no solver and no update needs is not measured."""
     max_weights: ClassVar[int | None] = None
     """Largest n that is accepted; None for any."""
     requires: ClassVar[tuple[str, ...]] = ()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import numpy as np
-
-from solvers.errors import BackendError, CapabilityError, CBSError, OptionError
-from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.allocation import solve_blockwise
+from solvers.errors import OptionError
+from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
+from solvers.running import check_capabilities, run_backend
 from solvers.solution import Proposal, Solution
-from solvers.solver import CalibrationLoss, Capability, Context, Deadline, Solver
+from solvers.solver import CalibrationLoss, Context, Deadline, Solver
 from solvers.verify import certify, check_support, evaluate
 
 
@@ -51,6 +50,7 @@ def solve(
     Returns
     -------
     Solution
+        Its objective is nan where no curvature was measured.
 
     Raises
     ------
@@ -71,13 +71,11 @@ def solve(
     if allocation is None:
         check_capabilities(chosen, problem, time_limit, start)
     context = Context(seed=seed, deadline=Deadline(time_limit), start=start, calibration_loss=calibration_loss)
-    if problem.n_prune in (0, problem.n):
-        only = np.full(problem.n, problem.n_prune > 0)
+    only = problem.budget.only_mask(problem.n)
+    if only is not None:
         value, _ = evaluate(problem, only, with_refit=False)
-        proposal = Proposal(only, bound=value)
+        proposal = Proposal(only, bound=-math.inf if math.isnan(value) else value)
     elif allocation is not None:
-        from solvers.allocation import solve_blockwise
-
         proposal = solve_blockwise(problem, chosen, context, allocation, time_limit)
     else:
         proposal = run_backend(chosen, problem, context)
@@ -101,53 +99,3 @@ def solve(
         repairs=(*proposal.repairs, *(refitted.repairs if refitted else ())),
         statistics=dict(proposal.statistics),
     )
-
-
-def run_backend(solver: Solver, problem: SelectionProblem, context: Context) -> Proposal:
-    """Run a backend, translating whatever it throws into a BackendError; trivial budgets never reach it."""
-    if problem.n_prune in (0, problem.n):
-        return Proposal(np.full(problem.n, problem.n_prune > 0))
-    try:
-        return solver.run(problem, context)
-    except CBSError:
-        raise
-    except MemoryError as error:
-        raise BackendError(f"solver {solver.spec!r} ran out of memory on {problem!r}") from error
-    except Exception as error:
-        raise BackendError(f"solver {solver.spec!r} failed on {problem!r}: {type(error).__name__}: {error}") from error
-
-
-def check_capabilities(solver: Solver, problem: SelectionProblem, time_limit: float | None, start: Mask | None) -> None:
-    """Raise CapabilityError, with the remedy, for what the solver does not declare to support."""
-    can, name = solver.capabilities, solver.name
-    wanted = Capability(problem.objective.value)
-    if wanted not in can:
-        other = Objective.JOINT if wanted is Capability.SELECTION else Objective.SELECTION
-        raise CapabilityError(
-            f"solver {name!r} does not optimise the {wanted.value} objective; choose another solver or a problem "
-            f"with objective={other.value!r}"
-        )
-    if len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in can:
-        raise CapabilityError(
-            f"solver {name!r} cannot share one budget over {len(problem.blocks)} blocks; pass allocation='uniform' "
-            "(or another of solvers.allocation.ALLOCATIONS) to give each block its own"
-        )
-    if problem.has_gradient and Capability.LINEAR_TERM not in can:
-        raise CapabilityError(
-            f"solver {name!r} ignores the gradient of the problem; use problem.without_gradient() or another solver"
-        )
-    if solver.max_weights is not None and problem.n > solver.max_weights:
-        raise CapabilityError(
-            f"solver {name!r} takes at most {solver.max_weights} weights, the problem has {problem.n}; "
-            "use smaller blocks or a heuristic"
-        )
-    if time_limit is not None and Capability.TIME_LIMIT not in can:
-        raise CapabilityError(f"solver {name!r} does not keep a time limit; leave time_limit out")
-    if start is not None and Capability.WARM_START not in can:
-        raise CapabilityError(f"solver {name!r} cannot start from a given mask; leave start out")
-
-
-def with_remaining_time(context: Context) -> Context:
-    """A context for a nested run: the same seed and callback, what is left of the time, an empty trace."""
-    limit = context.deadline.remaining()
-    return replace(context, deadline=Deadline(None if math.isinf(limit) else limit), trace=[])

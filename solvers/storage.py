@@ -1,14 +1,30 @@
-"""Problems as .npz files: arrays ``weights``, ``factor``, ``damping`` and possibly ``gradient``."""
+"""Problems as .npz files: arrays ``weights``, ``damping``, possibly ``gradient``, and those of the curvature.
+
+A low-rank curvature has ``factor``; a dense one ``matrix``, a diagonal one ``diagonal``, a Kronecker one ``row_scale``
+and ``input_moment``.
+"""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from solvers.block import QuadraticBlock
+from solvers.curvature import Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import OutputError, ProblemError
-from solvers.problem import Objective, QuadraticBlock, SelectionProblem
+from solvers.problem import Objective, SelectionProblem
+
+#: Names of the arrays of each kind of curvature, as `Curvature.digest_arrays` gives them.
+_ARRAYS: dict[type[Any], tuple[str, ...]] = {
+    LowRank: ("factor",),
+    Dense: ("matrix",),
+    Diagonal: ("diagonal",),
+    Kronecker: ("row_scale", "input_moment"),
+}
 
 
 def load_block(path: str | Path, *, use_gradient: bool = True, damping: float | None = None) -> QuadraticBlock:
@@ -29,19 +45,19 @@ def load_block(path: str | Path, *, use_gradient: bool = True, damping: float | 
         raise ProblemError(
             f"{path} is not a readable .npz block ({error}); write it with solvers.save_block"
         ) from error
-    missing = [key for key in ("weights", "factor") if key not in arrays]
-    if missing:
-        raise ProblemError(f"{path} has no array {missing[0]!r}; a block needs weights, factor and damping")
+    kinds = [kind for kind, names in _ARRAYS.items() if all(name in arrays for name in names)]
+    if "weights" not in arrays or not kinds:
+        missing = "weights" if "weights" not in arrays else "factor"
+        raise ProblemError(f"{path} has no array {missing!r}; a block needs weights, factor and damping")
     stored = arrays.get("damping", np.float64(0.0))
     if damping is None and np.size(stored) != 1:
         raise ProblemError(f"{path}: damping must be one number, not shape {np.shape(stored)}")
-    return QuadraticBlock(
-        weights=arrays["weights"],
-        factor=arrays["factor"],
-        damping=float(np.asarray(stored).reshape(())) if damping is None else damping,
-        gradient=arrays.get("gradient") if use_gradient else None,
-        name=path.stem,
-    )
+    ridge = float(np.asarray(stored).reshape(())) if damping is None else damping
+    gradient = arrays.get("gradient") if use_gradient else None
+    if kinds[0] is LowRank:
+        return QuadraticBlock(arrays["weights"], arrays["factor"], ridge, gradient, path.stem)
+    parts = [torch.from_numpy(arrays[name]) for name in _ARRAYS[kinds[0]]]
+    return QuadraticBlock(arrays["weights"], curvature=kinds[0](*parts, ridge), gradient=gradient, name=path.stem)
 
 
 def load_problem(
@@ -56,9 +72,10 @@ def load_problem(
 
 def save_block(path: str | Path, block: QuadraticBlock) -> None:
     """Write one block, so that `load_block` reads back the same values; raises OutputError."""
+    stored = zip(_ARRAYS[type(block.curvature)], block.curvature.digest_arrays(), strict=True)
     arrays = {
         "weights": block.weights.cpu().numpy(),
-        "factor": block.factor.cpu().numpy(),
+        **{name: array.cpu().numpy() for name, array in stored},
         "damping": np.float64(block.damping),
     }
     if block.gradient is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from solvers.errors import BackendError
 from solvers.problem import Mask, Objective, SelectionProblem
-from solvers.refit import Refit, refit
+from solvers.refit import Refit
 from solvers.solution import Proposal, Status
 
 #: Relative gap at which a mask counts as proven optimal.
@@ -30,20 +30,22 @@ def check_support(problem: SelectionProblem, proposal: Proposal, solver: str) ->
             f"solver {solver!r} returned a mask of type {type(pruned).__name__} and shape {shape}; "
             f"it must be numpy bool of shape ({problem.n},)"
         )
-    count = int(pruned.sum())
-    if count != problem.n_prune:
-        raise BackendError(f"solver {solver!r} removed {count} weights; the problem asks for exactly {problem.n_prune}")
+    violation = problem.budget.violation(pruned)
+    if violation:
+        raise BackendError(f"solver {solver!r} returned a mask that does not keep the budget: {violation}")
     own = pruned.copy()
     own.flags.writeable = False
     return own
 
 
 def evaluate(problem: SelectionProblem, pruned: Mask, with_refit: bool) -> tuple[float, Refit | None]:
-    """(objective, refit) of a mask; the refit is made whenever the objective is the joint one."""
+    """(objective, refit) of a mask; the refit is made if the objective is the joint one. nan without a curvature."""
+    if not problem.measured:
+        return math.nan, None
     if problem.objective is Objective.JOINT:
-        result = refit(problem, pruned)
+        result = problem.refit(pruned)
         return result.value, result
-    return problem.selection_value(pruned), refit(problem, pruned) if with_refit else None
+    return problem.selection_value(pruned), problem.refit(pruned) if with_refit else None
 
 
 def certify(problem: SelectionProblem, objective: float, bound: float, solver: str) -> tuple[float, float, Status]:
@@ -56,6 +58,8 @@ def certify(problem: SelectionProblem, objective: float, bound: float, solver: s
     """
     if math.isnan(bound):
         raise BackendError(f"solver {solver!r} returned a bound that is not a number")
+    if math.isnan(objective):
+        return -math.inf, math.inf, Status.FEASIBLE
     tiny = float(max(SCALE_TOLERANCE * problem.scale, np.finfo(np.float64).tiny))
     tolerance = OPTIMALITY_TOLERANCE * abs(objective) + tiny
     if bound > objective + tolerance:

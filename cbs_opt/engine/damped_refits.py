@@ -70,7 +70,7 @@ class _Part:
             image = _project(block.factor, block.weights[removed], removed)
             right += _back_project(columns, image)
         self._right = right
-        self._primal = self._kept.numel() <= block.n_rows
+        self._primal = self._kept.numel() <= block.factor.shape[0]
         if self._primal:
             values, self._basis = torch.linalg.eigh((columns.T @ columns).double())
             self._coordinates = self._basis.T @ right

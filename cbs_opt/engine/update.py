@@ -28,7 +28,7 @@ import torch
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.step_search import search_step
-from solvers import QuadraticBlock, SelectionProblem, linalg
+from solvers import QuadraticBlock, SelectionProblem
 from solvers.errors import OptionError, UnknownNameError
 from solvers.refit import refit
 
@@ -148,8 +148,8 @@ def _single(block: QuadraticBlock, pruned: Mask) -> Array:
     mask = torch.tensor(pruned, device=block.device)
     start = block.weights
     if block.gradient is not None:
-        start = start - linalg.apply_inverse(block, block.gradient)
+        start = start - block.solve(block.gradient)
     elif not bool(mask.any()):
         return start.cpu().numpy()
     pull = torch.where(mask, start / block.inverse_diagonal, 0.0)
-    return (start - linalg.apply_inverse(block, pull)).cpu().numpy()
+    return (start - block.solve(pull)).cpu().numpy()

@@ -25,7 +25,7 @@ from experiments.datasets.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet
 from experiments.runs.options import RunOptions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, make_solver
-from solvers.solving import check_capabilities
+from solvers.running import check_capabilities
 from solvers.verify import certify
 
 #: Fewest training images of a calibration sample, where the training set has as many.

@@ -19,7 +19,7 @@ from experiments.runs.parallel import Call, completed
 from experiments.runs.rows import ResultsFile, versions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
 from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
-from solvers.solving import check_capabilities
+from solvers.running import check_capabilities
 from solvers.testing import random_problem
 
 #: Most points of a trace that a row keeps.

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.baselines.ranking import prune_smallest
 from solvers.errors import ProblemError
 from solvers.problem import SelectionProblem
+from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver
+from solvers.solver import Capability, Context, Need, Solver
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class GradientMagnitudeSolver(Solver):
     summary = "remove the weights with the smallest |g·w|"
     reference = "Molchanov et al., Pruning convolutional neural networks for resource efficient inference, ICLR 2017"
     capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+
+    needs = frozenset({Need.GRADIENT})
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by |g_i w_i|; raises ProblemError where a block has no gradient."""

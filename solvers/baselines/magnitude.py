@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from solvers.baselines.ranking import prune_smallest
 from solvers.problem import SelectionProblem
+from solvers.ranking import prune_smallest_magnitudes
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver
 
@@ -20,7 +18,8 @@ class MagnitudeSolver(Solver):
     summary = "remove the weights with the smallest |w|"
     reference = "Han et al., Learning both weights and connections, NeurIPS 2015"
     capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+    needs = frozenset()
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Ignores H and g altogether; declared for every problem because it is a baseline for every problem."""
-        return Proposal(prune_smallest(np.abs(problem.weights), problem.n_prune))
+        return Proposal(prune_smallest_magnitudes([block.weights for block in problem.blocks], problem.n_prune))

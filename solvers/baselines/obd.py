@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from solvers.baselines.ranking import prune_smallest
 from solvers.problem import Array, SelectionProblem
+from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver
 

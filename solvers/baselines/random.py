@@ -27,6 +27,8 @@ class RandomSolver(Solver):
         }
     )
 
+    needs = frozenset()
+
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Ignores everything but the budget and the seed."""
         pruned = np.zeros(problem.n, dtype=bool)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from solvers.curvature import LowRank
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
@@ -72,10 +73,13 @@ def approximate_selection_values(problem: SelectionProblem, masks: Mask) -> Arra
     values = np.zeros(masks.shape[0])
     for block, where in zip(problem.blocks, problem.slices, strict=True):
         removed = block.tensor_of(masks[:, where]).T * block.weights.unsqueeze(1)
-        # Normalised, so that tiny weights do not underflow in float32.
-        size = float(block.weights.abs().max()) or 1.0
-        image = (block.factor @ (removed / size).to(block.factor.dtype)).double() * size
-        value = 0.5 * image.square().sum(0) + 0.5 * block.damping * removed.square().sum(0)
+        if isinstance(block.curvature, LowRank):
+            # Normalised, so that tiny weights do not underflow in float32.
+            size = float(block.weights.abs().max()) or 1.0
+            image = (block.factor @ (removed / size).to(block.factor.dtype)).double() * size
+            value = 0.5 * image.square().sum(0) + 0.5 * block.damping * removed.square().sum(0)
+        else:
+            value = 0.5 * (removed * block.multiply(removed)).sum(0)
         if block.gradient is not None:
             value = value - block.gradient @ removed
         values += value.cpu().numpy()

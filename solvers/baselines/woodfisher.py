@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from solvers import linalg
-from solvers.baselines.ranking import prune_smallest
 from solvers.problem import Array, SelectionProblem
+from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver
 
@@ -26,9 +26,9 @@ def single_removal_loss(problem: SelectionProblem) -> Array:
     for block in problem.blocks:
         target = block.weights
         if block.gradient is not None:
-            target = target - linalg.apply_inverse(block, block.gradient)
-        parts.append((target.square() / (2.0 * block.inverse_diagonal)).cpu().numpy())
-    return np.concatenate(parts)
+            target = target - block.solve(block.gradient)
+        parts.append(target.square() / (2.0 * block.inverse_diagonal))
+    return np.asarray(torch.cat(parts).cpu().numpy())
 
 
 @dataclass(frozen=True)

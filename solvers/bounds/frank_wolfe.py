@@ -33,6 +33,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from solvers.bounds.certificate import EPS, Bound, Certificate, smallest_sum
+from solvers.errors import CapabilityError
 from solvers.problem import Array, SelectionProblem
 from solvers.solver import Deadline
 
@@ -57,8 +58,8 @@ class ResidualCertificate(Certificate):
         total, costs, size = 0.0, [], 0.0
         for block, u in zip(problem.blocks, self.residuals, strict=True):
             weights = block.weights.cpu().numpy()
-            correlations = block.back_project(block.tensor_of(u)).cpu().numpy()
-            cost = weights * correlations + 0.5 * block.damping * weights**2
+            correlations = block.curvature.back_project(block.tensor_of(u)).cpu().numpy()
+            cost = weights * correlations + 0.5 * block.curvature.ridge.cpu().numpy() * weights**2
             if block.gradient is not None:
                 cost = cost - block.gradient.cpu().numpy() * weights
             square = 0.5 * float(u @ u)
@@ -93,11 +94,15 @@ def frank_wolfe_bound(
     -------
     Bound
     """
+    for block in problem.blocks:
+        if block.curvature.n_components > 1:
+            raise CapabilityError(
+                f"the bound 'frank_wolfe' does not take the {type(block.curvature).__name__} curvature of block "
+                f"{block.name!r}; bound its rows one by one"
+            )
     deadline = Deadline(time_limit)
     relaxation = _Relaxation(problem)
-    diagonal = np.concatenate(
-        [(b.diagonal.cpu().numpy() - b.damping) * b.weights.cpu().numpy() ** 2 for b in problem.blocks]
-    )
+    diagonal = (problem.diagonal - relaxation.ridge) * problem.weights**2
     z = np.full(problem.n, problem.n_prune / problem.n)
     u = relaxation.project(z)
     # u = 0 proves the sum of the smallest q, positive without a gradient.
@@ -128,10 +133,10 @@ class _Relaxation:
     def __init__(self, problem: SelectionProblem) -> None:
         self.problem = problem
         self.count = problem.n_prune
-        self.ends = np.cumsum([0, *(block.n_rows for block in problem.blocks)])
+        self.ends = np.cumsum([0, *(block.curvature.rank for block in problem.blocks)])
         weights = problem.weights
-        damping = np.concatenate([np.full(block.n, block.damping) for block in problem.blocks])
-        self.linear: Array = 0.5 * damping * weights**2
+        self.ridge: Array = np.concatenate([block.curvature.ridge.cpu().numpy() for block in problem.blocks])
+        self.linear: Array = 0.5 * self.ridge * weights**2
         if problem.gradient is not None:
             self.linear = self.linear - problem.gradient * weights
 
@@ -142,13 +147,13 @@ class _Relaxation:
     def project(self, z: Array) -> Array:
         """B z."""
         blocks, slices = self.problem.blocks, self.problem.slices
-        x = [b.project(b.weights * b.tensor_of(z[s])).cpu().numpy() for b, s in zip(blocks, slices, strict=True)]
-        return np.concatenate(x)
+        pairs = zip(blocks, slices, strict=True)
+        return np.concatenate([b.curvature.project(b.weights * b.tensor_of(z[s])).cpu().numpy() for b, s in pairs])
 
     def back_project(self, u: Array) -> Array:
         """Bᵀ u."""
         parts = [
-            (b.weights * b.back_project(b.tensor_of(part))).cpu().numpy()
+            (b.weights * b.curvature.back_project(b.tensor_of(part))).cpu().numpy()
             for b, part in zip(self.problem.blocks, self.split(u), strict=True)
         ]
         return np.concatenate(parts)
@@ -192,7 +197,8 @@ class _Relaxation:
             kernel, total = np.eye(part.size), np.zeros(part.size)
             for start in range(0, inside.size, _COLUMNS):
                 index = inside[start : start + _COLUMNS]
-                columns = block.columns(index) * block.weights[block.tensor_of(index)]
+                chosen = block.tensor_of(index)
+                columns = block.curvature.factor_columns(chosen).double() * block.weights[chosen]
                 kernel += sigma * (columns @ columns.T).cpu().numpy()
                 total += columns.sum(1).cpu().numpy()
             factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)

@@ -6,9 +6,10 @@ remains separates over the weights. With s = g + Aᵀy a kept weight contributes
 
     bound(y) = −½‖y‖² − Σ s_i²/(2λ) + sum of the n_prune smallest (λw_i − s_i)²/(2λ) ,
 
-the dual of the perspective relaxation of λ‖u‖², and y is the certificate. Here it is maximised by alternation: z, the
-relaxed choice, moves towards the n_prune cheapest weights with Frank–Wolfe steps, and y towards its best reply, the
-solution of (I + A diag((1 − z)/λ) Aᵀ) y = −A((1 − z) g/λ + z∘w), by conjugate gradients.
+the dual of the perspective relaxation of λ‖u‖², and y is the certificate. (λ may differ from weight to weight: it is
+the ridge of the factored view, whatever the curvature.) Here it is maximised by alternation: z, the relaxed choice,
+moves towards the n_prune cheapest weights with Frank–Wolfe steps, and y towards its best reply, the solution of
+(I + A diag((1 − z)/λ) Aᵀ) y = −A((1 − z) g/λ + z∘w), by conjugate gradients.
 
 For λ ≪ ‖A‖² the bound is weak; for n up to a few hundred `branch_bound` or an optimal diagonal does far better.
 
@@ -49,16 +50,17 @@ class PerspectiveCertificate(Certificate):
         """bound(y), less a rounding margin."""
         total, costs, size = 0.0, [], 0.0
         for block, y in zip(problem.blocks, self.residuals, strict=True):
-            slope = block.back_project(block.tensor_of(y)).cpu().numpy()
+            slope = block.curvature.back_project(block.tensor_of(y)).cpu().numpy()
             if block.gradient is not None:
                 slope = slope + block.gradient.cpu().numpy()
             weights = block.weights.cpu().numpy()
             # Rounding of s_i: a few units in the last place of ‖a_i‖‖y‖.
             error = 16.0 * EPS * (np.sqrt(block.diagonal.cpu().numpy()) * float(np.linalg.norm(y)) + np.abs(slope))
-            half = 0.5 / block.damping
+            ridge = block.curvature.ridge.cpu().numpy()
+            half = 0.5 / ridge
             kept = half * (np.abs(slope) + error) ** 2
-            distance = np.abs(block.damping * weights - slope)
-            removed = half * np.maximum(0.0, distance - error - EPS * block.damping * np.abs(weights)) ** 2
+            distance = np.abs(ridge * weights - slope)
+            removed = half * np.maximum(0.0, distance - error - EPS * ridge * np.abs(weights)) ** 2
             total -= 0.5 * float(y @ y) + float(kept.sum())
             size += 0.5 * float(y @ y) + float(kept.sum())
             costs.append(removed)
@@ -76,13 +78,13 @@ def perspective_bound(
     CapabilityError
         If a block has no damping: the relaxation then bounds nothing.
     """
-    if any(block.damping == 0.0 for block in problem.blocks):
+    damping = np.concatenate([block.curvature.ridge.cpu().numpy() for block in problem.blocks])
+    if not damping.all():
         raise CapabilityError(
             "the bound of the joint objective comes from the damping, and a block has damping=0; pass a positive one"
         )
     deadline = Deadline(time_limit)
-    ends = np.cumsum([0, *(block.n_rows for block in problem.blocks)])
-    damping = np.concatenate([np.full(block.n, block.damping) for block in problem.blocks])
+    ends = np.cumsum([0, *(block.curvature.n_components * block.curvature.rank for block in problem.blocks)])
     gradient = np.zeros(problem.n) if problem.gradient is None else problem.gradient
     weights = problem.weights
 
@@ -91,11 +93,11 @@ def perspective_bound(
 
     def project(x: Array) -> Array:
         pairs = zip(problem.blocks, problem.slices, strict=True)
-        return np.concatenate([b.project(b.tensor_of(x[s])).cpu().numpy() for b, s in pairs])
+        return np.concatenate([b.curvature.project(b.tensor_of(x[s])).cpu().numpy() for b, s in pairs])
 
     def back_project(y: Array) -> Array:
         pairs = zip(problem.blocks, split(y), strict=True)
-        return np.concatenate([b.back_project(b.tensor_of(part)).cpu().numpy() for b, part in pairs])
+        return np.concatenate([b.curvature.back_project(b.tensor_of(part)).cpu().numpy() for b, part in pairs])
 
     def dual(y: Array) -> tuple[float, Array]:
         slope = gradient + back_project(y)

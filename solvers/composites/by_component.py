@@ -23,10 +23,13 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 
+from solvers.block import QuadraticBlock
 from solvers.composites.nested import adopt, combined_reason, make_inner, run_inner
+from solvers.curvature import Dense, Diagonal, LowRank
 from solvers.local_search.state import Index
-from solvers.problem import Array, Mask, Objective, QuadraticBlock, SelectionProblem
+from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver, option
 
@@ -36,10 +39,12 @@ def interaction_components(problem: SelectionProblem) -> list[Index]:
     graph = nx.Graph()
     graph.add_nodes_from(range(problem.n))
     for block, where in zip(problem.blocks, problem.slices, strict=True):
-        supports = block.factor.detach().cpu().numpy() != 0.0
+        # Rows whose weights interact with one another: those of a factor, or of H itself.
+        matrix = block.factor if isinstance(block.curvature, LowRank) else block.curvature.dense()
+        supports = matrix.detach().cpu().numpy() != 0.0
         if problem.objective is Objective.SELECTION:
             supports &= block.weights.cpu().numpy() != 0.0
-        # A row's weights form a clique; a path through them has the same components.
+        # They are connected: a path through them has the same components.
         for row in np.unique(supports, axis=0):
             nx.add_path(graph, np.flatnonzero(row) + where.start)
             if row.all():
@@ -93,6 +98,8 @@ class ByComponentSolver(Solver):
             Capability.EXACT,
         }
     )
+
+    curvatures = (LowRank, Dense, Diagonal)
 
     solver: str = option("branch_bound", "the solver of one component, with its options")
 
@@ -151,11 +158,11 @@ def component_problem(problem: SelectionProblem, index: Index, n_prune: int) -> 
     number = next(b for b, where in enumerate(problem.slices) if where.start <= index[0] < where.stop)
     block, where = problem.blocks[number], problem.slices[number]
     local = index - where.start
-    columns = block.columns(local)
-    rows = (columns != 0.0).any(1)
-    factor = columns[rows] if bool(rows.any()) else columns[:1]
-    gradient = None if block.gradient is None else block.gradient[local]
-    part = QuadraticBlock(block.weights[local], factor, block.damping, gradient, block.name)
+    part = block.select(torch.as_tensor(local, device=block.device))
+    if isinstance(part.curvature, LowRank):
+        rows = (part.factor != 0.0).any(1)
+        factor = part.factor[rows].double() if bool(rows.any()) else part.factor[:1].double()
+        part = QuadraticBlock(part.weights, factor, part.damping, part.gradient, part.name)
     return SelectionProblem(part, n_prune, problem.objective)
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
+from solvers.running import check_capabilities, run_backend
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Deadline, Solver
-from solvers.solving import check_capabilities, run_backend
 
 
 def make_inner(spec: str, outer: str) -> Solver:

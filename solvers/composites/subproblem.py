@@ -25,10 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from solvers import linalg
+from solvers.block import QuadraticBlock
+from solvers.curvature import Curvature, Dense, Diagonal, LowRank
+from solvers.curvature.low_rank import RELATIVE_DAMPING_FLOOR
+from solvers.linalg import cholesky
 from solvers.local_search.state import Index
-from solvers.problem import Mask, Objective, QuadraticBlock, SelectionProblem
-from solvers.refit import refit
+from solvers.problem import Mask, Objective, SelectionProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ def subproblem(problem: SelectionProblem, pruned: Mask, free: Index) -> Subprobl
     outside[free] = False
     budget = int(pruned[free].sum())
     joint = problem.objective is Objective.JOINT
-    relaxed = refit(problem, outside) if joint else None
+    relaxed = problem.refit(outside) if joint else None
     if relaxed is not None and not math.isfinite(relaxed.value):
         return None
     constant = problem.selection_value(outside) if relaxed is None else relaxed.value
@@ -72,43 +74,61 @@ def subproblem(problem: SelectionProblem, pruned: Mask, free: Index) -> Subprobl
         if local.size == 0:
             continue
         index = torch.as_tensor(local, device=block.device)
-        columns = block.columns(index)
         if relaxed is None:
             removed = torch.where(block.tensor_of(outside[where]), block.weights, 0.0)
-            shift = -(columns.T @ block.project(removed))
-            gradient = shift if block.gradient is None else shift + block.gradient[index]
-            part = QuadraticBlock(block.weights[index], compress(columns), block.damping, gradient, block.name)
+            # Disjoint from W, so what lies on the diagonal of H plays no role.
+            gradient = -block.multiply(removed)[index]
+            if block.gradient is not None:
+                gradient = gradient + block.gradient[index]
+            target, curvature = block.weights[index], _compressed(block.curvature.select(index))
         else:
             kept = torch.as_tensor(~outside[where], device=block.device)
             kept[index] = False
             target = torch.as_tensor(relaxed.weights[where][local], device=block.device)
-            factor = compress(_schur_factor(block, columns, kept))
-            part = QuadraticBlock(target, factor, block.damping, None, block.name)
-        blocks.append(part)
+            gradient, curvature = None, _schur_complement(block, index, kept)
+        blocks.append(QuadraticBlock(target, curvature=curvature, gradient=gradient, name=block.name))
     return Subproblem(SelectionProblem(blocks, budget, problem.objective), constant, free)
 
 
-def compress(factor: torch.Tensor) -> torch.Tensor:
-    """An equivalent factor (the same AᵀA) with no more rows than columns."""
-    if factor.shape[0] <= factor.shape[1]:
-        return factor
-    triangle: torch.Tensor = torch.linalg.qr(factor, mode="r")[1]
-    return triangle
+def _compressed(curvature: Curvature) -> Curvature:
+    """The same H, a factor having no more rows than columns."""
+    if not isinstance(curvature, LowRank) or curvature.rank <= curvature.n:
+        return curvature
+    triangle = torch.linalg.qr(curvature.factor.double(), mode="r")[1]
+    return LowRank(triangle, curvature.damping)
 
 
-def _schur_factor(block: QuadraticBlock, columns: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _schur_complement(block: QuadraticBlock, index: torch.Tensor, kept: torch.Tensor) -> Curvature:
+    """H_WW − H_WK H_KK⁻¹ H_KW for W = `index` (m,) and K = `kept`, a bool mask (n,)."""
+    curvature = block.curvature
+    if not bool(kept.any()) or isinstance(curvature, Diagonal):
+        return _compressed(curvature.select(index))
+    if isinstance(curvature, LowRank):
+        columns = curvature.factor_columns(index).double()
+        return _compressed(LowRank(_schur_factor(curvature, columns, kept), curvature.damping))
+    # Only what shares a component with W interacts with it.
+    parts = curvature.component_of(torch.arange(block.n, device=block.device))
+    others = (kept & torch.isin(parts, parts[index])).nonzero().squeeze(1)
+    own = curvature.submatrix(index, index)
+    if others.numel() == 0:
+        return Dense(own)
+    values, vectors = torch.linalg.eigh(curvature.submatrix(others, others))
+    inside = values > others.numel() * 2.3e-16 * values[-1]
+    half = vectors[:, inside].T @ curvature.submatrix(others, index) / values[inside].sqrt().unsqueeze(1)
+    return Dense(own - half.T @ half)
+
+
+def _schur_factor(curvature: LowRank, columns: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Ã with ÃᵀÃ + λI = H_WW − H_WK H_KK⁻¹ H_KW, float64 (r, m)."""
-    if not bool(kept.any()):
-        return columns
-    others = block.columns(kept)
-    if block.damping <= linalg.RELATIVE_DAMPING_FLOOR * float(block.diagonal.sum()):
+    others = curvature.factor_columns(kept.nonzero().squeeze(1)).double()
+    if curvature.damping <= RELATIVE_DAMPING_FLOOR * float(curvature.diagonal.sum()):
         left, singular, _ = torch.linalg.svd(others, full_matrices=False)
         rank = singular > max(others.shape) * 2.3e-16 * singular[0]
         basis = left[:, rank]
         projected: torch.Tensor = columns - basis @ (basis.T @ columns)
         return projected
     kernel = others @ others.T
-    kernel.diagonal().add_(block.damping)
-    lower = linalg.cholesky(kernel, f"block {block.name!r}: λI + A_K A_Kᵀ")
-    shrunk: torch.Tensor = math.sqrt(block.damping) * torch.linalg.solve_triangular(lower, columns, upper=False)
+    kernel.diagonal().add_(curvature.damping)
+    lower = cholesky(kernel, "λI + A_K A_Kᵀ")
+    shrunk: torch.Tensor = math.sqrt(curvature.damping) * torch.linalg.solve_triangular(lower, columns, upper=False)
     return shrunk

@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from solvers.joint.woodbury import KeptSystem, dense_problem, effective_damping
+from solvers.block import QuadraticBlock
+from solvers.curvature import Diagonal
+from solvers.joint.kept import dense_problem, kept_system, regularised
 from solvers.moves.elimination_path import eliminate_dense
-from solvers.problem import Array, Mask, QuadraticBlock, SelectionProblem
+from solvers.problem import Array, Mask, SelectionProblem
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
@@ -85,10 +87,15 @@ class Elimination:
 class _Path:
     """A block eliminated one weight at a time, beforehand; `level` is the running maximum of the costs."""
 
-    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, damping: float, most: int) -> None:
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, most: int) -> None:
         index = kept.nonzero().squeeze(1)
         count = min(most, int(index.numel()))
-        order, costs = eliminate_dense(dense_problem(block, index, damping), count, block.name)
+        if isinstance(block.curvature, Diagonal):
+            value, spread = kept_system(block, kept).scores(index)
+            costs, order = (0.5 * value.square() / spread).sort(stable=True)
+            order, costs = order[:count], costs[:count]
+        else:
+            order, costs = eliminate_dense(dense_problem(block, index), count, block.name)
         self._order = index[order].cpu().numpy()
         self._spent = costs.cpu().numpy()
         self._level = costs.cummax(0).values.cpu().numpy() if count else costs.cpu().numpy()
@@ -114,9 +121,9 @@ class _Path:
 class _Large:
     """A block ranked through its kept system."""
 
-    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, damping: float, refresh: float) -> None:
-        self.system = KeptSystem(block, kept, damping)
-        self._shrink = torch.zeros(block.n, dtype=torch.float64, device=block.device)
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, refresh: float) -> None:
+        self.system = kept_system(block, kept)
+        self._spread = torch.zeros(block.n, dtype=torch.float64, device=block.device)
         self._refresh, self._measured = refresh, 0
 
     @property
@@ -129,9 +136,9 @@ class _Large:
         system = self.system
         index = system.kept.nonzero().squeeze(1)
         if system.n_kept <= self._refresh * self._measured or not self._measured:
-            _, self._shrink[index] = system.measure(index)
+            _, self._spread[index] = system.scores(index)
             self._measured = system.n_kept
-        costs = system.costs(index, system.solution()[index], self._shrink[index])
+        costs = 0.5 * system.solution()[index].square() / self._spread[index]
         self._costs, order = costs.sort(stable=True)
         self._index = index[order]
         return self._costs.cpu().numpy()
@@ -190,17 +197,14 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         pruned[zeros[: problem.n_prune]] = True
     left = problem.n_prune - int(pruned.sum())
     repairs: list[str] = []
-    dampings: list[float] = []
-    for block in problem.blocks:
-        damping, repair = effective_damping(block)
-        dampings.append(damping)
+    members: list[_Path | _Large] = []
+    for given, where in zip(problem.blocks, problem.slices, strict=True):
+        block, repair = regularised(given)
         if repair:
             repairs.append(repair)
-    members: list[_Path | _Large] = []
-    for block, where, damping in zip(problem.blocks, problem.slices, dampings, strict=True):
         kept = block.tensor_of(~pruned[where])
-        small = int(kept.sum()) <= plan.exact_below
-        members.append(_Path(block, kept, damping, left) if small else _Large(block, kept, damping, plan.refresh))
+        small = int(kept.sum()) <= plan.exact_below or isinstance(block.curvature, Diagonal)
+        members.append(_Path(block, kept, left) if small else _Large(block, kept, plan.refresh))
     start = problem.n - int(pruned.sum())
     floor = max(problem.n_kept, sum(min(member.n_kept, plan.exact_below) for member in members), 1)
     ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0
@@ -208,9 +212,9 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
     order = [np.flatnonzero(pruned)]
     costs, exact = [np.zeros(order[0].size)] if order[0].size else [], [True] if order[0].size else []
     while left > 0:
-        for index, (block, member, damping) in enumerate(zip(problem.blocks, members, dampings, strict=True)):
+        for index, member in enumerate(members):
             if isinstance(member, _Large) and member.n_kept <= plan.exact_below:
-                members[index] = _Path(block, member.system.kept, damping, left)
+                members[index] = _Path(member.system.block, member.system.kept, left)
         now = problem.n_kept + left
         share, pool = left, plan.pool
         if any(isinstance(member, _Large) for member in members):

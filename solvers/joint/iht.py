@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
-from solvers.joint.support import METRICS, SupportModel, keep_largest, metric_of
-from solvers.problem import Array, Mask, SelectionProblem
+from solvers.joint.support import METRICS, keep_largest, metric_of, refine, search_problem
+from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
+from solvers.tensors import ProblemTensors
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class HardThresholdingSolver(Solver):
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Threshold until no step length improves the objective."""
-        squared, repairs = metric_of(problem, self.metric)
-        metric = np.sqrt(squared)
+        vectors, repairs = search_problem(problem)
+        search = _Thresholding(vectors, metric_of(vectors, self.metric), problem.n_kept)
         if context.start is not None:
-            kept = ~context.start
-            solution = np.where(kept, problem.weights, 0.0)
+            kept = ~vectors.of(context.start)
+            solution = torch.where(kept, vectors.weights, 0.0)
         else:
-            kept, solution = self._approach(problem, metric, context)
-        solution, value = SupportModel(problem, kept).refine(solution, 3 * self.active_steps)
+            kept, solution = self._approach(search, context)
+        solution, value = search.refine(kept, solution, 3 * self.active_steps)
         context.record(value)
         reach, failures, used = 2.0, 0, 0
         reason = Reason.ITERATION_LIMIT
@@ -68,65 +69,93 @@ class HardThresholdingSolver(Solver):
                 reason = Reason.TIME_LIMIT
                 break
             used += 1
-            direction = self._direction(problem, solution, squared)
-            scale = reach * self._exact_length(problem, solution, direction, metric)
-            best: tuple[float, int, Array, Mask] | None = None
-            tried = kept
-            for trial in range(self.trials):
-                candidate = solution - scale * 0.5**trial * direction
-                support = keep_largest(metric * np.abs(candidate), problem.n_kept)
-                if np.array_equal(support, kept) or np.array_equal(support, tried):
-                    continue
-                tried = support
-                refined, reached = SupportModel(problem, support).refine(
-                    np.where(support, solution, 0.0), self.active_steps
-                )
-                if best is None or reached < best[0]:
-                    best = (reached, trial, refined, support)
-                if context.deadline.expired():
-                    break
-            if best is not None and best[0] < value - self.tolerance * abs(value):
-                value, trial, solution, kept = best
+            best = self._best_trial(search, kept, solution, reach, context)
+            if best is not None and best.value < value - self.tolerance * abs(value):
+                value, solution, kept = best.value, best.solution, best.kept
                 # Keep the range centred on what worked.
-                reach *= 2.0 if trial == 0 else (0.5 if trial >= self.trials - 2 else 1.0)
+                reach *= 2.0 if best.trial == 0 else (0.5 if best.trial >= self.trials - 2 else 1.0)
                 failures = 0
                 context.record(value)
                 continue
             # Nothing gained: settle the active set, look at shorter steps, then stop.
-            solution, value = SupportModel(problem, kept).refine(solution, 3 * self.active_steps)
+            solution, value = search.refine(kept, solution, 3 * self.active_steps)
             reach *= 0.5 ** (self.trials - 1)
             failures += 1
             if failures == 3:
                 reason = Reason.COMPLETED
                 break
         statistics = {"iterations": float(used), "objective_reached": value}
-        return Proposal(~kept, reason=reason, repairs=tuple(repairs), statistics=statistics)
+        return Proposal((~kept).cpu().numpy(), reason=reason, repairs=tuple(repairs), statistics=statistics)
 
-    def _approach(self, problem: SelectionProblem, metric: Array, context: Context) -> tuple[Mask, Array]:
-        """(kept, v) after thresholding to fewer and fewer weights, re-optimised each time."""
-        solution = problem.weights.copy()
-        for level in range(1, self.levels + 1):
-            fraction = level / self.levels
-            n_kept = max(problem.n_kept, round(problem.n * (problem.n_kept / problem.n) ** fraction))
-            if level == self.levels or context.deadline.expired():
+    def _best_trial(
+        self, search: _Thresholding, kept: torch.Tensor, solution: torch.Tensor, reach: float, context: Context
+    ) -> _Trial | None:
+        """The best support over the range of step lengths; None where all give the present one."""
+        direction = search.direction(solution)
+        scale = reach * search.exact_length(direction)
+        best: _Trial | None = None
+        tried = kept
+        for trial in range(self.trials):
+            support = search.largest(solution - scale * 0.5**trial * direction)
+            if torch.equal(support, kept) or torch.equal(support, tried):
+                continue
+            tried = support
+            refined, reached = search.refine(support, torch.where(support, solution, 0.0), self.active_steps)
+            if best is None or reached < best.value:
+                best = _Trial(reached, trial, refined, support)
+            if context.deadline.expired():
                 break
-            kept = keep_largest(metric * np.abs(solution), n_kept)
-            solution, _ = SupportModel(problem, kept).refine(np.where(kept, solution, 0.0), self.active_steps)
-        kept = keep_largest(metric * np.abs(solution), problem.n_kept)
-        return kept, np.where(kept, solution, 0.0)
+        return best
 
-    @staticmethod
-    def _direction(problem: SelectionProblem, solution: Array, squared: Array) -> Array:
+    def _approach(self, search: _Thresholding, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """(kept, v) after thresholding to fewer and fewer weights, re-optimised each time."""
+        solution, n = search.vectors.weights.clone(), search.vectors.weights.numel()
+        for level in range(1, self.levels):
+            if context.deadline.expired():
+                break
+            n_kept = max(search.n_kept, round(n * (search.n_kept / n) ** (level / self.levels)))
+            kept = keep_largest(search.metric * solution.abs(), n_kept)
+            solution, _ = search.refine(kept, torch.where(kept, solution, 0.0), self.active_steps)
+        kept = search.largest(solution)
+        return kept, torch.where(kept, solution, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A support tried: its objective after refitting, the number of its step length, v, and the support."""
+
+    value: float
+    trial: int
+    solution: torch.Tensor
+    kept: torch.Tensor
+
+
+class _Thresholding:
+    """The problem with its metric D² (n,), on its device."""
+
+    def __init__(self, vectors: ProblemTensors, squared: torch.Tensor, n_kept: int) -> None:
+        self.vectors, self.squared, self.n_kept = vectors, squared, n_kept
+        self.metric = squared.sqrt()
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """The n_kept largest D|x|."""
+        return keep_largest(self.metric * x.abs(), self.n_kept)
+
+    def refine(self, kept: torch.Tensor, solution: torch.Tensor, steps: int) -> tuple[torch.Tensor, float]:
+        """(v, objective) on a support, from `solution`."""
+        split = self.vectors.split
+        return refine(self.vectors.blocks, split(kept), split(solution), steps)
+
+    def direction(self, solution: torch.Tensor) -> torch.Tensor:
         """D⁻²∇f(v)."""
-        gradient = problem.multiply(solution - problem.weights)
-        if problem.gradient is not None:
-            gradient += problem.gradient
-        return np.asarray(gradient / squared)
+        gradient = self.vectors.multiply(solution - self.vectors.weights)
+        if self.vectors.gradient is not None:
+            gradient = gradient + self.vectors.gradient
+        return gradient / self.squared
 
-    @staticmethod
-    def _exact_length(problem: SelectionProblem, solution: Array, direction: Array, metric: Array) -> float:
+    def exact_length(self, direction: torch.Tensor) -> float:
         """The τ that minimises f along −direction restricted to the n_kept weights it moves most."""
-        moved = np.where(keep_largest(metric * np.abs(direction), problem.n_kept), direction, 0.0)
-        curvature = float(moved @ problem.multiply(moved))
-        slope = float(moved @ (metric**2 * moved))
+        moved = torch.where(self.largest(direction), direction, 0.0)
+        curvature = float(moved @ self.vectors.multiply(moved))
+        slope = float(moved @ (self.squared * moved))
         return slope / curvature if curvature > 0.0 else 1.0

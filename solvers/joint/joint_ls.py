@@ -19,18 +19,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import block_diag
 
-from solvers.baselines.ranking import prune_smallest
 from solvers.errors import CapabilityError, SingularHessianError
 from solvers.joint.admm import AdmmSolver
 from solvers.joint.dense_search import DenseJoint, search
+from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.joint.pool_search import pool_search
-from solvers.joint.woodbury import effective_damping
+from solvers.joint.support import search_problem
 from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.ranking import prune_smallest
 from solvers.registry import make_solver
+from solvers.running import run_backend, with_remaining_time
 from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
-from solvers.solving import run_backend, with_remaining_time
+from solvers.tensors import ProblemTensors
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class JointLocalSearchSolver(Solver):
         }
     )
 
+    curvatures = KEPT_SYSTEMS
+
     start: str = option("obs[chunks=8,pool=0]", "solver that makes the first mask, unless one is given")
     dense_limit: int = option(600, "weights up to which H is held dense and searched by tabu", minimum=1)
     iterations: int = option(20000, "tabu swaps on dense problems; beyond 200 weights fewer as 1/n²", minimum=0)
@@ -62,14 +67,12 @@ class JointLocalSearchSolver(Solver):
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """A one-swap local optimum of the joint objective, or the best mask when the time is up."""
         first, notes = self._first_mask(problem, context)
-        for block in problem.blocks:
-            repair = effective_damping(block)[1]
-            if repair and repair not in notes:
-                notes.append(repair)
+        vectors, repairs = search_problem(problem)
+        notes.extend(repair for repair in repairs if repair not in notes)
         if context.deadline.expired():
             return Proposal(first, reason=Reason.TIME_LIMIT, repairs=tuple(notes))
         if problem.n <= self.dense_limit:
-            return self._dense(problem, context, first, tuple(notes))
+            return self._dense(problem, vectors, context, first, tuple(notes))
         result = pool_search(
             problem,
             first,
@@ -100,18 +103,24 @@ class JointLocalSearchSolver(Solver):
         proposal = run_backend(solver, wanted, with_remaining_time(context))
         return proposal.pruned, list(proposal.repairs)
 
-    def _dense(self, problem: SelectionProblem, context: Context, first: Mask, repairs: tuple[str, ...]) -> Proposal:
-        arrays = problem.arrays()
-        hessian = arrays.factor.T @ arrays.factor
-        dampings = [np.full(block.n, effective_damping(block)[0]) for block in problem.blocks]
-        hessian[np.diag_indices(problem.n)] += np.concatenate(dampings)
-        curved = hessian @ arrays.weights
-        linear = curved - arrays.gradient
-        constant = 0.5 * float(arrays.weights @ curved) - float(arrays.gradient @ arrays.weights)
+    def _dense(
+        self,
+        problem: SelectionProblem,
+        vectors: ProblemTensors,
+        context: Context,
+        first: Mask,
+        repairs: tuple[str, ...],
+    ) -> Proposal:
+        hessian = block_diag(*[block.curvature.dense().cpu().numpy() for block in vectors.blocks])
+        weights, linear = problem.weights, hessian @ problem.weights
+        constant = 0.5 * float(weights @ linear)
+        if problem.gradient is not None:
+            constant -= float(problem.gradient @ weights)
+            linear = linear - problem.gradient
         starts = [~first]
         if context.start is None:
-            starts.append(~prune_smallest(np.abs(arrays.weights), problem.n_prune))
-            starts.append(~prune_smallest(np.diag(hessian) * arrays.weights**2, problem.n_prune))
+            starts.append(~prune_smallest(np.abs(weights), problem.n_prune))
+            starts.append(~prune_smallest(np.diag(hessian) * weights**2, problem.n_prune))
             starts.append(~run_backend(AdmmSolver(), problem, with_remaining_time(context)).pruned)
         iterations = int(self.iterations * min(1.0, (200 / problem.n) ** 2))
         dense = DenseJoint(hessian, linear, constant)

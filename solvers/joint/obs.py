@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from solvers.joint.elimination import EliminationPlan, eliminate
+from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver, option
@@ -32,6 +33,8 @@ class OptimalBrainSurgeonSolver(Solver):
     capabilities = frozenset(
         {Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM, Capability.TIME_LIMIT}
     )
+
+    curvatures = KEPT_SYSTEMS
 
     chunks: int = option(20, "rounds before blocks are small enough for one-at-a-time elimination", minimum=1)
     exact_below: int = option(3000, "kept weights of a block from which on weights go one at a time", minimum=1)

@@ -1,14 +1,14 @@
 """Swaps by the joint objective on problems too large for a dense H.
 
-Each round measures every weight through the r × r kept systems (`solvers.joint.woodbury`), picks a pool Q of
+Each round scores every weight through the kept systems (`solvers.joint.kept`), picks a pool Q of
 promising weights, and solves the joint problem over the pool *exactly* but for the choice of support: all other
 kept weights are re-optimised without being named (`KeptSystem.reduced`), so every swap within the pool is judged
 by its true change of the joint objective, and many are made per round. The pool is made of
 
 * the kept weights that cost least and the pruned ones that gain most when moved alone, over all blocks, and
-* the best pairs. For i in S, j in P of one block, with p = a_iᵀK_S⁻¹a_j, a swap changes the objective by
+* the best pairs. For i in S, j in P of one block a swap changes the objective by
 
-      ½ λ [ t_i²/(1 − q_i) − (t_j + p t_i/(1 − q_i))² / (1 + q_j + p²/(1 − q_i)) ] ,
+      ½ [ v_i²/N_ii − (ρ_j + T_ij v_i/N_ii)² / (σ_j + T_ij²/N_ii) ] ,
 
   which is scanned for the pruned weights in the order of their own gains, batch after batch, until enough
   gaining pairs are found. A scan that runs through all of P without one proves a one-swap local optimum (to the
@@ -17,6 +17,7 @@ by its true change of the joint objective, and many are made per round. The pool
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ import torch
 from scipy.linalg import block_diag
 
 from solvers.joint.dense_search import DenseJoint, descend
-from solvers.joint.woodbury import KeptSystem, effective_damping
+from solvers.joint.kept import KeptSystem, kept_system, regularised
 from solvers.problem import Mask, SelectionProblem
 from solvers.solution import Reason
 from solvers.solver import Deadline
@@ -47,47 +48,37 @@ class PoolResult:
 
 
 @dataclass
-class _Measured:
+class _Scores:
     """One block's scores in a round; positions in the block."""
 
     inside: torch.Tensor
     cost: torch.Tensor
-    ratio: torch.Tensor  # t_i/(1 − q_i)
-    spread: torch.Tensor  # 1/(1 − q_i)
+    ratio: torch.Tensor  # v_i/N_ii
+    inverse: torch.Tensor  # 1/N_ii
     outside: torch.Tensor
     gain: torch.Tensor
-    value: torch.Tensor  # t_j
-    schur: torch.Tensor  # 1 + q_j
+    residual: torch.Tensor  # ρ_j
+    schur: torch.Tensor  # σ_j
 
 
-def _measure(system: KeptSystem) -> _Measured:
-    block, damping = system.block, system.damping
-    everything = torch.arange(block.n, device=block.device)
-    value, shrink = system.measure(everything)
-    inside = system.kept.nonzero().squeeze(1)
-    outside = (~system.kept).nonzero().squeeze(1)
-    floor = damping / (block.diagonal[inside] - block.damping + damping)
-    spread = 1.0 / torch.maximum(1.0 - shrink[inside], floor)
-    ratio = value[inside] * spread
-    schur = 1.0 + shrink[outside]
-    return _Measured(
-        inside,
-        0.5 * damping * value[inside] * ratio,
-        ratio,
-        spread,
-        outside,
-        0.5 * damping * value[outside].square() / schur,
-        value[outside],
-        schur,
-    )
+def _scored(system: KeptSystem) -> _Scores:
+    value, spread = system.scores(torch.arange(system.block.n, device=system.block.device))
+    inside, outside = system.kept.nonzero().squeeze(1), (~system.kept).nonzero().squeeze(1)
+    inverse = 1.0 / spread[inside]
+    ratio = value[inside] * inverse
+    gain = 0.5 * value[outside].square() / spread[outside]
+    return _Scores(inside, 0.5 * value[inside] * ratio, ratio, inverse, outside, gain, value[outside], spread[outside])
 
 
 def _scan(
-    system: KeptSystem, seen: _Measured, least_gain: float, wanted: int, most_pairs: float, deadline: Deadline
+    system: KeptSystem, seen: _Scores, least_gain: float, wanted: int, most_pairs: float, deadline: Deadline
 ) -> tuple[list[tuple[float, int, int]], bool]:
     """Gaining pairs of one block as (change, i, j), best partner of each j; and whether all of P was scanned."""
-    dtype, half = system.dtype, 0.5 * system.damping
-    cost, ratio, spread = (x.to(dtype).unsqueeze(1) for x in (seen.cost / half, seen.ratio, seen.spread))
+    dtype = system.dtype
+    # In units of the largest gain, so that a working precision of float32 neither overflows nor underflows.
+    unit = float(seen.gain.max()) if seen.gain.numel() and float(seen.gain.max()) > 0.0 else 1.0
+    root = math.sqrt(unit)
+    cost, ratio, inverse = (x.to(dtype).unsqueeze(1) for x in (2.0 * seen.cost / unit, seen.ratio / root, seen.inverse))
     order = seen.gain.argsort(descending=True, stable=True)
     found: list[tuple[float, int, int]] = []
     count = int(seen.inside.numel())
@@ -98,11 +89,12 @@ def _scan(
             return found, False
         batch = order[start : start + _BATCH]
         cross = system.cross(seen.inside, seen.outside[batch])
-        numerator = (seen.value[batch].to(dtype) + cross * ratio).square_()
-        change = cost - numerator.div_(seen.schur[batch].to(dtype) + cross.square_().mul_(spread))
+        numerator = ((seen.residual[batch] / root).to(dtype) + cross * ratio).square_()
+        change = cost - numerator.div_(seen.schur[batch].to(dtype) + cross.square_().mul_(inverse))
         least, who = change.min(0)
-        for position in (least * half < -least_gain).nonzero().squeeze(1).tolist():
-            pair = (float(least[position]) * half, int(seen.inside[who[position]]), int(seen.outside[batch[position]]))
+        least = 0.5 * unit * least.double()
+        for position in (least < -least_gain).nonzero().squeeze(1).tolist():
+            pair = (float(least[position]), int(seen.inside[who[position]]), int(seen.outside[batch[position]]))
             found.append(pair)
     return found, True
 
@@ -111,7 +103,7 @@ def _pools(
     systems: list[KeptSystem], least_gain: float, width: int, most_pairs: float, deadline: Deadline
 ) -> tuple[list[torch.Tensor], bool]:
     """One pool per block (positions), and whether no gaining pair was left out of sight."""
-    measured = [_measure(system) for system in systems]
+    measured = [_scored(system) for system in systems]
     chosen: list[set[int]] = [set() for _ in systems]
     for attribute, sign, names in (("cost", 1.0, "inside"), ("gain", -1.0, "outside")):
         scores = torch.cat([sign * getattr(m, attribute) for m in measured]).cpu().numpy()
@@ -190,8 +182,7 @@ def pool_search(
     """
     systems = []
     for block, where in zip(problem.blocks, problem.slices, strict=True):
-        damping, _ = effective_damping(block)
-        systems.append(KeptSystem(block, block.tensor_of(~start[where]), damping))
+        systems.append(kept_system(regularised(block)[0], block.tensor_of(~start[where])))
     value = sum(system.objective() for system in systems)
     swaps = used = 0
     reason, complete = Reason.ITERATION_LIMIT, False

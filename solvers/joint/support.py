@@ -5,104 +5,108 @@ Thresholding keeps the largest D_i|v_i|. The metric D² decides what "large" mea
 * ``identity``  D² = 1, plain magnitude;
 * ``diagonal``  D_i² = H_ii, the saliency that ignores interaction;
 * ``obs``       D_i² = 1/[H⁻¹]_ii, the saliency of the optimal brain surgeon, between the two.
+
+Vectors are float64 tensors (n,) on the problem's device throughout.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 
-from solvers import linalg
-from solvers.joint.woodbury import KeptSystem, effective_damping
-from solvers.problem import Array, Mask, QuadraticBlock, SelectionProblem
+from solvers.block import QuadraticBlock
+from solvers.curvature import LowRank
+from solvers.curvature.factor_products import back_project, project
+from solvers.joint.kept import KEPT_SYSTEMS, kept_system, regularised
+from solvers.linalg import Apply, cholesky, cholesky_solve, named
+from solvers.problem import SelectionProblem
+from solvers.ranking import smallest
+from solvers.tensors import ProblemTensors
 
 METRICS = ("obs", "diagonal", "identity")
 
-
 #: Supports of up to this many weights are refitted exactly instead of by conjugate gradients.
 _DIRECT = 400
-#: So are supports of blocks with up to this many rows, through the r × r system.
+#: So are supports of low-rank blocks with up to this many rows, through the r × r system.
 _DIRECT_ROWS = 3000
 
 
-def metric_of(problem: SelectionProblem, kind: str) -> tuple[Array, list[str]]:
-    """(D² (n,), repairs); all blocks in the units of H so that they compete fairly."""
-    repairs: list[str] = []
-    parts: list[Array] = []
-    for block in problem.blocks:
-        damping, repair = effective_damping(block)
+def search_problem(problem: SelectionProblem) -> tuple[ProblemTensors, list[str]]:
+    """(the problem's vectors with as much damping as the search needs, repairs)."""
+    blocks, repairs = [], []
+    for given in problem.blocks:
+        block, repair = regularised(given)
+        blocks.append(block)
         if repair:
             repairs.append(repair)
-        if kind == "identity":
-            parts.append(np.ones(block.n))
-        elif kind == "diagonal":
-            parts.append((block.diagonal - block.damping + damping).cpu().numpy())
-        elif block.n <= block.n_rows and not repair:
-            parts.append((1.0 / block.inverse_diagonal).cpu().numpy())
-        else:
-            system = KeptSystem(block, torch.ones(block.n, dtype=torch.bool, device=block.device), damping)
-            _, shrink = system.measure(torch.arange(block.n, device=block.device))
-            floor = damping / (block.diagonal - block.damping + damping)
-            parts.append((damping / torch.maximum(1.0 - shrink, floor)).cpu().numpy())
-    return np.concatenate(parts), repairs
+    return ProblemTensors(blocks), repairs
 
 
-def keep_largest(scores: Array, n_kept: int) -> Mask:
-    """The kept mask of the `n_kept` largest scores; ties are pruned from the lower index on."""
-    kept = np.ones(scores.shape[0], dtype=bool)
-    kept[np.argsort(scores, kind="stable")[: scores.shape[0] - n_kept]] = False
-    return kept
+def metric_of(vectors: ProblemTensors, kind: str) -> torch.Tensor:
+    """D² (n,); all blocks in the units of H so that they compete fairly."""
+    if kind == "identity":
+        return torch.ones_like(vectors.weights)
+    return vectors.diagonal if kind == "diagonal" else torch.cat([_obs_metric(block) for block in vectors.blocks])
 
 
-class SupportModel:
-    """The joint objective on one support, minimised exactly or by conjugate gradients.
+def _obs_metric(block: QuadraticBlock) -> torch.Tensor:
+    curvature = block.curvature
+    if isinstance(curvature, LowRank) and block.n > curvature.rank:
+        # In the working precision of the kept system, which is enough for a metric.
+        everything = torch.ones(block.n, dtype=torch.bool, device=block.device)
+        return 1.0 / kept_system(block, everything).scores(torch.arange(block.n, device=block.device))[1]
+    return 1.0 / block.inverse_diagonal
 
-    Small systems (few rows or few kept weights) are solved exactly; beyond, conjugate gradients are run from where
-    the caller stands.
+
+def keep_largest(scores: torch.Tensor, n_kept: int) -> torch.Tensor:
+    """The kept mask of the `n_kept` largest scores, bool (n,); ties are pruned from the lower index on."""
+    return ~smallest(scores, scores.numel() - n_kept)
+
+
+def refine(
+    blocks: Sequence[QuadraticBlock], kept: Sequence[torch.Tensor], solution: Sequence[torch.Tensor], steps: int
+) -> tuple[torch.Tensor, float]:
+    """(v (n,), joint objective of v) on a support: exactly where that is cheap, else after some steps.
 
     Parameters
     ----------
-    problem : SelectionProblem
-    kept : numpy bool (n,)
+    blocks : regularised blocks
+    kept, solution : one tensor per block
+        The support, and where conjugate gradients start from.
+    steps : int
+        Of conjugate gradients.
     """
-
-    def __init__(self, problem: SelectionProblem, kept: Mask) -> None:
-        self.problem, self.kept = problem, kept
-
-    def refine(self, solution: Array, steps: int) -> tuple[Array, float]:
-        """(v (n,), joint objective of v) exactly, or after `steps` steps from `solution` (n,)."""
-        result = np.zeros_like(solution)
-        total = 0.0
-        for block, where in zip(self.problem.blocks, self.problem.slices, strict=True):
-            kept = block.tensor_of(self.kept[where])
-            damping, _ = effective_damping(block)
-            if block.n_rows <= _DIRECT_ROWS and int(kept.sum()) > _DIRECT:
-                system = KeptSystem(block, kept, damping)
-                value, objective = system.solution(), system.objective()
-            else:
-                value, objective = _refine_block(block, kept, damping, block.tensor_of(solution[where]), steps)
-            result[where] = value.cpu().numpy()
-            total += objective
-        return result, total
+    parts, total = [], 0.0
+    for block, mask, start in zip(blocks, kept, solution, strict=True):
+        curvature = block.curvature
+        if isinstance(curvature, LowRank) and curvature.rank <= _DIRECT_ROWS and int(mask.sum()) > _DIRECT:
+            system = kept_system(block, mask)
+            value, objective = system.solution(), system.objective()
+        else:
+            value = _refined(block, mask, start, steps)
+            objective = block.change(value - block.weights)
+        parts.append(value)
+        total += objective
+    return torch.cat(parts), total
 
 
-def _refine_block(
-    block: QuadraticBlock, kept: torch.Tensor, damping: float, start: torch.Tensor, steps: int
-) -> tuple[torch.Tensor, float]:
-    """One block by a dense solve or by conjugate gradients: (v (n,), joint objective)."""
+def _refined(block: QuadraticBlock, kept: torch.Tensor, start: torch.Tensor, steps: int) -> torch.Tensor:
+    """One block by a dense solve or by conjugate gradients preconditioned by the diagonal."""
     index = kept.nonzero().squeeze(1)
-    columns = block.factor.index_select(1, index)
-    weights, value = block.weights[index], start[index]
-    gradient = torch.zeros_like(weights) if block.gradient is None else block.gradient[index]
-    target = block.project(block.weights)
-    residue = linalg.project(columns, value) - target
-    downhill = -(linalg.back_project(columns, residue) + damping * (value - weights) + gradient)
-    if value.shape[0] <= _DIRECT:
-        value = value + _solve_dense(block, columns, damping, downhill)
-        residue = linalg.project(columns, value) - target
-        steps = 0
-    diagonal = block.diagonal[index] - block.damping + damping
-    direction = torch.zeros_like(value)
+    value = torch.where(kept, start, 0.0)
+    downhill = -block.multiply(value - block.weights)
+    if block.gradient is not None:
+        downhill = downhill - block.gradient
+    downhill = downhill[index]
+    if index.numel() <= _DIRECT and isinstance(block.curvature, KEPT_SYSTEMS):
+        with named(block.name):
+            factor = cholesky(block.curvature.submatrix(index, index), f"H of {index.numel()} kept weights")
+        value[index] += cholesky_solve(factor, downhill)
+        return value
+    multiply = _restricted_product(block, index)
+    diagonal, step_sum = block.diagonal[index], torch.zeros_like(downhill)
+    direction = torch.zeros_like(downhill)
     previous = first = 1.0
     for step in range(steps):
         scaled = downhill / diagonal
@@ -112,28 +116,25 @@ def _refine_block(
             break
         direction = scaled if step == 0 else scaled + (inner / previous) * direction
         previous = inner
-        image = linalg.project(columns, direction)
-        curvature = float(image @ image + damping * (direction @ direction))
+        image = multiply(direction)
+        curvature = float(direction @ image)
         if curvature <= 0.0:
             break
-        length = inner / curvature
-        value = value + length * direction
-        residue = residue + length * image
-        downhill = downhill - length * (linalg.back_project(columns, image) + damping * direction)
-    result = torch.zeros_like(start)
-    result[index] = value
-    change = result - block.weights
-    objective = 0.5 * (residue @ residue) + 0.5 * damping * (change @ change)
-    if block.gradient is not None:
-        objective = objective + block.gradient @ change
-    return result, float(objective)
+        step_sum = step_sum + (inner / curvature) * direction
+        downhill = downhill - (inner / curvature) * image
+    value[index] += step_sum
+    return value
 
 
-def _solve_dense(block: QuadraticBlock, columns: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Tensor:
-    """H_SS⁻¹ right for a small support; raises SingularHessianError."""
-    dense = columns.double()
-    hessian = dense.T @ dense
-    hessian.diagonal().add_(damping)
-    factor = linalg.cholesky(hessian, f"block {block.name!r}: H of {right.shape[0]} kept weights")
-    solved: torch.Tensor = torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
-    return solved
+def _restricted_product(block: QuadraticBlock, index: torch.Tensor) -> Apply:
+    """x ↦ H_SS x for x (s,): through the gathered columns of a factor, or through all of H."""
+    if isinstance(block.curvature, LowRank):
+        columns, damping = block.factor.index_select(1, index), block.damping
+        return lambda x: back_project(columns, project(columns, x)) + damping * x
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        full = torch.zeros(block.n, dtype=torch.float64, device=x.device)
+        full[index] = x
+        return block.multiply(full)[index]
+
+    return product

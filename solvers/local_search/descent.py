@@ -89,8 +89,7 @@ class _TiledDescent:
 
     def __init__(self, state: SwapState, min_gain: float, deadline: Deadline) -> None:
         self.state, self.min_gain, self.deadline = state, min_gain, deadline
-        damping = np.array([block.damping for block in state.problem.blocks])[state.block_of]
-        norms = np.sqrt(np.maximum(state.problem.diagonal - damping, 0.0))
+        norms = np.sqrt(np.maximum(state.problem.diagonal - state.ridge, 0.0))
         self.length: Array = np.abs(state.weights) * norms
         self.units = _UnitColumns(state, norms)
         self.error = (state.rows + 4) * 2.0**-24
@@ -145,8 +144,8 @@ class _TiledDescent:
             if units is None:
                 units = self.units.gather(rows)
             cosines = (units @ self.units.keep(columns).T).astype(np.float64)
-            if len(self.state.problem.blocks) > 1:
-                cosines[self.state.block_of[rows][:, None] != self.state.block_of[columns]] = -self.error
+            if self.state.n_components > 1:
+                cosines[self.state.component_of[rows][:, None] != self.state.component_of[columns]] = -self.error
             suspects = change - product * (cosines + self.error) < -self.min_gain
             if suspects.any():
                 index = np.concatenate([rows[suspects.any(1)], columns[suspects.any(0)]])

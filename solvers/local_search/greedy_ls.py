@@ -84,12 +84,11 @@ def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int
     rises = forces[outside] + state.curvature[outside] - state.interaction(int(inside[0]))[outside]
     outside = outside[np.argsort(rises, kind="stable")]
 
-    weights, owner = state.weights, state.block_of
-    single_block = len(state.problem.blocks) == 1
+    weights, owner = state.weights, state.component_of
+    single = state.n_components == 1
     fixed = state.curvature - state.linear
     columns_in, columns_out = _Columns(state, inside, 0), _Columns(state, outside, 2 * window)
     free = np.ones(outside.shape[0], dtype=bool)
-    damping = np.array([block.damping for block in state.problem.blocks])
     swaps = failures = 0
     for position in range(min(inside.shape[0], outside.shape[0] + window)):
         low, high = max(0, position - window), min(position + window, outside.shape[0])
@@ -98,9 +97,9 @@ def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int
         candidates = outside[low:high]
         columns = columns_out(low, high)
         image = state.images[owner[i]]
-        drop = weights[i] * float(column_i @ image) + damping[owner[i]] * weights[i] ** 2
+        drop = weights[i] * float(column_i @ image) + state.ridge[i] * weights[i] ** 2
         drop -= state.linear[i] + state.curvature[i]
-        if single_block:
+        if single:
             pull = columns @ (image - weights[i] * column_i)
         else:
             same = owner[candidates] == owner[i]

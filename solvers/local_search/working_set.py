@@ -45,7 +45,7 @@ class WorkingSet:
         for position in np.flatnonzero(moved):
             weight = int(self.index[position])
             step = float(moved[position]) * state.weights[weight]
-            state.images[state.block_of[weight]] += step * self._columns[position]
+            state.images[state.component_of[weight]] += step * self._columns[position]
         state.pruned[self.index] = self.pruned
         state.value += change
 
@@ -53,12 +53,12 @@ class WorkingSet:
 def interaction_table(
     state: SwapState, rows: Index, row_columns: Array, columns: Index, column_columns: Array
 ) -> Array:
-    """γ between two lists of weights, float64 (m, l), from their gathered columns of A; zero across blocks."""
+    """γ between two lists of weights, float64 (m, l), from their gathered columns of A; zero across components."""
     table: Array = row_columns @ column_columns.T
     table *= state.weights[rows][:, None]
     table *= state.weights[columns]
-    if len(state.problem.blocks) > 1:
-        table[state.block_of[rows][:, None] != state.block_of[columns]] = 0.0
+    if state.n_components > 1:
+        table[state.component_of[rows][:, None] != state.component_of[columns]] = 0.0
     return table
 
 

@@ -16,9 +16,9 @@ import math
 
 import torch
 
-from solvers import linalg
 from solvers.errors import SingularHessianError
-from solvers.joint.woodbury import ReducedProblem
+from solvers.linalg import cholesky, named
+from solvers.moves.reduced import ReducedProblem
 
 _DELAY = 48
 
@@ -47,7 +47,8 @@ def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[tor
     """
     if count == 0:
         return problem.linear.new_zeros(0, dtype=torch.int64), problem.linear.new_zeros(0)
-    factor = linalg.cholesky(problem.hessian, f"block {name!r}: H of {problem.hessian.shape[0]} kept weights")
+    with named(name):
+        factor = cholesky(problem.hessian, f"H of {problem.hessian.shape[0]} kept weights")
     inverse = torch.cholesky_inverse(factor)
     value = torch.cholesky_solve(problem.linear.unsqueeze(1), factor).squeeze(1)
     least = 1.0 / problem.hessian.diagonal()

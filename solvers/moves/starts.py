@@ -8,10 +8,10 @@ import numpy as np
 
 from solvers.baselines.obd import diagonal_saliency
 from solvers.baselines.random import RandomSolver
-from solvers.baselines.ranking import prune_smallest
 from solvers.baselines.rmp import best_draw
 from solvers.baselines.woodfisher import single_removal_loss
 from solvers.problem import Array, Mask, SelectionProblem
+from solvers.ranking import prune_smallest
 from solvers.solver import Context
 
 _SCORES: dict[str, Callable[[SelectionProblem], Array]] = {

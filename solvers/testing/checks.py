@@ -12,8 +12,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from solvers.block import QuadraticBlock
 from solvers.errors import CapabilityError, CBSError, ProblemError, SingularHessianError
-from solvers.problem import Mask, Objective, QuadraticBlock, SelectionProblem
+from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.solution import Solution, Status
 from solvers.solver import CalibrationLoss, Capability, Solver
 from solvers.solving import solve
@@ -165,10 +166,11 @@ def check_inputs_untouched(subject: Subject) -> None:
     """The arrays of the problem are not modified."""
     for objective in subject.objectives:
         problem = next(subject.problems(objective, ("plain",)))
-        before = [(b.weights.clone(), b.factor.clone()) for b in problem.blocks]
+        before = [(b.weights.clone(), *(a.clone() for a in b.curvature.digest_arrays())) for b in problem.blocks]
         subject.solve(problem)
-        for block, (weights, factor) in zip(problem.blocks, before, strict=True):
-            same = torch.equal(block.weights, weights) and torch.equal(block.factor, factor)
+        for block, arrays in zip(problem.blocks, before, strict=True):
+            after = (block.weights, *block.curvature.digest_arrays())
+            same = all(torch.equal(one, other) for one, other in zip(after, arrays, strict=True))
             assert same, f"the arrays of {_told(problem)} were changed; work on copies"
 
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from solvers.problem import Objective, QuadraticBlock, SelectionProblem
+from solvers.block import QuadraticBlock
+from solvers.problem import Objective, SelectionProblem
 
 #: What a random problem may be afflicted with; `random_problem` combines up to two.
 KINDS = (

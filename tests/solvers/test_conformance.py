@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from solvers import Capability, Context, Proposal, SelectionProblem, Solver, available_solvers, describe, option
-from solvers.baselines.ranking import prune_smallest
 from solvers.exact.brute_force import BruteForceSolver
+from solvers.ranking import prune_smallest
 from solvers.registry import _BUILT_IN
 from solvers.testing import KINDS, check_solver, random_problem
 

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from solvers.joint.woodbury import KeptSystem, ReducedProblem, dense_problem, effective_damping
 
 from solvers import QuadraticBlock, SelectionProblem, SingularHessianError
-from solvers.joint.woodbury import KeptSystem, ReducedProblem, dense_problem, effective_damping
 from solvers.moves import joint_swaps
 from solvers.moves.elimination_path import eliminate_dense
 from solvers.refit import refit

@@ -1,0 +1,34 @@
+"""What a budget is: which sets of removed weights are allowed.
+
+A budget belongs to a problem and speaks of the weights of all its blocks in their common numbering. A new kind is one
+file: derive from `Budget`; solvers say which kinds they take (`Solver.budgets`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from solvers.arrays import Mask
+
+
+class Budget(ABC):
+    """Which masks over n weights are feasible."""
+
+    @abstractmethod
+    def check(self, n: int) -> None:
+        """Raise ProblemError if no mask over n weights can meet it."""
+
+    @abstractmethod
+    def violation(self, pruned: Mask) -> str:
+        """What is wrong with a mask (n,), in words; empty if it is feasible."""
+
+    @property
+    @abstractmethod
+    def n_prune(self) -> int:
+        """How many weights every feasible mask removes."""
+
+    def only_mask(self, n: int) -> Mask | None:
+        """The feasible mask if there is just one, (n,), so that nothing is to be chosen; else None."""
+        return np.full(n, self.n_prune > 0) if self.n_prune in (0, n) else None

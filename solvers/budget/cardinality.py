@@ -1,0 +1,47 @@
+"""Exactly k weights are removed, whichever they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.arrays import Mask
+from solvers.budget.base import Budget
+from solvers.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class Cardinality(Budget):
+    """|P| = k.
+
+    Attributes
+    ----------
+    k : int ≥ 0
+
+    Raises
+    ------
+    ProblemError
+        If `k` is not an integer, or negative.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, (int, np.integer)):
+            raise ProblemError(f"n_prune must be an integer, not {self.k!r}")
+        object.__setattr__(self, "k", int(self.k))
+        if self.k < 0:
+            raise ProblemError(f"n_prune must not be negative, not {self.k}")
+
+    @property
+    def n_prune(self) -> int:
+        return self.k
+
+    def check(self, n: int) -> None:
+        if self.k > n:
+            raise ProblemError(f"n_prune must lie in [0, {n}], the number of weights, not {self.k}")
+
+    def violation(self, pruned: Mask) -> str:
+        count = int(pruned.sum())
+        return "" if count == self.k else f"it removes {count} weights, where exactly {self.k} are to go"

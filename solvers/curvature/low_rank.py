@@ -1,0 +1,175 @@
+"""H = AᵀA + λI from the rows of a factor A (r, n), never formed.
+
+Everything rests on the push-through identity, with K = λI + AAᵀ of size r × r:
+
+    H⁻¹ = (I − AᵀK⁻¹A) / λ ,      H⁻¹Aᵀ = AᵀK⁻¹ ,      [H⁻¹]_ii = (1 − a_iᵀK⁻¹a_i) / λ .
+
+A is the empirical Fisher's factor where its rows are gradients divided by the square root of their number (Singh and
+Alistarh, *WoodFisher*, NeurIPS 2020, for the identity's use in pruning).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from solvers.curvature.base import Curvature, Index
+from solvers.curvature.factor_products import (
+    CHUNK_ENTRIES,
+    back_project,
+    column_chunks,
+    column_squares,
+    gather_columns,
+    gram_of,
+    project,
+)
+from solvers.curvature.low_rank_restricted import LowRankRestricted
+from solvers.errors import SingularHessianError
+from solvers.linalg import Apply, cholesky, cholesky_solve, lower_gram
+
+#: Smallest λ relative to the trace of AAᵀ at which float64 still resolves 1 − a_iᵀK⁻¹a_i.
+RELATIVE_DAMPING_FLOOR = 1e-13
+
+
+class LowRank(Curvature):
+    """AᵀA + λI.
+
+    Parameters
+    ----------
+    factor : (r, n) tensor, float32 or float64, r ≥ 1
+        A; kept as it is, without a copy.
+    damping : float ≥ 0
+        λ.
+    """
+
+    def __init__(self, factor: torch.Tensor, damping: float = 0.0) -> None:
+        self.factor, self.damping = factor, float(damping)
+        self.rank, self.n = int(factor.shape[0]), int(factor.shape[1])
+
+    def __repr__(self) -> str:
+        return f"LowRank(rows={self.rank}, n={self.n}, damping={self.damping:g}, {self.dtype}, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.factor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.factor.dtype
+
+    @property
+    def ridge(self) -> torch.Tensor:
+        return torch.full((self.n,), self.damping, dtype=torch.float64, device=self.device)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """A x, float64 (r,) or (r, m)."""
+        return project(self.factor, x)
+
+    def back_project(self, z: torch.Tensor) -> torch.Tensor:
+        """Aᵀ z, float64 (n,) or (n, m)."""
+        return back_project(self.factor, z)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.back_project(self.project(x)) + self.damping * x
+
+    def quadratic(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * self.project(x).square().sum() + 0.5 * self.damping * x.square().sum()
+
+    def factor_columns(self, index: torch.Tensor) -> torch.Tensor:
+        """A[:, index] in the dtype of A, (r, m)."""
+        return gather_columns(self.factor, index)
+
+    @cached_property
+    def diagonal(self) -> torch.Tensor:
+        return column_squares(self.factor) + self.damping
+
+    def columns(self, index: Index) -> torch.Tensor:
+        chosen = self.index_of(index)
+        out = self.back_project(self.factor_columns(chosen).double())
+        out[chosen, torch.arange(chosen.numel(), device=self.device)] += self.damping
+        return out
+
+    def with_damping(self, damping: float) -> LowRank:
+        other = LowRank(self.factor, damping)
+        if "gram" in self.__dict__:
+            other.__dict__["gram"] = self.gram
+        return other
+
+    def select(self, index: torch.Tensor) -> LowRank:
+        return LowRank(self.factor_columns(index), self.damping)
+
+    def digest_arrays(self) -> tuple[torch.Tensor, ...]:
+        return (self.factor,)
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """A Aᵀ, float64 (r, r)."""
+        return gram_of(self.factor)
+
+    @cached_property
+    def woodbury(self) -> torch.Tensor:
+        """Lower Cholesky factor of K = λI + AAᵀ, float64 (r, r).
+
+        Raises
+        ------
+        SingularHessianError
+            If λ = 0, or λ is too small against AAᵀ for float64.
+        """
+        ceiling = float(self.gram.diagonal().sum())
+        if self.damping <= RELATIVE_DAMPING_FLOOR * ceiling:
+            raise SingularHessianError(
+                f"H⁻¹ is needed but damping {self.damping:g} is zero or negligible against trace(AAᵀ) = "
+                f"{ceiling:.3g}, and with {self.rank} rows for {self.n} weights AᵀA alone is not invertible; pass a "
+                "larger damping"
+            )
+        kernel = self.gram.clone()
+        kernel.diagonal().add_(self.damping)
+        return cholesky(kernel, "λI + AAᵀ")
+
+    def dense(self) -> torch.Tensor:
+        factor = self.factor.double()
+        hessian = factor.T @ factor
+        hessian.diagonal().add_(self.damping)
+        return hessian
+
+    def solve(self, x: torch.Tensor) -> torch.Tensor:
+        if self.n <= self.rank:
+            return super().solve(x)
+        inner = torch.cholesky_solve(self.project(x).reshape(self.rank, -1), self.woodbury)
+        return (x - self.back_project(inner.reshape(self.rank, *x.shape[1:]))) / self.damping
+
+    @cached_property
+    def inverse_diagonal(self) -> torch.Tensor:
+        if self.n <= self.rank:
+            return super().inverse_diagonal
+        parts = []
+        for chunk in column_chunks(self.factor):
+            half = torch.linalg.solve_triangular(self.woodbury, self.factor[:, chunk].double(), upper=False)
+            parts.append(1.0 - half.square_().sum(0))
+        # 1 − a_iᵀK⁻¹a_i lies in [λ/(λ + |a_i|²), 1]; rounding must not push it below.
+        return torch.maximum(torch.cat(parts), self.damping / self.diagonal) / self.damping
+
+    def shifted_inverse(self, ridge: torch.Tensor) -> Apply:
+        """Through the r × r system I + A(λI + diag(ridge))⁻¹Aᵀ."""
+        total = ridge + self.damping
+        if bool((total == total[0]).all()):
+            kernel = self.gram / total[0]
+        else:
+            kernel = torch.zeros((self.rank, self.rank), dtype=torch.float64, device=self.device)
+            root = total.rsqrt()
+            width = max(1, min(4096, CHUNK_ENTRIES // self.rank))
+            for start in range(0, self.n, width):
+                part = slice(start, start + width)
+                kernel += lower_gram(self.factor[:, part] * root[part].to(self.dtype), panel=256)
+        kernel.diagonal().add_(1.0)
+        inner = cholesky(kernel, "I + A(λI + ridge)⁻¹Aᵀ")
+
+        def apply(x: torch.Tensor) -> torch.Tensor:
+            scaled = x / total
+            return scaled - self.back_project(cholesky_solve(inner, self.project(scaled))) / total
+
+        return apply
+
+    def restrict(self, kept: torch.Tensor) -> LowRankRestricted:
+        return LowRankRestricted(self, kept)

@@ -1,0 +1,80 @@
+"""Turning scores into masks: the k smallest, ties to the lower index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from solvers.arrays import Array, Mask
+
+#: Entries that are looked at together, and bits that are decided in one pass over them.
+_CHUNK = 1 << 22
+_DIGIT = 16
+
+
+def prune_smallest(scores: Array, n_prune: int) -> Mask:
+    """The mask that removes exactly the `n_prune` smallest scores; numpy bool (n,)."""
+    pruned = np.zeros(scores.shape[0], dtype=bool)
+    pruned[np.argsort(scores, kind="stable")[:n_prune]] = True
+    return pruned
+
+
+def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The same on the device of `scores` (n,): bool (n,)."""
+    if count in (0, scores.numel()):
+        return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    limit = scores.kthvalue(count).values
+    below, ties = scores < limit, scores == limit
+    wanted = count - below.sum()
+    return below | (ties & (ties.cumsum(0) <= wanted))
+
+
+def prune_smallest_magnitudes(parts: Sequence[torch.Tensor], n_prune: int) -> Mask:
+    """The mask that removes the `n_prune` smallest |w| over several vectors, numpy bool (n,), without a copy of them.
+
+    For w ≥ 0 the bits of a floating number, read as an integer, are in the order of its value. The threshold is found
+    digit by digit, counting over pieces, so that beside the mask the memory does not grow with n.
+
+    Parameters
+    ----------
+    parts : sequence of float32 or float64 tensors, all of one dtype
+    n_prune : int, 0 ≤ n_prune ≤ n
+    """
+    n = sum(part.numel() for part in parts)
+    pruned = np.empty(n, dtype=bool)
+    if n_prune in (0, n):
+        pruned[:] = n_prune > 0
+        return pruned
+    width = 8 * parts[0].element_size()
+    prefix, left = 0, n_prune
+    for shift in range(width - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+        for piece in _bits(parts):
+            known = piece >> (shift + _DIGIT) if shift + _DIGIT < width else torch.zeros_like(piece)
+            digit = (piece[known == prefix] >> shift) & ((1 << _DIGIT) - 1)
+            counts += torch.bincount(digit, minlength=1 << _DIGIT).cpu()
+        total = counts.cumsum(0)
+        chosen = int(torch.searchsorted(total, left))
+        left -= int(total[chosen] - counts[chosen])
+        prefix = (prefix << _DIGIT) | chosen
+    # All smaller ones go, and of those that equal the threshold the first `left`.
+    start = 0
+    for piece in _bits(parts):
+        go, ties = piece < prefix, piece == prefix
+        if left and bool(ties.any()):
+            first = ties & (ties.cumsum(0) <= left)
+            left -= int(first.sum())
+            go |= first
+        pruned[start : start + piece.numel()] = go.cpu().numpy()
+        start += piece.numel()
+    return pruned
+
+
+def _bits(parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """|w| of every piece as integers."""
+    for part in parts:
+        whole = torch.int32 if part.element_size() == 4 else torch.int64
+        for piece in torch.split(part.reshape(-1), _CHUNK):
+            yield piece.abs().view(whole)
