@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.linalg import block_diag
 
+from solvers.arrays import ProblemArrays
 from solvers.curvature import Curvature, LowRank
 from solvers.errors import CapabilityError, ProblemError
 from solvers.linalg import named
@@ -152,6 +154,19 @@ class QuadraticBlock:
     def tensor_of(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """A copy of a numpy array (a mask, a vector) on this block's device."""
         return torch.tensor(array, device=self.device)
+
+    def arrays(self) -> ProblemArrays:
+        """The block as dense numpy float64 arrays."""
+        curvature = self.curvature
+        columns = curvature.factor_columns(torch.arange(self.n, device=self.device)).double().cpu().numpy()
+        width = self.n // curvature.n_components
+        parts = [columns[:, start : start + width] for start in range(0, self.n, width)]
+        return ProblemArrays(
+            weights=self.weights.cpu().numpy(),
+            factor=block_diag(*parts),
+            damping=curvature.ridge.cpu().numpy(),
+            gradient=np.zeros(self.n) if self.gradient is None else self.gradient.cpu().numpy(),
+        )
 
     def change(self, step: torch.Tensor) -> float:
         """gᵀd + ½ dᵀHd of a step d (n,)."""

@@ -58,9 +58,10 @@ def strict_cholesky(matrix: torch.Tensor, what: str, floor: float = 1e-14) -> to
 
 def cholesky_solve(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(L Lᵀ)⁻¹ x for x of shape (n,) or (n, m), computed in the precision of L, float64."""
-    flat = x.to(factor.dtype).reshape(factor.shape[0], -1)
-    solved: torch.Tensor = torch.cholesky_solve(flat, factor).double()
-    return solved.reshape(x.shape)
+    right = x.to(factor.dtype)
+    if x.ndim > 1:
+        return torch.cholesky_solve(right, factor).double()
+    return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1).double()
 
 
 def inverse_diagonal_of(factor: torch.Tensor) -> torch.Tensor:

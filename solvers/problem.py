@@ -12,7 +12,6 @@ after Yu et al., *The Combinatorial Brain Surgeon*, ICML 2022.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -20,9 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.linalg import block_diag
 
 from solvers.arrays import Array as Array
 from solvers.arrays import Mask as Mask
+from solvers.arrays import ProblemArrays as ProblemArrays
 from solvers.block import QuadraticBlock
 from solvers.budget import Budget, Cardinality
 from solvers.errors import ProblemError, UnknownNameError
@@ -46,29 +47,6 @@ class Objective(str, Enum):
             return cls(value)
         except ValueError:
             raise UnknownNameError.of("objective", str(value), [o.value for o in cls]) from None
-
-
-@dataclass(frozen=True)
-class ProblemArrays:
-    """A small problem as dense numpy float64 arrays, for exact backends.
-
-    Attributes
-    ----------
-    weights : (n,)
-    factor : (R, n), that of the curvatures' factored view, block-diagonal over blocks and components
-    damping : (n,), the diagonal part of the factored view: the damping of the block each weight belongs to
-    gradient : (n,), zeros where no gradient is given
-    """
-
-    weights: Array
-    factor: Array
-    damping: Array
-    gradient: Array
-
-    @property
-    def hessian(self) -> Array:
-        """H = AᵀA + diag(damping), dense (n, n)."""
-        return self.factor.T @ self.factor + np.diag(self.damping)
 
 
 class SelectionProblem:
@@ -191,17 +169,12 @@ class SelectionProblem:
 
     def arrays(self) -> ProblemArrays:
         """The whole problem as dense numpy float64 arrays (for small n)."""
-        rows = [block.curvature.n_components * block.curvature.rank for block in self.blocks]
-        factor = np.zeros((sum(rows), self.n))
-        top = 0
-        for block, where, height in zip(self.blocks, self.slices, rows, strict=True):
-            factor[top : top + height, where] = _dense_factor(block)
-            top += height
+        parts = [block.arrays() for block in self.blocks]
         return ProblemArrays(
             weights=self.weights,
-            factor=factor,
-            damping=np.concatenate([block.curvature.ridge.cpu().numpy() for block in self.blocks]),
-            gradient=np.zeros(self.n) if self.gradient is None else self.gradient,
+            factor=block_diag(*[part.factor for part in parts]),
+            damping=np.concatenate([part.damping for part in parts]),
+            gradient=np.concatenate([part.gradient for part in parts]),
         )
 
     def with_n_prune(self, n_prune: int) -> SelectionProblem:
@@ -247,17 +220,3 @@ class SelectionProblem:
     def value(self, pruned: Mask) -> float:
         """The problem's own objective for a mask."""
         return self.selection_value(pruned) if self.objective is Objective.SELECTION else self.joint_value(pruned)
-
-
-def _dense_factor(block: QuadraticBlock) -> Array:
-    """F of the factored view, (n_components·rank, n)."""
-    curvature = block.curvature
-    parts, rank, width = curvature.n_components, curvature.rank, block.n // curvature.n_components
-    columns = curvature.factor_columns(torch.arange(block.n, device=block.device)).double().cpu().numpy()
-    if parts == 1:
-        return np.asarray(columns)
-    out = np.zeros((parts * rank, block.n))
-    for part in range(parts):
-        where = slice(part * width, (part + 1) * width)
-        out[part * rank : (part + 1) * rank, where] = columns[:, where]
-    return out

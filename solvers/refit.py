@@ -28,11 +28,19 @@ class Blocks(Protocol):
     """What is refitted: a problem, whatever its objective and budget."""
 
     @property
-    def blocks(self) -> tuple[QuadraticBlock, ...]: ...
+    def blocks(self) -> tuple[QuadraticBlock, ...]:
+        """H is block-diagonal over them."""
+        ...
+
     @property
-    def slices(self) -> Sequence[slice]: ...
+    def slices(self) -> Sequence[slice]:
+        """The range of each in the common numbering."""
+        ...
+
     @property
-    def n(self) -> int: ...
+    def n(self) -> int:
+        """Weights in all."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,6 @@
-"""H_SS = A_SᵀA_S + λI, solved through whichever of its equivalent forms is smallest:
+"""The kept part of a low-rank curvature, solved through whichever of its equivalent forms is smallest.
+
+For H_SS = A_SᵀA_S + λI they are
 
 * ``primal``    Cholesky of H_SS                                       |S| × |S|
 * ``woodbury``  H_SS⁻¹ = (I − A_SᵀK_S⁻¹A_S) / λ,  K_S = λI + A_SA_Sᵀ, r × r

@@ -91,8 +91,7 @@ class _Path:
         index = kept.nonzero().squeeze(1)
         count = min(most, int(index.numel()))
         if isinstance(block.curvature, Diagonal):
-            value, spread = kept_system(block, kept).scores(index)
-            costs, order = (0.5 * value.square() / spread).sort(stable=True)
+            costs, order = kept_system(block, kept).removal_costs()[1].sort(stable=True)
             order, costs = order[:count], costs[:count]
         else:
             order, costs = eliminate_dense(dense_problem(block, index), count, block.name)

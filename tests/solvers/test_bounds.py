@@ -65,7 +65,7 @@ def test_any_certificate_proves_a_valid_bound(seed: int, spread: float) -> None:
         problem = problem.with_n_prune(3)
     rng = np.random.default_rng(seed)
     best, slack = optimum(problem), 1e-12 * problem.scale
-    residuals = tuple(spread * rng.standard_normal(b.n_rows) for b in problem.blocks)
+    residuals = tuple(spread * rng.standard_normal(b.curvature.rank) for b in problem.blocks)
     assert ResidualCertificate(residuals).value(problem) <= best + slack
     diagonal, point = spread * rng.standard_normal(problem.n), rng.random(problem.n)
     assert ShiftCertificate(diagonal, point).value(problem) <= best + slack

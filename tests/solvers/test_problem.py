@@ -56,12 +56,12 @@ def test_products_match_dense_float64(dtype):
     block = QuadraticBlock(rng.normal(size=29), factor, 0.3)
     dense = factor.double().numpy()
     x, z = rng.normal(size=29), rng.normal(size=13)
-    assert np.allclose(block.project(torch.tensor(x)), dense @ x, rtol=1e-13)
-    assert np.allclose(block.back_project(torch.tensor(z)), dense.T @ z, rtol=1e-13)
+    assert np.allclose(block.curvature.project(torch.tensor(x)), dense @ x, rtol=1e-13)
+    assert np.allclose(block.curvature.back_project(torch.tensor(z)), dense.T @ z, rtol=1e-13)
     hessian = dense.T @ dense + 0.3 * np.eye(29)
     assert np.allclose(block.multiply(torch.tensor(x)), hessian @ x, rtol=1e-12)
     assert np.allclose(block.diagonal, np.diag(hessian), rtol=1e-13)
-    assert np.allclose(block.gram, dense @ dense.T, rtol=1e-12)
+    assert np.allclose(block.low_rank.gram, dense @ dense.T, rtol=1e-12)
     assert np.allclose(block.inverse_diagonal, np.diag(np.linalg.inv(hessian)), rtol=1e-9)
     assert np.array_equal(block.factor.double().numpy(), dense), "no product may change the factor"
 
@@ -71,8 +71,8 @@ def test_products_on_a_slice_of_a_larger_matrix():
     block = QuadraticBlock(torch.ones(10, dtype=torch.float64), matrix[:, 5:15], 0.0)
     assert block.factor.data_ptr() == matrix[:, 5:15].data_ptr(), "contiguous columns are views"
     dense = matrix[:, 5:15].double()
-    assert torch.allclose(block.project(block.weights), dense.sum(1))
-    assert torch.allclose(block.back_project(torch.ones(7, dtype=torch.float64)), dense.sum(0))
+    assert torch.allclose(block.curvature.project(block.weights), dense.sum(1))
+    assert torch.allclose(block.curvature.back_project(torch.ones(7, dtype=torch.float64)), dense.sum(0))
 
 
 @pytest.mark.parametrize("rows", [4, 40])

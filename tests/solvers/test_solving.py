@@ -83,7 +83,7 @@ def test_optimal_only_with_a_bound_that_meets_the_objective():
     [
         (Fixed(bound=1e9), "the bound is wrong"),
         (Fixed(lie=True), "not a number"),
-        (Fixed(count=2), "removed 2 weights"),
+        (Fixed(count=2), "removes 2 weights"),
         (Fixed(crash=True), "ZeroDivisionError: on purpose"),
     ],
 )

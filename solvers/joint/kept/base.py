@@ -59,6 +59,18 @@ class KeptSystem(ABC):
     def scores(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the weights `index` (m,), float64 (m,) each: (v_i, N_ii) where kept, (ρ_j, σ_j) where pruned."""
 
+    def removal_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(positions of S, what removing each alone costs), (s,) each."""
+        index = self.kept.nonzero().squeeze(1)
+        value, spread = self.scores(index)
+        return index, 0.5 * value.square() / spread
+
+    def insertion_gains(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(positions of P, what putting each back alone gains), (n − s,) each."""
+        index = (~self.kept).nonzero().squeeze(1)
+        residual, schur = self.scores(index)
+        return index, 0.5 * residual.square() / schur
+
     @abstractmethod
     def cross(self, inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
         """T_ij for i of S in `inside` (m,) and j of P in `outside` (k,): (m, k) in `dtype`."""
