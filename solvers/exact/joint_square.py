@@ -35,7 +35,14 @@ class Square:
     root: Array
     exact_centre: Array
     norms: Array
+    smallest: float
+    """Least eigenvalue of the Hessian, as float64 sees it, before a ridge."""
     ridge: float
+
+    @property
+    def linear(self) -> Array:
+        """Ĥĉ, (n,)."""
+        return self.hessian @ self.centre
 
     def value(self, pruned: Mask) -> float:
         """The joint objective of a mask, by least squares on the triangular root of H (accurate, not fast)."""
@@ -45,6 +52,28 @@ class Square:
             columns = self.root[:, kept] / self.norms[kept]
             right = right - columns @ np.linalg.lstsq(columns, right, rcond=1e-13)[0]
         return 0.5 * float(right @ right) + self.constant
+
+    def removal_costs(self) -> Array:
+        """½ ĉ_i²/(Ĥ⁻¹)_ii, (n,): what the removal of i costs at least, whatever else is removed; zeros with a ridge."""
+        if self.ridge > 0.0:
+            return np.zeros(self.centre.size)
+        values, vectors = np.linalg.eigh(self.hessian)
+        inverse = ((vectors**2) / values).sum(1)
+        return np.asarray(0.5 * self.centre**2 / inverse * (1.0 - self.error))
+
+    @property
+    def error(self) -> float:
+        """Relative error of any value because H is rounded: n ε / λ_min, as dᵀEd ≤ ‖E‖/λ_min · dᵀHd for all d."""
+        return min(1.0, 4.0 * self.centre.size * float(np.finfo(np.float64).eps) / max(self.smallest, 1e-300))
+
+    def keeping(self, stays: Mask) -> Square:
+        """The problem of the other weights when the weights in `stays` (n,) are kept and refitted freely."""
+        basis = np.linalg.qr(self.root[:, stays] / self.norms[stays])[0]
+        rest = self.root[:, ~stays]
+        for _ in range(2):
+            # Twice is enough (Parlett): the second pass removes what rounding left of the first.
+            rest = rest - basis @ (basis.T @ rest)
+        return _scaled(rest, self.exact_centre[~stays], self.constant)
 
 
 def prepare(weights: Array, factor: Array, damping: float | Array, gradient: Array | None) -> Square:
@@ -62,36 +91,33 @@ def prepare(weights: Array, factor: Array, damping: float | Array, gradient: Arr
         raise ProblemError(
             "the joint objective is unbounded below: H is singular and the gradient leaves its range; use a damping > 0"
         )
-    norms = np.linalg.norm(square.root, axis=0)
+    return _scaled(square.root, square.centre, square.constant)
+
+
+def _scaled(root: Array, exact_centre: Array, constant: float) -> Square:
+    n = exact_centre.shape[0]
+    if root.shape[0] > n:
+        root = np.asarray(np.linalg.qr(root, mode="r"))
+    norms = np.linalg.norm(root, axis=0)
     norms[norms == 0.0] = 1.0
-    scaled = square.root / norms
+    scaled = root / norms
     hessian = scaled.T @ scaled
-    centre = square.centre * norms
-    energy = 0.5 * float(square.target @ square.target)
+    target = root @ exact_centre
+    unit = 0.5 * float(target @ target)
     smallest = float(np.linalg.eigvalsh(hessian)[0])
     ridge = RIDGE if smallest < SINGULAR else 0.0
     if ridge > 0.0:
         hessian[np.diag_indices(n)] += ridge
         scaled = np.linalg.qr(np.vstack([scaled, math.sqrt(ridge) * np.eye(n)]), mode="r")
-    unit = energy
-    scaled_centre = centre / math.sqrt(unit) if unit > 0.0 else np.zeros(n)
+    centre = exact_centre * norms / math.sqrt(unit) if unit > 0.0 else np.zeros(n)
     return Square(
-        hessian,
-        np.ascontiguousarray(scaled),
-        scaled_centre,
-        unit,
-        square.constant,
-        square.root,
-        square.centre,
-        norms,
-        ridge,
+        hessian, np.ascontiguousarray(scaled), centre, unit, constant, root, exact_centre, norms, smallest, ridge
     )
 
 
-def first_diagonal(hessian: Array) -> Array:
+def first_diagonal(square: Square) -> Array:
     """A D to start from: half the smallest eigenvalue everywhere."""
-    smallest = max(float(np.linalg.eigvalsh(hessian)[0]), SINGULAR)
-    return np.full(hessian.shape[0], 0.5 * smallest)
+    return np.full(square.centre.size, 0.5 * max(square.smallest, SINGULAR))
 
 
 def ridge_cost(square: Square, mask: Mask) -> float:

@@ -6,10 +6,9 @@ Completing the square (H d₀ = −g, c = w + d₀) turns CBS into best-subset r
 
 The damping alone makes a weak perspective relaxation (λ is 1e-5 to 1e-7 of ‖H‖). Each node therefore carries its own
 diagonal D with G − D ⪰ 0, G the Hessian of the open weights after the kept ones are eliminated, and improves it
-together with the relaxation (`solvers.exact.joint_kernels`, where the mathematics is). The tree is
-best-first, starts from swap-optimal masks (`solvers.exact.joint_search`), fixes weights by reduced costs at
-every node, enumerates nodes with at most two weights left to keep or to remove, and branches on the weight
-with the largest z.
+together with the relaxation (`solvers.exact.joint_bound`, where the mathematics is). The tree is
+best-first (`solvers.exact.best_first`), starts from swap-optimal masks (`solvers.joint.dense_search`), fixes weights by
+reduced costs at every node, enumerates nodes with few choices left, and branches on the weight with the largest z.
 
 References
 ----------
@@ -19,33 +18,36 @@ selection"; Hazimeh, Mazumder & Saab (2022), "Sparse regression at scale" (the t
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
-import threading
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from threadpoolctl import threadpool_limits
 
-from solvers.exact import joint_kernels as kernels
-from solvers.exact import joint_search as search
+from solvers.exact import joint_nodes, symmetry
+from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
+from solvers.exact.joint_bound import bound_node
 from solvers.exact.joint_square import Square, first_diagonal, prepare, ridge_cost
+from solvers.joint.dense_search import DenseJoint, descend, search
+from solvers.moves.elimination_path import eliminate_dense
+from solvers.moves.reduced import ReducedProblem
 from solvers.problem import Array, Mask
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
 #: Nodes are dropped when they cannot improve the objective by this fraction of it,
 RELATIVE_TOLERANCE = 1e-8
-#: or by this fraction of the problem's scale ½ cᵀHc, below which float64 knows nothing.
-SCALE_TOLERANCE = 1e-14
-#: Open nodes beyond this number make the search depth-first, so that memory stays bounded.
-MAX_OPEN = 300_000
-
-_Statuses = npt.NDArray[np.int8]
-_Single = npt.NDArray[np.float32]
+#: or by this fraction of the height above the unconstrained minimum, below which float64 knows nothing.
+HEIGHT_TOLERANCE = 1e-14
+#: Heights below this fraction of ½ cᵀHc, the square of what float64 resolves, are zero.
+_ZERO = 1e-28
+#: A weight is eliminated before the tree is grown if its ½ ĉ² is so many times the incumbent's height.
+_OUT_OF_SCALE = 1e6
+_TABU_SWAPS = 1000
 
 
 class JointTreeResult(NamedTuple):
@@ -58,7 +60,7 @@ class JointTreeResult(NamedTuple):
         Lower bound on the joint objective over all masks, never above the value of `pruned` as computed here.
     reason : Reason
     statistics : dict of str to float
-        nodes, root_bound, fixed_at_root, open_nodes, objective; ridge where H is singular.
+        nodes, root_bound, open_nodes, objective; ridge where H is singular.
     """
 
     pruned: Mask
@@ -84,16 +86,122 @@ class JointRootBound(NamedTuple):
     share: Array
 
 
-@dataclass(order=True)
-class _Node:
-    """An open node; ordered by bound, then by age."""
+@dataclass(frozen=True)
+class _State:
+    """Decisions, D and z (n,) in single precision, and the weight to branch on."""
 
-    bound: float
-    serial: int
-    status: _Statuses = field(compare=False)
-    diagonal: _Single = field(compare=False)
-    share: _Single = field(compare=False)
-    branch: int = field(compare=False)
+    fates: Fates
+    diagonal: npt.NDArray[np.float32]
+    share: npt.NDArray[np.float32]
+    branch: int
+
+
+class _JointRelaxation(Relaxation[_State]):
+    """Perspective relaxations. Values are in units of `square.unit`, without the constant."""
+
+    window = 16
+    max_open = 300_000
+    floor = 0.0
+
+    def __init__(self, square: Square, n_prune: int, deadline: Deadline, tolerance: float) -> None:
+        self.square, self.n, self.n_kept = square, square.centre.size, square.centre.size - n_prune
+        self.deadline, self.tolerance = deadline, tolerance
+        signs = np.where(square.centre < 0.0, -1.0, 1.0)
+        matrix, centre = square.hessian * np.outer(signs, signs), np.abs(square.centre)
+        self.groups: Sequence[symmetry.Indices] = symmetry.chains(matrix, centre, 0.5 * centre**2)
+
+    def cutoff(self, value: float) -> float:
+        """Less a fraction of the whole objective, constant included."""
+        total = value + self.square.constant / self.square.unit
+        return value - max(self.tolerance * min(abs(total), value), HEIGHT_TOLERANCE * value)
+
+    def root(self, incumbent: Incumbent) -> Expansion[_State]:
+        """One node with everything open and many steps for its bound."""
+        fates, share = np.full(self.n, Fate.OPEN, np.int8), np.full(self.n, self.n_kept / self.n)
+        diagonal = first_diagonal(self.square)
+        # A step takes some 1e-9 n³ seconds; without the time for a few the bound stays zero.
+        steps = int(min(60.0, 0.5 * self.deadline.remaining() / (1e-9 * self.n**3)))
+        if steps < 2 and self.n > 100:
+            return Expansion([Node(0.0, _State(fates, _single(diagonal), _single(share), 0))])
+        return self._process(fates, diagonal, share, incumbent, 0.1, max(steps, 2))
+
+    def expand(self, node: Node[_State], incumbent: Incumbent) -> Expansion[_State]:
+        """Both children of the weight to branch on."""
+        children: list[Node[_State]] = []
+        closed, best, searched = math.inf, incumbent, 0
+        for fate in (Fate.PRUNED, Fate.KEPT):
+            fates = node.state.fates.copy()
+            fates[node.state.branch] = fate
+            searched += 1
+            if not symmetry.follow(fates, self.groups):
+                continue
+            diagonal, share = node.state.diagonal.astype(np.float64), node.state.share.astype(np.float64)
+            part = self._process(fates, diagonal, share, best, 1e-3, 8)
+            children += part.children
+            closed = min(closed, part.closed)
+            best = part.found or best
+        return Expansion(children, closed, None if best is incumbent else best, searched)
+
+    def _process(
+        self, fates: Fates, diagonal: Array, share: Array, incumbent: Incumbent, barrier: float, steps: int
+    ) -> Expansion[_State]:
+        """Run one node on writable copies."""
+        square = self.square
+        outcome, bound, branch, mask, value = joint_nodes.process_node(
+            square.hessian,
+            square.scaled_root,
+            square.centre,
+            fates,
+            self.n_kept,
+            diagonal,
+            share,
+            self.cutoff(incumbent.value),
+            barrier,
+            1e-4,
+            steps,
+        )
+        found = Incumbent(mask, float(value)) if value < incumbent.value else None
+        if outcome != joint_nodes.Outcome.BRANCH:
+            return Expansion(closed=float(bound), found=found)
+        if found is not None:
+            found = min(found, improved(square, mask, self.deadline), key=lambda candidate: candidate.value)
+        # Rounded down, so that D stays feasible in single precision.
+        state = _State(fates, _single(diagonal * (1.0 - 1e-6)), _single(share), int(branch))
+        return Expansion([Node(float(bound), state)], found=found)
+
+
+def _single(array: Array) -> npt.NDArray[np.float32]:
+    return array.astype(np.float32)
+
+
+def value_of(square: Square, pruned: Mask) -> Incumbent:
+    """A mask with its value in the units of the tree."""
+    return Incumbent(pruned, float(joint_nodes.mask_value(square.hessian, square.scaled_root, square.centre, pruned)))
+
+
+def improved(square: Square, pruned: Mask, deadline: Deadline | None = None) -> Incumbent:
+    """The one-swap local optimum reached from a mask by the steepest swaps."""
+    dense = DenseJoint(square.hessian, square.linear, 1.0)
+    gain = 1e-10 * value_of(square, pruned).value
+    return value_of(square, ~descend(dense, ~pruned, gain, deadline).kept)
+
+
+def find_incumbent(square: Square, n_prune: int, start: Mask | None, seed: int, deadline: Deadline) -> Incumbent:
+    """The best of backward elimination (and a given start) after swaps and a tabu walk, in a third of the time left."""
+    n = square.centre.size
+    dense = DenseJoint(square.hessian, square.linear, 1.0)
+    reduced = ReducedProblem(torch.from_numpy(dense.hessian), torch.from_numpy(dense.linear))
+    order, _ = eliminate_dense(reduced, n_prune, "scaled")
+    first = np.zeros(n, dtype=bool)
+    first[order.numpy()] = True
+    starts = [first] if start is None else [first, np.asarray(start, dtype=bool)]
+    limit = 0.3 * deadline.remaining()
+    inner = Deadline(None if math.isinf(limit) else limit)
+    swaps = int(min(_TABU_SWAPS, 1e9 / n**2))
+    found = search(dense, [~mask for mask in starts], swaps, np.random.default_rng(seed), inner)
+    # Rounding along the walk may overrate what it found: the starts are compared by their own values.
+    candidates = [value_of(square, mask) for mask in (~found.kept, *starts)]
+    return min(candidates, key=lambda candidate: candidate.value)
 
 
 def solve_joint_tree(
@@ -122,12 +230,11 @@ def solve_joint_tree(
     n_prune : int, 0 ≤ n_prune ≤ n
     deadline : Deadline, optional
     seed : int
-        For the kicks of the local search.
+        For the local search.
     incumbent : bool (n,), optional
         A mask to start from.
     n_threads : int
-        Workers; the kernels release the GIL. With more than one the order of the search, and so which of several
-        optima is returned and how many nodes it takes, may differ between runs.
+        Workers; the result does not depend on it.
     node_limit : int, optional
     relative_tolerance : float
         Gap at which a node is dropped.
@@ -149,15 +256,40 @@ def solve_joint_tree(
     deadline = Deadline() if deadline is None else deadline
     square = prepare(weights, factor, damping, gradient)
     n = square.centre.shape[0]
-    if n_prune in (0, n):
-        mask = np.full(n, n_prune == n)
-        return _finished(square, mask, {"nodes": 0.0})
+    if n_prune in (0, n) or square.unit == 0.0:
+        mask = np.arange(n) < n_prune
+        value = square.value(mask)
+        return JointTreeResult(mask, value, Reason.COMPLETED, {"objective": value, "nodes": 0.0})
+    inside, whole = np.arange(n), square
     with threadpool_limits(limits=1, user_api="blas"):
-        tree = _Tree(square, n_prune, deadline, seed, node_limit, relative_tolerance)
-        if tree.find_incumbent(incumbent):
-            return _finished(square, tree.mask, {"nodes": 0.0})
-        reason = tree.run(n_threads)
-    return tree.result(reason)
+        best = find_incumbent(square, n_prune, incumbent, seed, deadline)
+        while (stays := _must_stay(square, best)).any():
+            square, inside = square.keeping(stays), inside[~stays]
+            best = find_incumbent(square, n_prune, best.pruned[~stays], seed, deadline)
+        if best.value <= _ZERO:
+            bound, reason, statistics = 0.0, Reason.COMPLETED, {"nodes": 0.0}
+        else:
+            relaxation = _JointRelaxation(square, n_prune, deadline, relative_tolerance)
+            found = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
+            (best, bound, reason, statistics) = found
+    mask = np.zeros(n, dtype=bool)
+    mask[inside[best.pruned]] = True
+    value = whole.value(mask)
+    bound = max(0.0, bound - ridge_cost(square, best.pruned))
+    statistics["objective"] = value
+    if "root_bound" in statistics:
+        statistics["root_bound"] = min(statistics["root_bound"] * square.unit + square.constant, value)
+    if square.ridge > 0.0:
+        statistics["ridge"] = square.ridge
+    return JointTreeResult(mask, min(bound * square.unit + square.constant, value), reason, statistics)
+
+
+def _must_stay(square: Square, best: Incumbent) -> Mask:
+    """Weights out of the incumbent's scale whose removal alone costs more than it, bool (n,)."""
+    large = 0.5 * square.centre**2 > _OUT_OF_SCALE * best.value
+    if best.value <= _ZERO or not large[~best.pruned].any():
+        return np.zeros(large.size, dtype=bool)
+    return np.asarray(large & ~best.pruned & (square.removal_costs() > best.value * (1.0 + 1e-6)))
 
 
 def joint_root_bound(
@@ -184,246 +316,18 @@ def joint_root_bound(
         value = square.value(np.full(n, n_prune == n)) if square.unit else square.constant
         return JointRootBound(value, np.zeros(n), share)
     with threadpool_limits(limits=1, user_api="blas"):
-        mask, height = search.descend(
-            square.hessian,
-            square.scaled_root,
-            square.centre,
-            search.forward(square.hessian, square.centre, n - n_prune),
-            20,
-        )
-        cutoff = max(height, SCALE_TOLERANCE)
-        bound, diagonal, share, _, _ = kernels.bound_node(
+        best = find_incumbent(square, n_prune, None, 0, Deadline())
+        bound, diagonal, share, _, _ = bound_node(
             square.hessian,
             square.centre,
             n - n_prune,
-            first_diagonal(square.hessian),
+            first_diagonal(square),
             share,
             0.1,
             1e-6,
             n_steps,
-            2.0 * cutoff,
+            2.0 * max(best.value, _ZERO),
         )
-    bound = max(0.0, bound - ridge_cost(square, mask))
-    value = min(bound * square.unit + square.constant, square.value(mask))
+    bound = max(0.0, bound - ridge_cost(square, best.pruned))
+    value = min(bound * square.unit + square.constant, square.value(best.pruned))
     return JointRootBound(value, diagonal * square.norms**2, share)
-
-
-def _finished(square: Square, mask: Mask, statistics: dict[str, float]) -> JointTreeResult:
-    value = square.value(mask) if square.unit > 0.0 else square.constant
-    statistics = {"objective": value, **statistics}
-    bound = value if mask.all() or not mask.any() else min(value, square.constant)
-    return JointTreeResult(mask, bound, Reason.COMPLETED, statistics)
-
-
-class _Tree:
-    """The state shared by the workers. Values are in units of `square.unit`, without the constant."""
-
-    def __init__(
-        self,
-        square: Square,
-        n_prune: int,
-        deadline: Deadline,
-        seed: int,
-        node_limit: int | None,
-        tolerance: float,
-    ) -> None:
-        self.square = square
-        self.n = square.centre.shape[0]
-        self.n_prune = n_prune
-        self.n_kept = self.n - n_prune
-        self.deadline = deadline
-        self.seed = seed
-        self.node_limit = math.inf if node_limit is None else node_limit
-        self.tolerance = tolerance
-        self.mask: Mask = np.zeros(self.n, dtype=bool)
-        self.best = math.inf
-        self.closed = math.inf
-        self.nodes = 0
-        self.root_bound = 0.0
-        self.fixed_at_root = 0
-        self.open: list[_Node] = []
-        self.serial = itertools.count()
-        self.active: dict[int, float] = {}
-        self.condition = threading.Condition()
-        self.failure: BaseException | None = None
-        self.stopped: Reason | None = None
-
-    @property
-    def cutoff(self) -> float:
-        """A node whose bound reaches this is of no interest."""
-        total = self.best + self.square.constant / self.square.unit
-        return self.best - max(self.tolerance * min(abs(total), self.best), SCALE_TOLERANCE)
-
-    def find_incumbent(self, start: Mask | None) -> bool:
-        """Local search; True if its value is zero to rounding, so that nothing remains to be proven."""
-        hessian, root, centre = self.square.hessian, self.square.scaled_root, self.square.centre
-        if self.square.unit == 0.0:
-            self.mask[: self.n_prune] = True
-            return True
-        starts = [search.backward(hessian, centre, self.n_prune)]
-        starts += [] if start is None else [np.asarray(start, dtype=bool)]
-        if not self.late(0.1):
-            starts.append(search.forward(hessian, centre, self.n_kept))
-        # Swaps between two looks at the clock: a swap takes some 1e-9 n³ seconds.
-        chunk = 1 + int(1e8 / self.n**3)
-        for first in starts:
-            mask, value, before = first, math.inf, math.nan
-            while value != before:
-                before = value
-                mask, value = search.descend(hessian, root, centre, mask, 0 if self.late(0.3) else chunk)
-            self.offer(mask, value)
-        generator = np.random.default_rng(self.seed)
-        rounds = max(10, 6000 // self.n)
-        at_once = min(rounds, 1 + chunk // 10)
-        for _ in range(0, rounds, at_once):
-            if self.best <= SCALE_TOLERANCE or self.late(0.3):
-                break
-            self.offer(*search.kicked(hessian, root, centre, self.mask, self.best, generator, at_once))
-        return self.best <= SCALE_TOLERANCE
-
-    def late(self, fraction: float) -> bool:
-        """Whether this fraction of the time limit is gone."""
-        return self.deadline.elapsed() > fraction * self.deadline.limit
-
-    def offer(self, mask: Mask, value: float) -> None:
-        """Take a mask as incumbent if it is better."""
-        if value < self.best:
-            self.mask, self.best = mask.copy(), float(value)
-
-    def process(
-        self, status: _Statuses, diagonal: Array, share: Array, barrier: float, steps: int
-    ) -> tuple[int, float, int]:
-        """Run one node on writable copies and take what it found; (outcome, bound, branch)."""
-        outcome, bound, branch, mask, value = kernels.process_node(
-            self.square.hessian,
-            self.square.scaled_root,
-            self.square.centre,
-            status,
-            self.n_kept,
-            diagonal,
-            share,
-            self.cutoff,
-            barrier,
-            1e-4,
-            steps,
-        )
-        if value < self.best:
-            with self.condition:
-                self.offer(mask, value)
-            if outcome == kernels.BRANCH:
-                better, lower = search.descend(
-                    self.square.hessian, self.square.scaled_root, self.square.centre, mask, 20
-                )
-                with self.condition:
-                    self.offer(better, lower)
-        return int(outcome), float(bound), int(branch)
-
-    def push(
-        self,
-        parent: float,
-        outcome: int,
-        bound: float,
-        status: _Statuses,
-        diagonal: Array,
-        share: Array,
-        branch: int,
-    ) -> None:
-        """File a processed node: keep it open, or remember the bound it was closed with."""
-        bound = max(parent, bound)
-        if outcome != kernels.BRANCH:
-            self.closed = min(self.closed, bound)
-            return
-        # Rounded down, so that D stays feasible in single precision.
-        single = (diagonal * (1.0 - 1e-6)).astype(np.float32)
-        node = _Node(bound, next(self.serial), status, single, share.astype(np.float32), branch)
-        heapq.heappush(self.open, node)
-
-    def run(self, n_threads: int) -> Reason:
-        """Root, then workers until nothing is open or a limit is met."""
-        status = np.zeros(self.n, dtype=np.int8)
-        share = np.full(self.n, self.n_kept / self.n)
-        diagonal = first_diagonal(self.square.hessian)
-        # A step takes some 1e-9 n³ seconds; without the time for a few the bound stays zero.
-        steps = int(min(60.0, 0.5 * self.deadline.remaining() / (1e-9 * self.n**3)))
-        if steps < 2 and self.n > 100:
-            self.push(0.0, kernels.BRANCH, 0.0, status, diagonal, share, 0)
-            return Reason.TIME_LIMIT
-        outcome, bound, branch = self.process(status, diagonal, share, 0.1, max(steps, 2))
-        self.nodes = 1
-        self.root_bound = max(0.0, bound)
-        self.fixed_at_root = int(np.count_nonzero(status))
-        self.push(0.0, outcome, bound, status, diagonal, share, branch)
-        if n_threads > 1:
-            threads = [threading.Thread(target=self.work, args=(index,), daemon=True) for index in range(n_threads)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        else:
-            self.work(0)
-        if self.failure is not None:
-            raise self.failure
-        return self.stopped or Reason.COMPLETED
-
-    def work(self, index: int) -> None:
-        """One worker."""
-        try:
-            while (node := self.take(index)) is not None:
-                for choice in (kernels.REMOVED, kernels.KEPT):
-                    status = node.status.copy()
-                    status[node.branch] = choice
-                    diagonal = node.diagonal.astype(np.float64)
-                    share = node.share.astype(np.float64)
-                    outcome, bound, branch = self.process(status, diagonal, share, 1e-3, 8)
-                    with self.condition:
-                        self.nodes += 1
-                        self.push(node.bound, outcome, bound, status, diagonal, share, branch)
-                with self.condition:
-                    del self.active[index]
-                    self.condition.notify_all()
-        except BaseException as error:
-            with self.condition:
-                self.failure = error
-                self.condition.notify_all()
-
-    def take(self, index: int) -> _Node | None:
-        """The next node for a worker, or None when the tree is finished or a limit is met."""
-        with self.condition:
-            while True:
-                if self.failure is not None or self.stopped is not None:
-                    return None
-                while self.open and self.open[0].bound >= self.cutoff:
-                    self.closed = min(self.closed, heapq.heappop(self.open).bound)
-                if self.open:
-                    if self.deadline.expired():
-                        self.stopped = Reason.TIME_LIMIT
-                    elif self.nodes >= self.node_limit:
-                        self.stopped = Reason.NODE_LIMIT
-                    if self.stopped is not None:
-                        self.condition.notify_all()
-                        return None
-                    # The last element of the heap's array is a leaf of it: recent, deep and free to remove.
-                    node = self.open.pop() if len(self.open) > MAX_OPEN else heapq.heappop(self.open)
-                    self.active[index] = node.bound
-                    return node
-                if not self.active:
-                    self.condition.notify_all()
-                    return None
-                self.condition.wait()
-
-    def result(self, reason: Reason) -> JointTreeResult:
-        """The incumbent and the lowest bound among closed and open nodes."""
-        lowest = min([self.best, self.closed, *(node.bound for node in self.open)])
-        lowest = max(0.0, lowest - ridge_cost(self.square, self.mask))
-        value = self.square.value(self.mask)
-        bound = min(lowest * self.square.unit + self.square.constant, value)
-        statistics = {
-            "nodes": float(self.nodes),
-            "root_bound": min(self.root_bound * self.square.unit + self.square.constant, value),
-            "fixed_at_root": float(self.fixed_at_root),
-            "open_nodes": float(len(self.open)),
-            "objective": value,
-        }
-        if self.square.ridge > 0.0:
-            statistics["ridge"] = self.square.ridge
-        return JointTreeResult(self.mask, bound, reason, statistics)

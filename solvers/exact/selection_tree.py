@@ -1,12 +1,13 @@
 """Branch and bound for the selection objective: min ½ zᵀQz − cᵀz, z ∈ {0, 1}ⁿ, 1ᵀz = n_prune.
 
-Q = diag(w) H diag(w) is scaled by a power of two, an incumbent is found by tabu search, and the root is bounded by the
-quadratic programme whose diagonal shift the semidefinite relaxation chose (`solvers.bounds.shift`). Weights that
+Q = diag(w) H diag(w) is scaled by a power of two and an incumbent is found by tabu search
+(`solvers.exact.selection_start`, which also decides the weights whose removal alone costs more). The root is bounded by
+the quadratic programme whose diagonal shift the semidefinite relaxation chose (`solvers.bounds.shift`). Weights that
 the root's reduced costs decide leave the problem, and the shift is chosen afresh for what is left. From
-there compiled depth-first searches (`solvers.exact.selection_kernels`) run in batches on the open nodes of the lowest
-bounds, each for a limited number of nodes; what they leave open comes back, and a node whose problem has become
-markedly smaller than the one its shift was made for gets a new shift. Batches have a fixed size whatever the number of
-threads, so the search does not depend on it.
+there compiled depth-first searches (`solvers.exact.selection_kernels`) run on the open nodes of the lowest
+bounds (`solvers.exact.best_first`), each for a limited number of nodes; what they leave open comes back, and a node
+whose problem has become markedly smaller than the one its shift was made for gets a new shift. What makes masks equally
+good is used to exclude all but one (`solvers.exact.symmetry`).
 
 A node is dropped when its certificate exceeds the incumbent less `RELATIVE_TOLERANCE` of it; the bound returned is the
 lower of that and of all open nodes, less a margin for the rounding of Q itself.
@@ -14,34 +15,32 @@ lower of that and of all open nodes, less a margin for the rounding of Q itself.
 
 from __future__ import annotations
 
-import heapq
 import math
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from solvers.bounds.shift import best_shift, safe_shift
+from solvers.exact import selection_face as faces
 from solvers.exact import selection_kernels as kernels
-from solvers.moves import selection_swaps
+from solvers.exact import symmetry
+from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
+from solvers.exact.selection_start import ScaledSelection, find_incumbent, must_stay, unit_of
 from solvers.problem import Array, Mask
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
 #: Nodes are dropped when they cannot improve the objective by this fraction of it.
 RELATIVE_TOLERANCE = 1e-7
-#: And by this fraction of the sum of the diagonal: below it float64 knows nothing.
-SCALE_TOLERANCE = 1e-14
-_BATCH = 4
 _NODES_PER_TASK = 10_000
 #: A new shift when the free weights have become fewer than this fraction of those the old one was made for.
 _SHRINKAGE = 0.5
-_MAX_OPEN = 200_000
 _NEVER = 2**31
-_TABU_ROUNDS = 10
-_TABU_MOVES = 1000
+#: Nodes looked at before a relaxation that may be tight is solved to the end.
+_FIRST_LOOK = 100
 
 
 class SelectionTreeResult(NamedTuple):
@@ -54,7 +53,7 @@ class SelectionTreeResult(NamedTuple):
         Lower bound on the objective over all masks.
     reason : Reason
     statistics : dict of str to float
-        nodes, shifts, root_bound, root_free, open_nodes, objective.
+        nodes, root_bound, open_nodes, objective.
     """
 
     pruned: Mask
@@ -63,118 +62,177 @@ class SelectionTreeResult(NamedTuple):
     statistics: dict[str, float]
 
 
-@dataclass(order=True)
-class _Node:
-    """An open node, ordered by bound, then by age."""
+@dataclass(frozen=True)
+class _State:
+    """Decisions, relaxed point (n,), shift (n,) and the number of weights the shift was made for."""
 
-    bound: float
-    serial: int
-    status: kernels.Statuses = field(compare=False)
-    point: Array = field(compare=False)
-    shift: Array | None = field(compare=False)
-    made_for: int = field(compare=False)
+    fates: Fates
+    point: Array
+    shift: Array | None = None
+    made_for: int = _NEVER
 
 
-class _Outcome(NamedTuple):
-    """What the search below one node brought: a better incumbent or none, and new open nodes."""
+@dataclass(frozen=True, eq=False)
+class _NodeProblem:
+    """The problem of the free weights of a node, in units of its own."""
 
-    value: float
-    mask: Mask | None
-    nodes: list[_Node]
-    searched: int
-    shifts: int
-
-
-@dataclass(eq=False)
-class _Tree:
-    """The scaled problem and the state of the search."""
-
+    free: symmetry.Indices
+    count: int
     quadratic: Array
     linear: Array
-    count: int
-    deadline: Deadline
-    nodes_per_task: int
-    upper: float = math.inf
-    best: Mask = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    constant: float
+    unit: float
 
-    def value(self, mask: Mask) -> float:
-        """½ zᵀQz − cᵀz of a mask."""
-        return 0.5 * float(self.quadratic[np.ix_(mask, mask)].sum()) - float(self.linear[mask].sum())
 
-    def tolerance(self) -> float:
-        """What an improvement must be worth."""
-        return RELATIVE_TOLERANCE * abs(self.upper) + SCALE_TOLERANCE * float(np.trace(self.quadratic))
+class _SelectionRelaxation(Relaxation[_State]):
+    """Convex quadratic relaxations with a diagonal shift, searched depth-first below each node."""
 
-    def offer(self, mask: Mask) -> None:
-        """Descend from a mask by swaps; keep the result if it is better than the incumbent."""
-        pruned = mask.copy()
-        forces = self.quadratic @ pruned - self.linear
-        selection_swaps.steepest_descent(self.quadratic, forces, pruned, 1e-13 * max(abs(self.upper), 1e-300), 10_000)
-        value = self.value(pruned)
-        if value < self.upper:
-            self.upper, self.best = value, pruned
+    window = 4
 
-    def search(self, node: _Node, upper: float) -> _Outcome:
+    def __init__(self, problem: ScaledSelection, deadline: Deadline, nodes_per_task: int, fates: Fates) -> None:
+        self.problem, self.deadline, self.nodes_per_task, self.fates = problem, deadline, nodes_per_task, fates
+        # Q is positive semidefinite.
+        self.floor = -math.inf if problem.linear.any() else 0.0
+        inside = np.flatnonzero(fates == Fate.OPEN)
+        matrix, linear = problem.quadratic[np.ix_(inside, inside)], problem.linear[inside]
+        groups = symmetry.chains(matrix, linear, 0.5 * np.diag(matrix) - linear)
+        self.groups: Sequence[symmetry.Indices] = [inside[group] for group in groups]
+        self.lattice = symmetry.lattice(matrix, linear, problem.count)
+        self.pace = 0.0
+
+    def cutoff(self, value: float) -> float:
+        """Less a fraction of the value itself."""
+        return value - RELATIVE_TOLERANCE * abs(value)
+
+    def root(self, incumbent: Incumbent) -> Expansion[_State]:
+        """Everything open, expanded if there is time."""
+        node = Node(-math.inf, _State(self.fates, np.full(self.fates.size, self.problem.count / self.fates.size)))
+        if self.deadline.expired():
+            return Expansion([node], searched=0)
+        return self.expand(node, incumbent)
+
+    def expand(self, node: Node[_State], incumbent: Incumbent) -> Expansion[_State]:
         """Bound a node, shift it anew where that pays, and search below it."""
-        free = np.flatnonzero(node.status == 2)
-        ones = np.flatnonzero(node.status == 1)
-        count, n = self.count - ones.size, free.size
-        constant = 0.5 * float(self.quadratic[np.ix_(ones, ones)].sum()) - float(self.linear[ones].sum())
-        if count < 0 or count > n:
-            return _Outcome(math.inf, None, [], 1, 0)
-        if count in (0, n):
-            mask = node.status == 1
-            mask[free] = count > 0
-            return _Outcome(self.value(mask), mask, [], 1, 0)
-        quadratic = np.ascontiguousarray(self.quadratic[np.ix_(free, free)])
-        linear = self.linear[free] - self.quadratic[np.ix_(free, ones)].sum(1)
-        cut = upper - self.tolerance()
-        shifts = 0
-        shift, made_for, point = node.shift, node.made_for, node.point[free]
-        if shift is None or n <= _SHRINKAGE * made_for:
-            unit = _unit(quadratic, linear)
-            found = best_shift(quadratic / unit, linear / unit, count, tolerance=1e-3, target=(cut - constant) / unit)
-            # A little of the bound is given away for a well-conditioned M.
-            lost = 1e-3 * max(abs(cut - constant) / unit - found.value, 0.01 * abs(found.value))
-            own = unit * safe_shift(quadratic / unit, found.diagonal, max(1e-12, 2.0 * lost / n))
-            shift = np.zeros(node.status.size)
-            shift[free] = own
-            made_for, shifts = n, 1
-            if node.shift is None:
-                point = np.where(found.point < 1e-4, 0.0, np.where(found.point > 1.0 - 1e-4, 1.0, found.point))
-        own = shift[free]
-        unit = _unit(quadratic, linear)
-        best = np.zeros(n, dtype=np.bool_)
+        state, began = node.state, self.deadline.elapsed()
+        part = self._restrict(state.fates)
+        if not 0 <= part.count <= part.free.size:
+            return Expansion()
+        if part.count in (0, part.free.size):
+            mask = state.fates == Fate.PRUNED
+            mask[part.free] = part.count > 0
+            value = self.problem.value(mask)
+            return Expansion(closed=value, found=Incumbent(mask, value))
+        # On a lattice a better mask is better by a step.
+        cut = min(self.cutoff(incumbent.value), incumbent.value - self.lattice.step + 4.0 * self.lattice.slack)
+        shift, made_for, point, nodes = state.shift, state.made_for, state.point[part.free], self._task()
+        close = False
+        if shift is None or part.free.size <= _SHRINKAGE * made_for:
+            own, relaxed, close = _new_shift(part, cut)
+            point = point if shift is not None else relaxed
+            shift, made_for = np.zeros(state.fates.size), part.free.size
+            shift[part.free] = own
+        expansion = self._explore(
+            Node(node.bound, _State(state.fates, point, shift, made_for)),
+            part, incumbent, incumbent.value - cut, min(nodes, _FIRST_LOOK) if close else nodes,
+        )  # fmt: skip
+        self.pace = max(self.pace, (self.deadline.elapsed() - began) / expansion.searched)
+        if close and expansion.children and _tight_bound(part, cut) >= cut:
+            return Expansion((), min(expansion.closed, self.lattice.lifted(cut)), expansion.found, expansion.searched)
+        return expansion
+
+    def _restrict(self, fates: Fates) -> _NodeProblem:
+        free, ones = np.flatnonzero(fates == Fate.OPEN), np.flatnonzero(fates == Fate.PRUNED)
+        quadratic, linear = self.problem.quadratic, self.problem.linear
+        inner = np.ascontiguousarray(quadratic[np.ix_(free, free)])
+        slope = linear[free] - quadratic[np.ix_(free, ones)].sum(1)
+        constant = 0.5 * float(quadratic[np.ix_(ones, ones)].sum()) - float(linear[ones].sum())
+        return _NodeProblem(free, self.problem.count - ones.size, inner, slope, constant, unit_of(inner, slope))
+
+    def _task(self) -> int:
+        """Nodes for one search: smaller towards the end, which keeps the time limit."""
+        remaining = self.deadline.remaining()
+        if self.pace == 0.0 or remaining >= 4.0 * self.pace * self.nodes_per_task:
+            return self.nodes_per_task
+        return max(100, int(remaining / (4.0 * self.pace)))
+
+    def _explore(
+        self, node: Node[_State], part: _NodeProblem, incumbent: Incumbent, tolerance: float, nodes: int
+    ) -> Expansion[_State]:
+        """The compiled search below a node, its open nodes, and the best mask: found there, or rounded and improved."""
+        fates, free, unit, shift = node.state.fates, part.free, part.unit, node.state.shift
+        assert shift is not None
+        own, best = shift[free], np.zeros(free.size, dtype=np.bool_)
+        earlier, later = symmetry.links(self.groups, free, fates.size)
+        matrix, linear = (part.quadratic - np.diag(own)) / unit, (part.linear - 0.5 * own) / unit
+        face, size = faces.new_face(matrix, linear, earlier, later, node.state.point)
         value, statuses, bounds, points, counters = kernels.explore(
-            (quadratic - np.diag(own)) / unit,
-            (linear - 0.5 * own) / unit,
-            constant / unit,
-            count,
-            point,
-            upper / unit,
-            best,
-            self.nodes_per_task,
-            self.tolerance() / unit,
+            face, size, part.count, part.constant / unit, incumbent.value / unit, best, nodes, tolerance / unit
         )
-        mask = None
-        if value * unit < upper and best.any():
-            mask = node.status == 1
-            mask[free] = best
-        children = []
+        # A node that could not even be branched on is given its own shift next time.
+        made_for = node.state.made_for if counters[kernels.Count.STUCK] == 0 else _NEVER
+        children: list[Node[_State]] = []
         for status, bound, child_point in zip(statuses, bounds, points, strict=True):
-            full, full_point = node.status.copy(), np.zeros(node.status.size)
+            full, full_point = fates.copy(), np.zeros(fates.size)
             full[free], full_point[free] = status, child_point
-            # A node that could not even be branched on is given its own shift next time.
-            kept = made_for if counters[kernels.STUCK] == 0 else _NEVER
-            lower = max(node.bound, float(bound) * unit)
-            children.append(_Node(lower, 0, full, full_point, shift, kept))
-        return _Outcome(value * unit, mask, children, int(counters[kernels.NODES]), shifts)
+            lower = max(node.bound, self.lattice.lifted(float(bound) * unit))
+            for decided in self._halves(full) if np.array_equal(full, fates) else [full]:
+                if symmetry.follow(decided, self.groups):
+                    children.append(Node(lower, _State(decided, full_point, shift, made_for)))
+        found = None
+        if value * unit < incumbent.value and best.any():
+            mask = fates == Fate.PRUNED
+            mask[free] = best
+            found = self.problem.improved(mask)
+        elif children:
+            found = self.problem.improved(_rounded(min(children, key=lambda child: child.bound).state, self.problem))
+        upper = min(value * unit, incumbent.value)
+        closed = min(upper, self.lattice.lifted(upper - tolerance))
+        return Expansion(children, closed, found, int(counters[kernels.Count.NODES]))
+
+    def _halves(self, fates: Fates) -> list[Fates]:
+        """A node that came back unchanged is branched on by its largest diagonal."""
+        free = np.flatnonzero(fates == Fate.OPEN)
+        var = free[np.argmax(np.diag(self.problem.quadratic)[free])]
+        halves = []
+        for fate in (Fate.KEPT, Fate.PRUNED):
+            half = fates.copy()
+            half[var] = fate
+            halves.append(half)
+        return halves
 
 
-def _unit(quadratic: Array, linear: Array) -> float:
-    """A power of two of the size of the largest entry, so that dividing by it is exact."""
-    size = max(float(np.abs(np.diag(quadratic)).max(initial=0.0)), float(np.abs(linear).max(initial=0.0)))
-    return 2.0 ** math.floor(math.log2(size)) if size > 0.0 else 1.0
+def _new_shift(part: _NodeProblem, cut: float) -> tuple[Array, Array, bool]:
+    """(shift (m,), relaxed point (m,), whether the semidefinite relaxation may be tight enough to reach `cut`)."""
+    quadratic, linear, n = part.quadratic / part.unit, part.linear / part.unit, part.free.size
+    target = (cut - part.constant) / part.unit
+    found = best_shift(quadratic, linear, part.count, tolerance=1e-3, target=target)
+    # A little of the bound is given away for a well-conditioned M.
+    lost = 1e-3 * max(abs(target - found.value), 0.01 * abs(found.value))
+    own = part.unit * safe_shift(quadratic, found.diagonal, max(1e-12, 2.0 * lost / n))
+    point = np.where(found.point < 1e-4, 0.0, np.where(found.point > 1.0 - 1e-4, 1.0, found.point))
+    return own, point, target <= found.value + 2e-3 * abs(found.value)
+
+
+def _tight_bound(part: _NodeProblem, cut: float) -> float:
+    """The certificate of the semidefinite relaxation itself, for nodes where it may decide."""
+    quadratic, linear = part.quadratic / part.unit, part.linear / part.unit
+    target = (cut - part.constant) / part.unit
+    found = best_shift(quadratic, linear, part.count, tolerance=1e-11, target=target + 1e-9 * abs(target))
+    own = safe_shift(quadratic, found.diagonal)
+    matrix, slope = quadratic - np.diag(own), linear - 0.5 * own
+    gradient, status = np.empty(own.size), np.full(own.size, faces.Status.FRACTIONAL, np.int8)
+    faces.gradient(matrix, slope, found.point, gradient)
+    sums = np.abs(matrix).sum(1)
+    bound = faces.certificate(found.point, gradient, slope, sums, status, part.count, 0.0, np.empty(own.size))[0]
+    return part.constant + part.unit * float(bound)
+
+
+def _rounded(state: _State, problem: ScaledSelection) -> Mask:
+    """The k largest entries of a node's relaxed point, its fixed weights first."""
+    score = np.where(state.fates == Fate.PRUNED, 2.0, np.where(state.fates == Fate.KEPT, -1.0, state.point))
+    mask = np.zeros(score.size, dtype=np.bool_)
+    mask[np.argsort(-score, kind="stable")[: problem.count]] = True
+    return mask
 
 
 def solve_selection_tree(
@@ -214,163 +272,23 @@ def solve_selection_tree(
     SelectionTreeResult
     """
     n = quadratic.shape[0]
-    scale = _unit(quadratic, np.zeros(n) if linear is None else linear)
-    tree = _Tree(
-        np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / scale),
-        np.zeros(n) if linear is None else linear / scale,
-        n_prune,
-        deadline or Deadline(),
-        nodes_per_task,
-    )
+    slope = np.zeros(n) if linear is None else linear
+    scale = unit_of(quadratic, slope)
+    problem = ScaledSelection(np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / scale), slope / scale, n_prune)
     if n_prune in (0, n):
         only = np.full(n, n_prune > 0)
-        value = tree.value(only) * scale
+        value = problem.value(only) * scale
         return SelectionTreeResult(only, value, Reason.COMPLETED, {"nodes": 0.0, "objective": value})
+    deadline = deadline or Deadline()
     with threadpool_limits(1):
-        _find_incumbent(tree, seed, incumbent)
-        bound, reason, statistics = _search(tree, n_threads, math.inf if node_limit is None else node_limit)
-    bound -= _rounding_margin(tree)
-    if not tree.linear.any():
-        # Q is positive semidefinite.
-        bound = max(bound, 0.0)
-    for name in ("root_bound", "objective"):
-        statistics[name] *= scale
-    return SelectionTreeResult(tree.best, bound * scale, reason, statistics)
-
-
-def _search(tree: _Tree, n_threads: int, node_limit: float) -> tuple[float, Reason, dict[str, float]]:
-    """Empty the tree, or stop at a limit; (bound in the tree's units, reason, statistics)."""
-    n = tree.quadratic.shape[0]
-    everything = np.full(n, 2, dtype=np.int8)
-    heap = [_Node(-math.inf, 0, everything, np.full(n, tree.count / n), None, _NEVER)]
-    searched, shifts, serial, root_bound, reason = 0, 0, 1, -math.inf, Reason.COMPLETED
-    with ThreadPoolExecutor(max(1, n_threads)) as workers:
-        while heap:
-            if tree.deadline.expired():
-                reason = Reason.TIME_LIMIT
-                break
-            if searched >= node_limit:
-                reason = Reason.NODE_LIMIT
-                break
-            batch: list[_Node] = []
-            while heap and len(batch) < _BATCH:
-                node = _pop(heap)
-                if node.bound < tree.upper - tree.tolerance():
-                    batch.append(node)
-            upper, began = tree.upper, tree.deadline.elapsed()
-            outcomes = list(workers.map(lambda node, known=upper: tree.search(node, known), batch))
-            took = tree.deadline.elapsed() - began
-            if took > 0.0 and tree.deadline.remaining() < 4.0 * took:
-                # Smaller tasks towards the end keep the time limit.
-                share = tree.deadline.remaining() / (4.0 * took)
-                tree.nodes_per_task = max(100, int(tree.nodes_per_task * share))
-            for node, outcome in zip(batch, outcomes, strict=True):
-                searched += outcome.searched
-                shifts += outcome.shifts
-                if outcome.mask is not None:
-                    tree.offer(outcome.mask)
-                for child in _progressing(node, outcome, tree):
-                    child.serial = serial
-                    serial += 1
-                    heapq.heappush(heap, child)
-            if math.isinf(root_bound):
-                root_bound = min([tree.upper, *(node.bound for node in heap)])
-            for node in heap[:2]:
-                tree.offer(_rounded(node, tree.count))
-    bound = min([tree.upper - tree.tolerance(), *(node.bound for node in heap)])
+        best = find_incumbent(problem, deadline, seed, incumbent)
+        fates = np.where(must_stay(problem, best.value), Fate.KEPT, Fate.OPEN).astype(np.int8)
+        relaxation = _SelectionRelaxation(problem, deadline, nodes_per_task, fates)
+        search = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
+    bound = max(search.bound - problem.rounding(fates == Fate.OPEN), relaxation.floor)
     statistics = {
-        "nodes": float(searched),
-        "shifts": float(shifts),
-        "root_bound": root_bound,
-        "open_nodes": float(len(heap)),
-        "objective": tree.upper,
+        **search.statistics,
+        "root_bound": search.statistics["root_bound"] * scale,
+        "objective": search.incumbent.value * scale,
     }
-    return bound, reason, statistics
-
-
-def _pop(heap: list[_Node]) -> _Node:
-    """The node of the lowest bound, or the newest one while memory must be saved."""
-    if len(heap) < _MAX_OPEN:
-        return heapq.heappop(heap)
-    newest = max(range(len(heap)), key=lambda i: heap[i].serial)
-    node = heap[newest]
-    heap[newest] = heap[-1]
-    heap.pop()
-    heapq.heapify(heap)
-    return node
-
-
-def _progressing(node: _Node, outcome: _Outcome, tree: _Tree) -> list[_Node]:
-    """The open nodes left by a search; a node that came back unchanged is branched on by its largest diagonal."""
-    children: list[_Node] = []
-    for child in outcome.nodes:
-        if not np.array_equal(child.status, node.status) or node.shift is None:
-            children.append(child)
-            continue
-        free = np.flatnonzero(child.status == 2)
-        var = free[np.argmax(np.diag(tree.quadratic)[free])]
-        for value in (0, 1):
-            status = child.status.copy()
-            status[var] = value
-            children.append(_Node(child.bound, 0, status, child.point, child.shift, child.made_for))
-    return children
-
-
-def _rounded(node: _Node, count: int) -> Mask:
-    """The k largest entries of a node's relaxed point, its fixed weights first."""
-    score = np.where(node.status == 1, 2.0, np.where(node.status == 0, -1.0, node.point))
-    mask = np.zeros(score.size, dtype=np.bool_)
-    mask[np.argsort(-score, kind="stable")[:count]] = True
-    return mask
-
-
-def _find_incumbent(tree: _Tree, seed: int, start: Mask | None) -> None:
-    """Swap-optimal masks from several starts, then tabu search from the best."""
-    n, count = tree.quadratic.shape[0], tree.count
-    saliency = 0.5 * np.diag(tree.quadratic)
-    starts = [np.argsort(saliency - tree.linear, kind="stable"), np.argsort(saliency, kind="stable")]
-    rng = np.random.default_rng(seed)
-    starts += [np.argsort(saliency * rng.uniform(0.3, 3.0, n) - tree.linear, kind="stable") for _ in range(6)]
-    for order in starts:
-        mask = np.zeros(n, dtype=np.bool_)
-        mask[order[:count]] = True
-        tree.offer(mask)
-    if start is not None:
-        tree.offer(start.astype(np.bool_))
-    frozen, random = np.zeros(n, dtype=np.int64), selection_swaps.random_state(rng)
-    pruned, best = tree.best.copy(), tree.best.copy()
-    forces = tree.quadratic @ pruned - tree.linear
-    value = best_value = tree.upper
-    for round_number in range(_TABU_ROUNDS):
-        if tree.deadline.expired():
-            break
-        value, best_value, idle = selection_swaps.tabu_search(
-            tree.quadratic, forces, pruned, frozen, value, best_value, best,
-            round_number * _TABU_MOVES, _TABU_MOVES, max(2, min(10, n // 4)), 40, random,
-        )  # fmt: skip
-        if idle >= _TABU_MOVES:
-            # Begin again from a perturbed copy of the best mask.
-            pruned = _perturbed(best, rng)
-            forces = tree.quadratic @ pruned - tree.linear
-            value = tree.value(pruned)
-    tree.offer(best)
-
-
-def _perturbed(mask: Mask, rng: np.random.Generator) -> Mask:
-    """A copy with a tenth of the smaller side swapped."""
-    inside, outside = np.flatnonzero(mask), np.flatnonzero(~mask)
-    size = max(1, min(inside.size, outside.size) // 10)
-    changed = mask.copy()
-    changed[rng.choice(inside, size, replace=False)] = False
-    changed[rng.choice(outside, size, replace=False)] = True
-    return changed
-
-
-def _rounding_margin(tree: _Tree) -> float:
-    """What the rounding of Q and c can change about the value of the masks in question.
-
-    An entry of Q is off by a few units in the last place of √Q_ii √Q_jj.
-    """
-    eps = float(np.finfo(np.float64).eps)
-    roots = np.sqrt(np.maximum(np.diag(tree.quadratic), 0.0))[tree.best].sum()
-    return 16.0 * eps * (float(roots) ** 2 + float(np.abs(tree.linear[tree.best]).sum()))
+    return SelectionTreeResult(search.incumbent.pruned, bound * scale, search.reason, statistics)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.moves import joint_swaps
+from solvers.moves import joint_swaps, kicks
 from solvers.problem import Array, Mask
 from solvers.solver import Deadline
 
@@ -125,7 +125,7 @@ def search(
             if record is not None and best_value < before:
                 record(best_value)
         elif clock - last_gain >= _STALL:
-            current = _kick(current, rng)
+            current = kicks.exchanged(current, int(rng.integers(_KICK[0], _KICK[1] + 1)), rng)
             until[:] = 0
             last_gain = clock
     final = descend(problem, best_kept, tolerance * abs(best_value), deadline)
@@ -133,13 +133,3 @@ def search(
         # Rounding along the walk overrated its best; the descent's own result stands.
         final = best
     return DenseResult(final.kept, final.value, best.start_value, swaps + clock + final.swaps)
-
-
-def _kick(kept: Mask, rng: np.random.Generator) -> Mask:
-    """`kept` with a few weights exchanged at random."""
-    inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
-    count = min(int(rng.integers(_KICK[0], _KICK[1] + 1)), inside.size, outside.size)
-    thrown = kept.copy()
-    thrown[rng.permutation(inside)[:count]] = False
-    thrown[rng.permutation(outside)[:count]] = True
-    return thrown

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers.errors import ProblemError
-from solvers.exact import joint_kernels as kernels
-from solvers.exact import joint_search as search
+from solvers.exact import joint_bound, joint_nodes, joint_subsets
+from solvers.exact.best_first import Fate
 from solvers.exact.joint_tree import joint_root_bound, solve_joint_tree
 from solvers.solution import Reason
 from solvers.solver import Deadline
@@ -150,12 +150,40 @@ def test_threads_and_a_given_incumbent_reach_the_same_value(n_threads):
     check(weights, factor, 1e-4, None, 7, n_threads=n_threads, incumbent=start)
 
 
-def test_one_thread_is_deterministic():
+def test_the_result_does_not_depend_on_the_number_of_threads():
     rng = np.random.default_rng(6)
-    arrays = rng.standard_normal(24), rng.standard_normal((14, 24)), 1e-4, None, 15
-    first, second = solve_joint_tree(*arrays, seed=1), solve_joint_tree(*arrays, seed=1)
-    assert np.array_equal(first.pruned, second.pruned)
-    assert first.bound == second.bound and first.statistics == second.statistics
+    arrays = rng.standard_normal(30), rng.standard_normal((18, 30)), 1e-4, None, 18
+    first, *others = (solve_joint_tree(*arrays, seed=1, n_threads=threads) for threads in (1, 1, 2, 5))
+    for other in others:
+        assert np.array_equal(first.pruned, other.pruned)
+        assert first.bound == other.bound and first.statistics == other.statistics
+
+
+def duplicates(rng):
+    return np.tile(rng.standard_normal(10), 4), np.tile(rng.standard_normal((8, 10)), 4), 1e-3
+
+
+def equal_blocks(rng):
+    return np.tile(rng.standard_normal(5), 8), np.kron(np.eye(8), rng.standard_normal((4, 5))), 1e-3
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        lambda rng: (np.sign(rng.standard_normal(40)), np.zeros((1, 40)), 1.0),
+        lambda rng: (rng.standard_normal(40), np.zeros((1, 40)), 1.0),
+        lambda rng: (np.ones(40), np.ones((1, 40)), 1e-3),
+        lambda rng: (np.ones(40), np.eye(40) + 0.5, 1e-3),
+        duplicates,
+        equal_blocks,
+    ],
+    ids=["λI, ties", "λI", "rank one", "equicorrelated", "duplicates", "equal blocks"],
+)
+def test_ties_end_without_a_limit(arrays):
+    weights, factor, damping = arrays(np.random.default_rng(1))
+    result = solve_joint_tree(weights, factor, damping, None, 20, node_limit=20_000)
+    assert result.reason is Reason.COMPLETED
+    assert result.bound == pytest.approx(joint_value(weights, factor, damping, None, result.pruned), rel=1e-6)
 
 
 @pytest.mark.parametrize("node_limit", [1, 5])
@@ -199,7 +227,7 @@ def test_root_bound_is_below_the_optimum_and_its_diagonal_is_feasible(n_prune, w
         # Better than anything the damping alone gives: the certificate with D = λ, at its maximiser over many points.
         flat, scores = np.full(12, 1e-2), np.zeros(12)
         points = [share * weights for share in np.linspace(0.0, 1.0, 51)]
-        plain = max(kernels.certificate(hessian, flat, weights, point, 4, scores)[0] for point in points)
+        plain = max(joint_bound.certificate(hessian, flat, weights, point, 4, scores)[0] for point in points)
         assert root.bound > 1.5 * max(plain, 0.5 * 1e-2 * np.sort(weights**2)[:8].sum())
 
 
@@ -212,12 +240,14 @@ def test_the_certificate_holds_at_any_point_and_the_reduced_costs_with_it(seed, 
     n_kept = int(rng.integers(1, n))
     diagonal = np.full(n, 0.9 * np.linalg.eigvalsh(matrix)[0])
     scores = np.zeros(n)
-    bound, order = kernels.certificate(matrix, diagonal, target, rng.standard_normal(n) * 10.0**size, n_kept, scores)
+    bound, order = joint_bound.certificate(
+        matrix, diagonal, target, rng.standard_normal(n) * 10.0**size, n_kept, scores
+    )
     last_in, first_out = scores[order[n_kept - 1]], scores[order[n_kept]]
     for kept in combinations(range(n), n_kept):
         mask = np.ones(n, dtype=bool)
         mask[list(kept)] = False
-        value = kernels.mask_value(matrix, root_of(matrix), target, mask)
+        value = joint_nodes.mask_value(matrix, root_of(matrix), target, mask)
         forced = bound + max(
             [0.0]
             + [0.5 * (scores[i] - first_out) for i in order[:n_kept] if mask[i]]
@@ -231,32 +261,17 @@ def test_a_node_is_the_same_problem_again():
     n = 9
     factor = rng.standard_normal((12, n))
     hessian, centre = factor.T @ factor, rng.standard_normal(n)
-    status = np.zeros(n, dtype=np.int8)
-    status[[1, 5]], status[[2, 7]] = kernels.KEPT, kernels.REMOVED
-    undecided, matrix, target, base = kernels.reduce_node(hessian, factor, centre, status)
+    status = np.full(n, Fate.OPEN, dtype=np.int8)
+    status[[1, 5]], status[[2, 7]] = Fate.KEPT, Fate.PRUNED
+    undecided, matrix, target, base = joint_nodes.reduce_node(hessian, factor, centre, status)
     for chosen in combinations(range(undecided.size), 2):
         inner = np.zeros(undecided.size, dtype=bool)
         inner[list(chosen)] = True
-        whole = status == kernels.REMOVED
+        whole = status == Fate.PRUNED
         whole[undecided[inner]] = True
-        assert kernels.mask_value(hessian, factor, centre, whole) == pytest.approx(
-            base + kernels.mask_value(matrix, root_of(matrix), target, inner), rel=1e-9
+        assert joint_nodes.mask_value(hessian, factor, centre, whole) == pytest.approx(
+            base + joint_nodes.mask_value(matrix, root_of(matrix), target, inner), rel=1e-9
         )
-
-
-def test_descend_reaches_a_swap_optimum():
-    rng = np.random.default_rng(11)
-    n = 10
-    factor = rng.standard_normal((12, n))
-    hessian, centre = factor.T @ factor, rng.standard_normal(n)
-    start = np.arange(n) < 5
-    mask, value = search.descend(hessian, factor, centre, start, 1000)
-    assert mask.sum() == 5 and value <= kernels.mask_value(hessian, factor, centre, start)
-    for i in np.flatnonzero(mask):
-        for j in np.flatnonzero(~mask):
-            other = mask.copy()
-            other[i], other[j] = False, True
-            assert kernels.mask_value(hessian, factor, centre, other) >= value * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
@@ -269,19 +284,19 @@ def test_best_subset_is_the_best_of_all(size):
         part = list(chosen)
         gains[chosen] = 0.5 * float(slope[part] @ np.linalg.solve(gram[np.ix_(part, part)], slope[part]))
     best = max(gains, key=gains.__getitem__)
-    gain, second, chosen = kernels.best_subset(gram, slope, size, 0.0)
+    gain, second, chosen = joint_subsets.best_subset(gram, slope, size, 0.0)
     assert gain == pytest.approx(gains[best], rel=1e-10)
     assert second == pytest.approx(sorted(gains.values())[-2], rel=1e-10)
     assert tuple(sorted(chosen)) == best
-    gain, second, chosen = kernels.best_subset(gram, slope, size, gains[best] * (1 + 1e-9))
+    gain, second, chosen = joint_subsets.best_subset(gram, slope, size, gains[best] * (1 + 1e-9))
     assert np.all(chosen == -1)
 
 
 def test_dominates_refuses_what_is_not_psd():
     matrix, scratch = np.array([[1.0, 0.5], [0.5, 1.0]]), np.zeros((2, 2))
-    assert kernels.dominates(matrix, np.array([0.4, 0.4]), scratch)
-    assert not kernels.dominates(matrix, np.array([0.5, 0.5]), scratch)
-    assert not kernels.dominates(matrix, np.array([0.9, 0.9]), scratch)
+    assert joint_bound.dominates(matrix, np.array([0.4, 0.4]), scratch)
+    assert not joint_bound.dominates(matrix, np.array([0.5, 0.5]), scratch)
+    assert not joint_bound.dominates(matrix, np.array([0.9, 0.9]), scratch)
 
 
 def _stored():

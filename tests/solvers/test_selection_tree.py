@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solvers
-from solvers.exact import selection_kernels as kernels
+from solvers.exact import selection_face as faces
+from solvers.exact import symmetry
 from solvers.exact.selection_tree import solve_selection_tree
 from solvers.solution import Reason
 from solvers.solver import Deadline
@@ -97,6 +99,71 @@ def test_the_result_does_not_depend_on_threads_or_task_size() -> None:
     assert one.statistics["nodes"] > 50
 
 
+def no_curvature(n: int) -> np.ndarray:
+    return np.zeros((1, n))
+
+
+TIES = {
+    "zeros": lambda rng: (
+        np.where(np.arange(60) < 45, 0.0, rng.standard_normal(60)),
+        rng.standard_normal((30, 60)),
+        1e-4,
+    ),
+    "λI, ties": lambda rng: (np.sign(rng.standard_normal(40)), no_curvature(40), 1.0),
+    "λI": lambda rng: (rng.standard_normal(40), no_curvature(40), 1.0),
+    "rank one, ties": lambda rng: (np.sign(rng.standard_normal(40)), np.ones((1, 40)), 1e-3),
+    "rank one": lambda rng: (rng.standard_normal(40), rng.standard_normal((1, 40)), 1e-3),
+    "equicorrelated": lambda rng: (np.ones(40), np.eye(40) + 0.5, 1e-3),
+    "duplicates": lambda rng: (np.tile(rng.standard_normal(10), 4), np.tile(rng.standard_normal((8, 10)), 4), 1e-3),
+    "equal blocks": lambda rng: (
+        np.tile(rng.standard_normal(5), 8),
+        np.kron(np.eye(8), rng.standard_normal((4, 5))),
+        0.1,
+    ),
+    "integers": lambda rng: (np.sign(rng.standard_normal(40)), np.round(rng.standard_normal((10, 40))), 0.1),
+    "integers, no damping": lambda rng: (
+        np.sign(rng.standard_normal(40)),
+        np.round(rng.standard_normal((10, 40))),
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TIES)
+@pytest.mark.parametrize("n_prune", [20, 30])
+def test_ties_end_without_a_limit(kind: str, n_prune: int) -> None:
+    weights, factor, damping = TIES[kind](np.random.default_rng(1))
+    problem = solvers.SelectionProblem([solvers.QuadraticBlock(weights, factor, damping)], n_prune)
+    found = solvers.solve(problem, "branch_bound[node_limit=50000]", with_refit=False)
+    assert found.status is solvers.Status.OPTIMAL
+    if kind == "zeros":
+        assert found.objective == 0.0
+    if kind == "λI":
+        assert found.objective == pytest.approx(0.5 * np.sort(weights**2)[:n_prune].sum(), rel=1e-9)
+
+
+def test_chains_and_lattices_of_a_form_with_both() -> None:
+    rng = np.random.default_rng(0)
+    columns = rng.integers(-2, 3, (5, 4)).astype(float)[:, [0, 0, 1, 2, 3, 1]]
+    matrix = np.zeros((8, 8))
+    matrix[:6, :6] = columns.T @ columns
+    matrix[6, 6], matrix[7, 7] = 4.0, 2.0
+    groups = symmetry.chains(matrix, np.zeros(8), 0.5 * np.diag(matrix))
+    assert sorted(group.tolist() for group in groups) == [[0, 1], [2, 5], [7, 6]]
+    found = symmetry.lattice(matrix, np.zeros(8), 3)
+    values = [0.5 * matrix[np.ix_(c, c)].sum() for c in combinations(range(8), 3)]
+    offsets = (np.array(values) - found.base) / found.step
+    assert found.step >= 0.5 and np.abs(offsets - np.rint(offsets)).max() < 1e-9
+    for bound in rng.uniform(0.0, max(values), 20):
+        reached = found.lifted(float(bound))
+        assert bound <= reached <= min(value for value in values if value >= bound)
+    fates = np.full(8, 2, dtype=np.int8)
+    fates[[1, 7]] = 1, 0
+    assert symmetry.follow(fates, groups)
+    assert fates.tolist() == [1, 1, 2, 2, 2, 2, 0, 0]
+    assert symmetry.lattice(rng.standard_normal((30, 30)), np.zeros(30), 3).step == 0.0
+
+
 def test_limits_return_the_incumbent_with_a_valid_bound() -> None:
     quadratic = correlated(40, 2)
     proven = solve_selection_tree(quadratic, None, 20)
@@ -128,9 +195,9 @@ def test_updates_of_the_face_inverse_match_dense_algebra() -> None:
     inverse, centre, members = np.zeros((n + 1, n + 1)), np.zeros(n + 1), np.empty(n + 1, np.int64)
     z, work, size = rng.random(n), np.empty(n + 1), 0
     for var in rng.permutation(n):
-        size = kernels.insert(matrix, inverse, centre, members, size, int(var), work)
+        size = faces.insert(matrix, inverse, centre, members, size, int(var), work)
     for position in (3, 0, 5):
-        size = kernels.remove(inverse, centre, members, size, position, z, 0.0)
+        size = faces.remove(inverse, centre, members, size, position, z, 0.0)
     face = members[:size]
     dense = np.linalg.inv(matrix[np.ix_(face, face)])
     ones = dense.sum(1)
@@ -147,11 +214,11 @@ def test_the_node_certificate_is_a_lower_bound_at_any_point(seed: int) -> None:
     root = rng.standard_normal((n, n))
     matrix, linear, z = root.T @ root, rng.standard_normal(n), rng.random(n)
     z *= count / z.sum()
-    status = np.full(n, kernels.FRACTIONAL, np.int8)
+    status = np.full(n, faces.Status.FRACTIONAL, np.int8)
     g = np.empty(n)
-    kernels.gradient(matrix, linear, z, g)
+    faces.gradient(matrix, linear, z, g)
     sums = np.abs(matrix).sum(1)
-    bound, value, _, _ = kernels.certificate(z, g, linear, sums, status, count, 0.0, np.empty(n))
+    bound, value, _, _ = faces.certificate(z, g, linear, sums, status, count, 0.0, np.empty(n))
     assert value == pytest.approx(0.5 * z @ matrix @ z - linear @ z)
     draws = [rng.permutation(np.arange(n) < count).astype(float) for _ in range(50)]
     assert bound <= min(0.5 * s @ matrix @ s - linear @ s for s in draws) + 1e-12

@@ -1,0 +1,262 @@
+"""Compiled kernels of the joint tree: what a node is, its fixings, its enumeration and its branching.
+
+The mathematics of a node and of its bound are in `solvers.exact.joint_bound`.
+"""
+# The compiled functions carry no annotations: numba infers their types.
+# mypy: disable-error-code="no-untyped-def,assignment"
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numba
+import numpy as np
+
+from solvers.exact.best_first import Fate
+from solvers.exact.joint_bound import ROUNDING, bound_node
+from solvers.exact.joint_subsets import DEPENDENT, best_subset, count_subsets
+
+#: Nodes with fewer choices than this times m³ are enumerated at once; with fewer than the second, when the bound fails.
+DIRECT, AFTER_BOUND = 2.5, 15.0
+# numba takes enums as numbers, but not in array expressions.
+_KEPT, _PRUNED, _OPEN = int(Fate.KEPT), int(Fate.PRUNED), int(Fate.OPEN)
+
+
+class Outcome(IntEnum):
+    """What became of a node: cut off, decided by its best mask, or to be branched on."""
+
+    CLOSED = 0
+    SOLVED = 1
+    BRANCH = 2
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def reduce_node(hessian, root, centre, status):
+    """(open indices, G, v, F(O)) of a node; see the module's docstring."""
+    n = centre.size
+    kept = np.nonzero(status == _KEPT)[0]
+    undecided = np.nonzero(status == _OPEN)[0]
+    removed = np.nonzero(status == _PRUNED)[0]
+    support = np.concatenate((kept, undecided))
+    size, first = support.size, kept.size
+    block = np.empty((size, size))
+    right = np.zeros(size)
+    for x in range(size):
+        for y in range(size):
+            block[x, y] = hessian[support[x], support[y]]
+        for y in removed:
+            right[x] += hessian[support[x], y] * centre[y]
+    change = np.zeros(n)
+    for i in removed:
+        change[i] = -centre[i]
+    lower = np.linalg.cholesky(block)
+    if removed.size > 0:
+        for x in range(size):
+            for y in range(x):
+                right[x] -= lower[x, y] * right[y]
+            right[x] /= lower[x, x]
+        for x in range(size - 1, -1, -1):
+            for y in range(x + 1, size):
+                right[x] -= lower[y, x] * right[y]
+            right[x] /= lower[x, x]
+        for x in range(size):
+            change[support[x]] = right[x]
+    image = root @ change
+    base = 0.5 * np.dot(image, image)
+    corner = lower[first:, first:].copy()
+    return undecided, corner @ corner.T, centre[undecided] + change[undecided], base
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def mask_value(hessian, root, centre, removed_mask):
+    """½ ‖root·d‖² of the refit of a mask (n,), d = v − c; dᵀHd would lose half the digits where terms cancel."""
+    change = np.zeros(centre.size)
+    removed = np.nonzero(removed_mask)[0]
+    kept = np.nonzero(~removed_mask)[0]
+    for i in removed:
+        change[i] = -centre[i]
+    if kept.size > 0 and removed.size > 0:
+        block = np.empty((kept.size, kept.size))
+        right = np.zeros(kept.size)
+        for x in range(kept.size):
+            for y in range(kept.size):
+                block[x, y] = hessian[kept[x], kept[y]]
+            for y in removed:
+                right[x] += hessian[kept[x], y] * centre[y]
+        solution = np.linalg.solve(block, right)
+        for x in range(kept.size):
+            change[kept[x]] = solution[x]
+    image = root @ change
+    return 0.5 * np.dot(image, image)
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def cheapest_removal(inverse, target, size):
+    """Positions (i, j) of the one (i = j) or two weights R with the least ½ v_Rᵀ (inverse_RR)⁻¹ v_R."""
+    m = target.size
+    best, first, second = np.inf, 0, size - 1
+    for x in range(m):
+        if size == 1:
+            value = target[x] * target[x] / inverse[x, x]
+            if value < best:
+                best, first, second = value, x, x
+            continue
+        for y in range(x):
+            determinant = inverse[x, x] * inverse[y, y] - inverse[x, y] * inverse[x, y]
+            if determinant <= DEPENDENT * inverse[x, x] * inverse[y, y]:
+                continue
+            value = target[x] * target[x] * inverse[y, y] + target[y] * target[y] * inverse[x, x]
+            value = (value - 2.0 * target[x] * target[y] * inverse[x, y]) / determinant
+            if value < best:
+                best, first, second = value, x, y
+    return first, second
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def enumerate_kept(hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff):
+    """(outcome, bound, mask, value) of a node by looking at every choice of the weights to keep."""
+    inner = matrix @ target
+    height = 0.5 * np.dot(target, inner)
+    rounding = 4.0 * ROUNDING * height
+    if to_keep == 1:
+        gains = 0.5 * inner * inner / np.diag(matrix)
+        order = np.argsort(-gains)
+        chosen = order[:1]
+        gain, second = gains[order[0]], gains[order[1]]
+    else:
+        gain, second, chosen = best_subset(matrix, inner, to_keep, base + height - cutoff - rounding)
+    mask = status != _KEPT
+    if chosen[0] < 0:
+        return Outcome.CLOSED, cutoff, mask, np.inf
+    for x in chosen:
+        mask[undecided[x]] = False
+    value = mask_value(hessian, root, centre, mask)
+    # How far the gain of the best is off its value tells what to allow for in the next best.
+    rounding += 2.0 * abs(base + height - gain - value)
+    return Outcome.SOLVED, min(value, base + height - second - rounding), mask, value
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def complete_removal(matrix, target, status, undecided, to_remove):
+    """The best mask of a node that has one or two weights left to remove."""
+    first, second = cheapest_removal(np.linalg.inv(matrix), target, to_remove)
+    mask = status == _PRUNED
+    mask[undecided[first]] = True
+    mask[undecided[second]] = True
+    return mask
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def effort_of(matrix, target, to_keep, cutoff):
+    """Subsets to look at, in units of m³; inf where gains are too large beside the cutoff to tell masks apart."""
+    m = target.size
+    if 2.0 * ROUNDING * np.dot(target, matrix @ target) > 1e-9 * cutoff:
+        return np.inf
+    return 0.0 if to_keep == 1 else count_subsets(m, to_keep) / m**3
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def shares_of(start, to_keep):
+    """The parent's z, made to sum to the number to keep and moved inside (0, 1)."""
+    excess = to_keep - np.sum(start)
+    if excess > 0.0:
+        start = start + (1.0 - start) * (excess / np.sum(1.0 - start))
+    else:
+        start = start * (to_keep / np.sum(start))
+    return 0.9 * start + 0.1 * to_keep / start.size
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def fix(status, undecided, scores, order, to_keep, room):
+    """Decide, in place, what reduced costs leave no choice about; how many."""
+    last_in, first_out = scores[order[to_keep - 1]], scores[order[to_keep]]
+    fixed = 0
+    for position in range(order.size):
+        x = order[position]
+        if position < to_keep:
+            if 0.5 * (scores[x] - first_out) >= room:
+                status[undecided[x]] = _KEPT
+                fixed += 1
+        elif 0.5 * (last_in - scores[x]) >= room:
+            status[undecided[x]] = _PRUNED
+            fixed += 1
+    return fixed
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff, barrier, barrier_end, n_steps):
+    """Bound a node, fix what its reduced costs decide, and pick a weight to branch on.
+
+    Parameters
+    ----------
+    hessian : (n, n), root : (r, n) with rootᵀroot = hessian, centre : (n,)
+    status : int8 (n,)
+        Fate.OPEN, Fate.KEPT or Fate.PRUNED; modified by the fixings.
+    n_kept : int
+        Weights kept in the end, over all n.
+    diagonal, share : (n,)
+        D and z of the parent; entries of open weights are modified.
+    cutoff : float
+        Masks of at least this value are of no interest.
+
+    Returns
+    -------
+    outcome : int
+        Outcome.CLOSED, Outcome.SOLVED (the mask is the best of the node) or Outcome.BRANCH.
+    bound : float
+    branch : int
+        A weight to branch on, −1 unless Outcome.BRANCH.
+    mask : bool (n,)
+        A feasible mask.
+    value : float
+        Its objective, inf if there is none.
+    """
+    mask = np.zeros(centre.size, np.bool_)
+    best = -np.inf
+    while True:
+        n_open = np.sum(status == _OPEN)
+        to_keep = n_kept - np.sum(status == _KEPT)
+        if to_keep < 0 or to_keep > n_open:
+            return Outcome.CLOSED, np.inf, -1, mask, np.inf
+        if to_keep == 0 or to_keep == n_open:
+            mask = status == _PRUNED if to_keep else status != _KEPT
+            value = mask_value(hessian, root, centre, mask)
+            return Outcome.SOLVED, value, -1, mask, value
+        undecided, matrix, target, base = reduce_node(hessian, root, centre, status)
+        best = max(best, base)
+        room = cutoff - base
+        if room <= 0.0:
+            return Outcome.CLOSED, base, -1, mask, np.inf
+        if n_open - to_keep <= 2:
+            mask = complete_removal(matrix, target, status, undecided, n_open - to_keep)
+            value = mask_value(hessian, root, centre, mask)
+            return Outcome.SOLVED, value, -1, mask, value
+        effort = effort_of(matrix, target, to_keep, cutoff)
+        if effort < DIRECT:
+            outcome, low, mask, value = enumerate_kept(
+                hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff
+            )
+            return outcome, max(best, low), -1, mask, value
+        start = shares_of(share[undecided], to_keep)
+        bound, inner, z, scores, order = bound_node(
+            matrix, target, to_keep, diagonal[undecided], start, barrier, barrier_end, n_steps, room
+        )
+        best = max(best, base + bound)
+        if bound >= room:
+            return Outcome.CLOSED, best, -1, mask, np.inf
+        if effort < AFTER_BOUND:
+            outcome, low, mask, value = enumerate_kept(
+                hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff
+            )
+            return outcome, max(best, low), -1, mask, value
+        for x in range(n_open):
+            diagonal[undecided[x]] = inner[x]
+            share[undecided[x]] = z[x]
+        if fix(status, undecided, scores, order, to_keep, room - bound) > 0:
+            continue
+        # Branch on the weight that most wants to be kept: the child that removes it is soon cut off.
+        mask = status == _PRUNED
+        by_share = np.argsort(-z)
+        for position in range(to_keep, n_open):
+            mask[undecided[by_share[position]]] = True
+        return Outcome.BRANCH, best, undecided[by_share[0]], mask, mask_value(hessian, root, centre, mask)
