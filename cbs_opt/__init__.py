@@ -11,7 +11,11 @@ from __future__ import annotations
 from cbs_opt.data.calibration import CalibrationData, CalibrationOptions
 from cbs_opt.data.distillation import Distillation
 from cbs_opt.data.forward import Forward
-from cbs_opt.engine.stage_options import StageOptions, StageRecord
+from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.estimate import Estimate
+from cbs_opt.engine.plan import Plan, Polish, Prune
+from cbs_opt.engine.setup import Setup
+from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.update import Update, Updated, update_weights
 from cbs_opt.engine.workspace import Workspace, open_workspace
 from cbs_opt.measure.blocks import BlockSpec, Partition, Structure
@@ -20,6 +24,7 @@ from cbs_opt.measure.gradient_methods import GradientMethod
 from cbs_opt.measure.gradients import GradientSample, sample_gradients
 from cbs_opt.network.devices import resolve_device
 from cbs_opt.network.layers import Layer, PrunableLayers, find_layers
+from cbs_opt.network.mask_files import load_masks, save_masks
 from cbs_opt.network.masks import (
     PruningMask,
     apply_masks,
@@ -29,8 +34,9 @@ from cbs_opt.network.masks import (
     remove_masks,
     to_torch_prune,
 )
-from cbs_opt.prepared import Prepared, prepare
+from cbs_opt.prepared import Prepared, load_prepared, prepare
 from cbs_opt.prune import prune
+from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import LayerReport, PruneReport
 from cbs_opt.report.result import PruneResult
 from solvers.errors import (
@@ -55,8 +61,10 @@ __all__ = [
     "CalibrationOptions",
     "CapabilityError",
     "CheckpointError",
+    "Choice",
     "DataError",
     "Distillation",
+    "Estimate",
     "FisherBlocks",
     "FisherOptions",
     "Forward",
@@ -68,12 +76,16 @@ __all__ = [
     "OptionError",
     "OutputError",
     "Partition",
+    "Plan",
+    "Polish",
     "Prepared",
     "ProblemError",
     "PrunableLayers",
+    "Prune",
     "PruneReport",
     "PruneResult",
     "PruningMask",
+    "Setup",
     "SingularHessianError",
     "StageOptions",
     "StageRecord",
@@ -86,6 +98,8 @@ __all__ = [
     "build_blocks",
     "find_layers",
     "from_torch_prune",
+    "load_masks",
+    "load_prepared",
     "masks_from_zeros",
     "open_workspace",
     "prepare",
@@ -94,6 +108,7 @@ __all__ = [
     "remove_masks",
     "resolve_device",
     "sample_gradients",
+    "save_masks",
     "to_torch_prune",
     "update_weights",
 ]

@@ -1,4 +1,4 @@
-"""A network with its quadratic model, ready to be pruned any number of times.
+"""A network with what was measured of it, ready to be pruned any number of times.
 
 Gradients cost most of the time and do not depend on solver, sparsity or update:
 
@@ -6,159 +6,52 @@ Gradients cost most of the time and do not depend on solver, sparsity or update:
     for sparsity in (0.8, 0.9):
         result = prepared.prune(sparsity=sparsity, solver="greedy_ls", update="combinatorial")
 
-The steps of `Prepared.prune` are there one by one, for loops such as the stages: `problem`, `solve`, `update`,
-`result`; `relinearised` gives the quadratic model at other weights.
+They can be kept on disk (`Prepared.save`, `load_prepared`), masks can be chosen here and saved (`cbs_opt.save_masks`),
+and masks of any origin can be updated (`Prepared.update_masks`), each on another machine:
+
+    prepared.save("gradients/")
+    prepared = cbs_opt.load_prepared("gradients/", model, data, loss_fn)
+    for scale in (0.0, 0.5, 1.0):
+        result = prepared.update_masks(cbs_opt.load_masks("masks.safetensors"), update="combinatorial", scale=scale)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
-from cbs_opt.engine.update import Update, Updated, check_scale, update_weights
-from cbs_opt.engine.workspace import Workspace, open_workspace
-from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.measure.gradients import GradientSample, Progress
-from cbs_opt.network.layers import PrunableLayers
-from cbs_opt.report.result import PruneResult, assemble
-from solvers import Capability, Objective, SelectionProblem, Solution, Solver, make_solver, solve
+from cbs_opt.engine import gradient_files
+from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.measured import Measured, take_gradients
+from cbs_opt.engine.setup import Setup
+from cbs_opt.engine.update import Update
+from cbs_opt.engine.workspace import open_workspace
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import Progress
+from cbs_opt.report.result import PruneResult
+from solvers import Objective, Reason, Solution, Solver, Status
 from solvers.errors import OptionError
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
-class Prepared:
-    """Made by `prepare`.
-
-    Attributes
-    ----------
-    workspace : Workspace
-        The network and its calibration data.
-    layers : PrunableLayers
-    weights : float64 (n,)
-        The prunable weights the quadratic model is built at.
-    gradients : GradientSample
-    fisher : FisherOptions
-    blocks : FisherBlocks
-    """
-
-    def __init__(self, workspace: Workspace, weights: Array, gradients: GradientSample, fisher: FisherOptions) -> None:
-        self.workspace, self.layers = workspace, workspace.layers
-        self.weights, self.gradients, self.fisher = weights, gradients, fisher
-        self.blocks: FisherBlocks = build_blocks(
-            gradients, torch.from_numpy(weights), workspace.layers, fisher, workspace.seed
-        )
-
-    @property
-    def n(self) -> int:
-        """Number of prunable weights."""
-        return self.layers.n
-
-    def loss(self, weights: Array) -> float:
-        """Mean calibration loss with other prunable weights (n,), in the order of the network."""
-        return self.workspace.meter.of_weights(weights)
-
-    def problem(
-        self,
-        *,
-        sparsity: float | None = None,
-        n_kept: int | None = None,
-        objective: Objective | str = Objective.SELECTION,
-    ) -> SelectionProblem:
-        """The selection problem at a sparsity, or for an exact number of weights to keep."""
-        return SelectionProblem(self.blocks.blocks, self._n_prune(sparsity, n_kept), objective)
-
-    def calibration_loss(self, pruned: Mask) -> float:
-        """Mean calibration loss under a mask (n,) in the order of the blocks, the kept weights as they are."""
-        mask = self.blocks.partition.to_network(pruned)
-        return self.loss(np.where(mask, 0.0, self.weights))
-
-    def solve(
-        self,
-        *,
-        sparsity: float | None = None,
-        n_kept: int | None = None,
-        solver: str | Solver = "greedy_ls",
-        objective: Objective | str | None = None,
-        time_limit: float | None = None,
-        allocation: str | None = None,
-        start: Mask | None = None,
-        seed: int | None = None,
-        with_refit: bool = False,
-    ) -> tuple[SelectionProblem, Solution]:
-        """Choose the weights to remove.
-
-        Parameters
-        ----------
-        sparsity, n_kept
-            Exactly one of them.
-        solver : str or Solver
-        objective : {"selection", "joint"}, optional
-            None takes the selection objective where the solver supports it, else the joint one.
-        start : bool (n,), optional
-            A mask to start from, in the order of the network.
-        with_refit : bool
-            Also judge a selection by the joint objective.
-
-        Raises
-        ------
-        CBSError
-            As `solvers.solve`.
-        """
-        chosen = make_solver(solver)
-        problem = self.problem(sparsity=sparsity, n_kept=n_kept, objective=pick_objective(chosen, objective))
-        if start is not None:
-            start = self.blocks.partition.to_groups(np.asarray(start))
-        solution = solve(
-            problem,
-            chosen,
-            time_limit=time_limit,
-            seed=self.workspace.seed if seed is None else seed,
-            start=start,
-            calibration_loss=self.calibration_loss,
-            allocation=allocation,
-            with_refit=with_refit,
-        )
-        return problem, solution
-
-    def update(
-        self,
-        problem: SelectionProblem,
-        solution: Solution,
-        *,
-        update: Update | str = Update.COMBINATORIAL,
-        scale: float = 1.0,
-    ) -> Updated:
-        """New values of the kept weights, in the order of the blocks."""
-        partition = self.blocks.partition
-        return update_weights(
-            problem, solution.pruned, update, scale=scale, loss=lambda weights: self.loss(partition.to_network(weights))
-        )
-
-    def result(
-        self,
-        problem: SelectionProblem,
-        solution: Solution,
-        *,
-        update: Update | str = Update.COMBINATORIAL,
-        scale: float = 1.0,
-        seed: int | None = None,
-    ) -> PruneResult:
-        """Update the kept weights and put everything into a copy of the network."""
-        updated = self.update(problem, solution, update=update, scale=scale)
-        return assemble(self, problem, solution, updated, update=Update.parse(update), scale=scale, seed=seed)
+class Prepared(Measured):
+    """Made by `prepare` or `load_prepared`; see `cbs_opt.engine.measured` for what it has and its single steps."""
 
     def prune(
         self,
+        choice: Choice | None = None,
         *,
         sparsity: float | None = None,
         n_kept: int | None = None,
@@ -171,23 +64,58 @@ class Prepared:
         start: Mask | None = None,
         seed: int | None = None,
     ) -> PruneResult:
-        """Choose, update, and put into the network; see `solve` and `cbs_opt.prune` for the arguments."""
-        Update.parse(update)
-        check_scale(update_scale)
-        problem, solution = self.solve(
-            sparsity=sparsity,
-            n_kept=n_kept,
-            solver=solver,
-            objective=objective,
-            time_limit=time_limit,
-            allocation=allocation,
-            start=start,
-            seed=seed,
+        """Choose, update, and put into a copy of the network, as a `Choice` or its fields say; raises CBSError."""
+        made = choice or Choice(
+            sparsity, n_kept, solver, objective, update, update_scale, allocation, time_limit, start, seed
         )
-        result = self.result(problem, solution, update=update, scale=update_scale, seed=seed)
-        if sparsity is None:
-            return result
-        return replace(result, report=replace(result.report, sparsity_asked=float(sparsity)))
+        return self.one_shot(made)
+
+    def update_masks(
+        self,
+        masks: Mapping[str, Tensor],
+        *,
+        update: Update | str = Update.COMBINATORIAL,
+        scale: float = 1.0,
+        objective: Objective | str = Objective.SELECTION,
+    ) -> PruneResult:
+        """Update the kept weights of masks of any origin; a sweep of the scale solves once.
+
+        Parameters
+        ----------
+        masks : mapping of str to bool tensor
+            By layer name, True = kept, as `cbs_opt.load_masks` and `PruneResult.masks` have them; a layer without one
+            is kept whole.
+        update : Update or str
+        scale : float
+            Multiplies the step of the kept weights.
+        objective : {"selection", "joint"}
+            By which the masks are judged in the report.
+
+        Raises
+        ------
+        ModelError
+            If masks and layers do not fit.
+        CapabilityError
+            If the update needs what was not measured.
+        """
+        pruned = self.layers.pruned_by(masks)
+        choice = Choice(n_kept=self.n - int(pruned.sum()), update=update, update_scale=scale, objective=objective)
+        problem = self.problem(n_kept=choice.n_kept, objective=objective)
+        mask = self.blocks.partition.to_groups(pruned)
+        value = problem.value(mask) if self.has is Need.CURVATURE else math.nan
+        given = Solution(
+            pruned=mask,
+            objective=value,
+            bound=-math.inf,
+            gap=math.inf,
+            status=Status.FEASIBLE,
+            reason=Reason.COMPLETED,
+            refit_objective=math.nan,
+            refit_weights=None,
+            seconds=0.0,
+            solver="masks given",
+        )
+        return self.one_shot(choice, (problem, given))
 
     def with_fisher(self, fisher: FisherOptions) -> Prepared:
         """The same gradients under another damping, block structure or first-order term.
@@ -197,16 +125,12 @@ class Prepared:
         OptionError
             If the options ask for other gradients.
         """
-        changed = [
-            name
-            for name in ("n_rows", "batch_size", "seed", "dtype", "method")
-            if getattr(fisher, name) != getattr(self.fisher, name)
-        ]
+        changed = [name for name in gradient_files.MEASURED if getattr(fisher, name) != getattr(self.fisher, name)]
         if changed:
             raise OptionError(
                 f"{', '.join(changed)} would need other gradients; call cbs_opt.prepare again, or relinearised"
             )
-        return Prepared(self.workspace, self.weights, self.gradients, fisher)
+        return Prepared(self.workspace, fisher, self._gradients, self._weights)
 
     def relinearised(
         self,
@@ -231,21 +155,15 @@ class Prepared:
         options = fisher or self.fisher
         if seed is not None:
             options = replace(options, seed=seed)
+        _ = self.workspace.weights
         memory = self.gradients.factor if reuse_memory else None
         gradients = self.workspace.gradients(weights, options, progress=progress, out=memory)
         # As the network holds them: the quadratic model is built at the rounded weights.
-        return Prepared(self.workspace, self.layers.read(self.workspace.model).numpy(), gradients, options)
+        return Prepared(self.workspace, options, gradients, self.layers.read(self.workspace.model).numpy())
 
-    def _n_prune(self, sparsity: float | None, n_kept: int | None) -> int:
-        if (sparsity is None) == (n_kept is None):
-            raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
-        if sparsity is not None:
-            return self.layers.n_prune(sparsity)
-        if isinstance(n_kept, bool) or not isinstance(n_kept, (int, np.integer)) or not 0 <= n_kept <= self.n:
-            raise OptionError(
-                f"n_kept must be an integer in [0, {self.n}], the number of prunable weights, not {n_kept!r}"
-            )
-        return self.n - int(n_kept)
+    def save(self, folder: Path | str) -> None:
+        """Keep the gradients in a folder, for `load_prepared`; raises OutputError, or OptionError if there are none."""
+        gradient_files.save(folder, self.workspace, self.fisher, self.gradients, self.weights)
 
 
 def prepare(
@@ -253,6 +171,7 @@ def prepare(
     data: object,
     loss_fn: LossFunction,
     *,
+    curvature: str = "fisher",
     fisher: FisherOptions | None = None,
     calibration: CalibrationOptions | None = None,
     include: Sequence[str] | str = ("*",),
@@ -260,7 +179,6 @@ def prepare(
     device: torch.device | str = "auto",
     seed: int = 0,
     loss_samples: int = MOST_SAMPLES,
-    check: Callable[[PrunableLayers], None] | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read the data, compute the gradients and build the quadratic model.
@@ -273,17 +191,8 @@ def prepare(
         Calibration (training) data; see `cbs_opt.data.calibration`.
     loss_fn : callable
         (output, target) → mean loss over the batch; for dict batches (output, batch).
-    fisher : FisherOptions, optional
-    calibration : CalibrationOptions, optional
-    include, exclude : patterns
-        Which layers; see `cbs_opt.find_layers`.
-    device : {"auto", "cpu", "cuda"} or torch.device
-    seed : int
-        Of rows, calibration samples and solvers, unless they have their own.
-    loss_samples : int
-        Calibration losses are taken over at most this many samples.
-    check : callable, optional
-        Called with the layers before any work; may raise.
+    curvature, fisher, calibration, include, exclude, device, seed, loss_samples
+        See `cbs_opt.Setup`.
     progress : callable, optional
         Called with (rows done, rows in all).
 
@@ -292,26 +201,41 @@ def prepare(
     ModelError, DataError, OptionError, UnknownNameError
         For bad input, before gradients are computed.
     """
-    fisher = fisher or FisherOptions()
-    workspace = open_workspace(
-        model,
-        data,
-        loss_fn,
-        fisher=fisher,
-        calibration=calibration,
-        include=include,
-        exclude=exclude,
-        device=device,
-        seed=seed,
-        loss_samples=loss_samples,
-        check=check,
-    )
-    gradients = workspace.gradients(workspace.weights, fisher, progress=progress)
-    return Prepared(workspace, workspace.weights, gradients, fisher)
+    setup = Setup(fisher, curvature, calibration, include, exclude, device, seed, loss_samples)
+    return prepare_setup(model, data, loss_fn, setup, progress=progress)
 
 
-def pick_objective(solver: Solver, objective: Objective | str | None) -> Objective:
-    """The objective asked for, or the selection objective where the solver supports it, else the joint one."""
-    if objective is not None:
-        return Objective.parse(objective)
-    return Objective.SELECTION if Capability.SELECTION in solver.capabilities else Objective.JOINT
+def prepare_setup(
+    model: nn.Module, data: object, loss_fn: LossFunction, setup: Setup, *, progress: Progress | None = None
+) -> Prepared:
+    """`prepare` for a `Setup`."""
+    workspace = open_workspace(model, data, loss_fn, setup)
+    need = Need.WEIGHTS if setup.curvature == "none" else Need.CURVATURE
+    return Prepared(workspace, setup.options, take_gradients(workspace, need, progress))
+
+
+def load_prepared(
+    folder: Path | str, model: nn.Module, data: object, loss_fn: LossFunction, setup: Setup | None = None
+) -> Prepared:
+    """A network with the gradients that `Prepared.save` has kept of it, mapped into memory.
+
+    Parameters
+    ----------
+    folder : path
+    model, data, loss_fn
+        Those the gradients were taken of.
+    setup : Setup, optional
+        Whatever would need other gradients must be as it was; damping, blocks, first-order term, device and loss
+        samples are free. None takes the setup as it was kept.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds no gradients, or damaged ones.
+    OptionError
+        If they are of another network, other data or another setup; the message names what differs.
+    """
+    kept = gradient_files.Kept(folder)
+    workspace = open_workspace(model, data, loss_fn, setup or kept.setup())
+    gradients, weights = kept.load(workspace)
+    return Prepared(workspace, workspace.setup.options, gradients, weights)

@@ -13,7 +13,7 @@ Each tensor of a batch has the samples along its first dimension. ``loss_fn`` mu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,18 @@ class CalibrationData:
         if chosen is not None:
             return chosen
         return _read_batches(_repeatable(data, options), options)
+
+    @staticmethod
+    def count(data: object, options: CalibrationOptions) -> int | None:
+        """How many samples would be read, where that is known without reading any."""
+        if options.n_samples is not None:
+            return options.n_samples
+        if isinstance(data, CalibrationData):
+            return data.n
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (Tensor, np.ndarray)):
+            return len(data[0])
+        whole = data.dataset if isinstance(data, DataLoader) else data
+        return len(whole) if isinstance(whole, Dataset) and isinstance(whole, Sized) else None
 
     def batch(self, index: Index | Tensor | slice, device: torch.device | str) -> tuple[Tree, Tree | None]:
         """(inputs, targets) of some samples on a device."""

@@ -66,13 +66,17 @@ class LossMeter:
 
     def of_weights(self, weights: Tensor | npt.NDArray[np.float64]) -> float:
         """Mean loss with the prunable weights (n,) in the order of the network."""
-        self.calls += 1
         self._layers.write(self._model, weights)
+        return self.of_network(self._model)
+
+    def of_network(self, model: nn.Module) -> float:
+        """Mean loss of a network of the same architecture as it is."""
+        self.calls += 1
         total = 0.0
-        with evaluation_mode(self._model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             for inputs, targets, count in self._batches:
                 with typed_failures(inputs, targets):
-                    loss = self._forward.loss(self._forward.output(self._model, inputs, targets), inputs, targets)
+                    loss = self._forward.loss(self._forward.output(model, inputs, targets), inputs, targets)
                 total += float(loss) * count
         return total / self.n_samples
 

@@ -24,7 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cbs_opt.engine.stage_options import StageRecord
+from cbs_opt.report.records import StageRecord
 from solvers.errors import CheckpointError, OutputError
 
 _VERSION = 1

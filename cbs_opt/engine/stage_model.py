@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from cbs_opt.measure.blocks import Partition
+from cbs_opt.measure.gradients import GradientSample
 from solvers import Objective, QuadraticBlock, SelectionProblem
 
 Array = npt.NDArray[np.float64]
@@ -21,16 +21,14 @@ class StageModel:
     ----------
     partition : Partition
         Of consecutive ranges.
-    factor : (r, n) tensor
-    gradient : (n,) float64 tensor
-        On the scale of the factor.
+    sample : GradientSample
     weights : float64 (n,)
     """
 
-    def __init__(self, partition: Partition, factor: Tensor, gradient: Tensor, weights: Array) -> None:
+    def __init__(self, partition: Partition, sample: GradientSample, weights: Array) -> None:
         self.weights = weights
-        self._w = torch.from_numpy(weights).to(factor.device)
-        self._factor, self._gradient = factor, gradient
+        self._factor, self._gradient = sample.factor, sample.gradient
+        self._w = torch.from_numpy(weights).to(self._factor.device)
         self._names, self._slices = partition.names, partition.slices
 
     def problem(self, active: Mask, n_prune: int, damping: float) -> tuple[SelectionProblem, npt.NDArray[np.int64]]:

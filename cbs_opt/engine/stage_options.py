@@ -1,12 +1,11 @@
-"""Options of staged pruning and the record that each stage leaves."""
+"""Options of staged pruning."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ class StageOptions:
     first_order : bool, optional
         Whether the choice of weights sees the gradient, as steps always do. With few rows it is noisy, and a choice may
         count on gains that no step brings. None chooses and refits both ways in each stage that prunes, and keeps what
-        has the lower loss on held-out training data.
+        has the lower loss on held-out training data, unless `FisherOptions.first_order` asks for it.
     centred : bool
         Rows are taken relative to their mean, so that AᵀA ≈ H/b without the gradient's own outer product, which would
         shorten the steps.
@@ -153,77 +152,3 @@ class StageOptions:
                 value = None if value is None else getattr(value, "__qualname__", type(value).__qualname__)
             parts.append(f"{entry.name}={value!r}")
         return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """What a stage did.
-
-    Attributes
-    ----------
-    stage : int
-        From 1.
-    kind : {"prune", "polish"}
-    n_kept : int
-    sparsity : float
-        After the stage.
-    loss_gradients : float
-        Mean loss of the batches the gradients were taken over, before the stage.
-    loss_before, loss_masked, loss_after : float
-        Loss on held-out training data before the stage, with the mask and no update, and after it.
-    damping : float
-        λ of the step.
-    step : float
-        Its length; 0 where no step lowered the loss and the weights were left alone.
-    momentum : float
-        Share of the last step in it.
-    evaluations : int
-        Losses taken by the searches.
-    first_order : bool
-        Whether the choice saw the gradient.
-    n_regrown : int
-        Removed weights that came back.
-    n_images : int
-        Samples whose gradients were taken.
-    solver : str
-        Empty where nothing was to be chosen.
-    objective : float
-        Of the mask the solver chose; nan where nothing was to be chosen.
-    seconds_gradients, seconds_solve, seconds_update, seconds_batch_norm : float
-    repairs : tuple of str
-    """
-
-    stage: int
-    kind: str
-    n_kept: int
-    sparsity: float
-    loss_gradients: float
-    loss_before: float
-    loss_masked: float
-    loss_after: float
-    damping: float
-    step: float
-    evaluations: int
-    n_regrown: int
-    n_images: int
-    solver: str
-    objective: float
-    seconds_gradients: float
-    seconds_solve: float
-    seconds_update: float
-    seconds_batch_norm: float
-    repairs: tuple[str, ...] = ()
-    momentum: float = 0.0
-    first_order: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StageRecord:
-        """The inverse of `as_dict`; entries that are not known are left out."""
-        known = {entry.name for entry in fields(cls)}
-        chosen = {key: value for key, value in values.items() if key in known}
-        chosen["repairs"] = tuple(chosen.get("repairs", ()))
-        return cls(**chosen)

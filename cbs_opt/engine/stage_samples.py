@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from cbs_opt.data.calibration import CalibrationData, Index
 from cbs_opt.data.distillation import DistilledForward
-from cbs_opt.data.forward import Forward
 from cbs_opt.data.trees import Tree
 from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
-from cbs_opt.measure.fisher import FisherOptions
-from cbs_opt.measure.gradients import sample_gradients
+from cbs_opt.engine.workspace import Workspace
+from cbs_opt.measure.gradients import GradientSample, sample_gradients
 from cbs_opt.network.batch_norm import batch_statistics, tracked_norms
-from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import evaluation_mode
 from solvers.errors import DataError
 
@@ -38,7 +36,7 @@ def generator(seed: int, stage: int, use: int) -> np.random.Generator:
     return np.random.default_rng([seed, stage, use])
 
 
-def number(seed: int, stage: int, use: int) -> int:
+def derived_seed(seed: int, stage: int, use: int) -> int:
     """A seed for one use in one stage."""
     return int(generator(seed, stage, use).integers(1 << 31))
 
@@ -48,18 +46,11 @@ class StageSamples:
 
     Parameters
     ----------
-    model : nn.Module
-        Whose weights change from stage to stage.
-    layers : PrunableLayers
-    data : CalibrationData
-    forward : Forward
+    workspace : Workspace
+        Its network's weights change from stage to stage; its setup has the rows.
     options : StageOptions
-    fisher : FisherOptions
     teacher : nn.Module, optional
-        The dense network, for distillation; None takes a copy of `model` as it is given.
-    device : torch.device
-    seed : int
-        Unless `fisher` has one.
+        The dense network, for distillation; None takes a copy of the network as it is given.
 
     Raises
     ------
@@ -67,31 +58,21 @@ class StageSamples:
         For fewer than five samples, or data that distillation cannot use.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: PrunableLayers,
-        data: CalibrationData,
-        forward: Forward,
-        options: StageOptions,
-        fisher: FisherOptions,
-        teacher: nn.Module | None,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.model, self.layers, self.data, self.device = model, layers, data, device
-        self.options, self.fisher = options, fisher
-        self.seed = fisher.seed if fisher.seed is not None else seed
-        self._at_once = _EVALUATION_BATCH.get(device.type, _EVALUATION_BATCH["cpu"])
-        self.forward = forward
+    def __init__(self, workspace: Workspace, options: StageOptions, teacher: nn.Module | None) -> None:
+        self.model, self.layers, self.data = workspace.model, workspace.layers, workspace.data
+        self.options, self.fisher, self.device = options, workspace.setup.options, workspace.setup.place
+        self.seed = self.fisher.seed if self.fisher.seed is not None else workspace.setup.seed
+        self._at_once = _EVALUATION_BATCH.get(self.device.type, _EVALUATION_BATCH["cpu"])
+        self.forward = workspace.forward
         if options.distillation is not None:
-            dense = copy.deepcopy(model) if teacher is None else teacher
-            self.forward = DistilledForward(forward, dense, options.distillation)
-        self.follows_norms = options.batch_norm and bool(tracked_norms(model))
-        order = generator(self.seed, 0, HELD_OUT).permutation(data.n)
-        n_held = min(options.held_out, data.n // 5)
+            dense = copy.deepcopy(self.model) if teacher is None else teacher
+            self.forward = DistilledForward(self.forward, dense, options.distillation)
+        self.follows_norms = options.batch_norm and bool(tracked_norms(self.model))
+        n = self.data.n
+        order = generator(self.seed, 0, HELD_OUT).permutation(n)
+        n_held = min(options.held_out, n // 5)
         if n_held < 1:
-            raise DataError(f"stages keep a fifth of the training samples for their searches; {data.n} are too few")
+            raise DataError(f"stages keep a fifth of the training samples for their searches; {n} are too few")
         self._held_index, self._fit_index = np.sort(order[:n_held]), np.sort(order[n_held:])
         self.held_out = self._held_out_batches()
         self._factor: Tensor | None = None
@@ -115,8 +96,8 @@ class StageSamples:
                 total += float(loss) * count
         return total / len(self._held_index) if math.isfinite(total) else math.inf
 
-    def gradients(self, stage: int) -> tuple[Tensor, Tensor, float]:
-        """(A (r, n), g / b float64 (n,), mean loss) over fresh samples; the next call writes over A."""
+    def gradients(self, stage: int) -> GradientSample:
+        """Over fresh samples, the rows centred where that is asked for; the next call writes over the factor."""
         fisher, options = self.fisher, self.options
         rows, size = fisher.rows_for(self.data), fisher.batch_size
         index = _draw(self._fit_index, rows, size, generator(self.seed, stage, ROWS))
@@ -124,8 +105,8 @@ class StageSamples:
             self._factor = torch.empty(rows, self.layers.n, dtype=fisher.torch_dtype, device=self.device)
         factor = self._factor
         mean = torch.zeros(self.layers.n, dtype=torch.float64, device=self.device)
-        changes = torch.Generator().manual_seed(number(self.seed, stage, AUGMENT))
-        loss = 0.0
+        changes = torch.Generator().manual_seed(derived_seed(self.seed, stage, AUGMENT))
+        loss, seconds, methods = 0.0, 0.0, dict[str, None]()
         as_they_are = options.augment is None and options.distillation is None
         together = rows if as_they_are else max(1, _SAMPLES_AT_ONCE // size)
         for start in range(0, rows, together):
@@ -154,13 +135,15 @@ class StageSamples:
                 target.mul_(math.sqrt(share))
             mean += share * sample.mean
             loss += share * sample.loss
+            seconds += sample.seconds
+            methods[sample.method] = None
         if options.centred and rows > 1:
             factor -= (mean / math.sqrt(rows)).to(factor.dtype)
-        return factor, mean / size, loss
+        return GradientSample(factor, mean, loss, rows, size, ", ".join(methods), seconds)
 
     def norm_batches(self, stage: int) -> Iterator[tuple[Tree, Tree | None]]:
         """Batches to re-estimate batch-norm statistics with."""
-        torch_generator = torch.Generator().manual_seed(number(self.seed, stage, NORMS))
+        torch_generator = torch.Generator().manual_seed(derived_seed(self.seed, stage, NORMS))
         index = generator(self.seed, stage, NORMS).permutation(self._fit_index)[: self.options.batch_norm_samples]
         size = self._at_once // 2
         pieces = [index[i : i + size] for i in range(0, len(index), size)]
@@ -191,7 +174,7 @@ class StageSamples:
         return inputs, (targets, torch.cat(logits))
 
     def _held_out_batches(self) -> list[tuple[Tree, Tree | None, int]]:
-        changes = torch.Generator().manual_seed(number(self.seed, 0, AUGMENT))
+        changes = torch.Generator().manual_seed(derived_seed(self.seed, 0, AUGMENT))
         size = self._at_once
         pieces = [self._held_index[i : i + size] for i in range(0, len(self._held_index), size)]
         return [(*self._batch(piece, changes), len(piece)) for piece in pieces]

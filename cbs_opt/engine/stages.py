@@ -36,29 +36,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
-from cbs_opt.data.calibration import CalibrationData
-from cbs_opt.data.forward import Forward
 from cbs_opt.data.trees import leaves
+from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.journal import Journal, StageState
-from cbs_opt.engine.schedules import kept_after_stages
+from cbs_opt.engine.plan import Plan, Prune
 from cbs_opt.engine.stage_model import StageModel
-from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions, StageRecord
-from cbs_opt.engine.stage_samples import SOLVER, StageSamples
-from cbs_opt.engine.stage_samples import number as number_of
+from cbs_opt.engine.stage_options import LEAST_BATCH
+from cbs_opt.engine.stage_samples import SOLVER, StageSamples, derived_seed
 from cbs_opt.engine.step_search import DAMPING_FACTOR, search_step
+from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.blocks import contiguous_partition
-from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
-from cbs_opt.network.layers import PrunableLayers
-from solvers import Capability, Objective, Solver, make_solver, solve
-from solvers.errors import OptionError
+from cbs_opt.report.records import StageRecord
+from solvers import Capability, Solution, solve
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -85,49 +82,29 @@ class StagedRun:
 
 
 def run_stages(
-    model: nn.Module,
-    layers: PrunableLayers,
-    data: CalibrationData,
-    forward: Forward,
+    workspace: Workspace,
+    choice: Choice,
+    plan: Plan,
     *,
-    n_kept: int,
-    solver: str | Solver = "obs",
-    options: StageOptions | None = None,
-    fisher: FisherOptions | None = None,
-    objective: Objective | str | None = None,
-    allocation: str | None = None,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
     start: StageState | None = None,
     teacher: nn.Module | None = None,
     journal: Path | str | None = None,
     progress: StageProgress | None = None,
 ) -> StagedRun:
-    """Prune a network in stages, in place.
+    """Carry out the steps of a plan, each at gradients of its own, on the network of a workspace, in place.
 
     Parameters
     ----------
-    model : nn.Module
-        On `device`, without masks, in eval mode; it ends with the weights and statistics of the last state.
-    layers : PrunableLayers
-    data : CalibrationData
-        Training data.
-    forward : Forward
-    n_kept : int
-        Weights that stay.
-    solver : str or Solver
-    options : StageOptions, optional
-    fisher : FisherOptions, optional
-        Rows, batch size, blocks and damping; its `first_order` plays no role, stages always have the gradient.
-    objective : optional
-        What the solver minimises; None takes the joint one where the solver supports it.
-    allocation : str, optional
-        For solvers that cannot share a budget over blocks.
-    seed : int
+    workspace : Workspace
+        Its network ends with the weights and statistics of the last state. Its setup has rows, blocks and damping.
+    choice : Choice
+        Solver, objective and allocation; what goes is said by the plan. See `cbs_opt.engine.checks` for what fits.
+    plan : Plan
+        As `Plan.staged` makes it.
     start : StageState, optional
         Go on from a state of another run, whose stages have been paid for; the network must be the same.
     teacher : nn.Module, optional
-        The dense network, where `options` ask for distillation; None takes a copy of `model` as it is given.
+        The dense network, where the plan asks for distillation; None takes a copy of the network as it is given.
     journal : path, optional
         Folder that gets the state after each stage; a run that finds its own journal goes on where that ends.
     progress : callable, optional
@@ -139,18 +116,13 @@ def run_stages(
 
     Raises
     ------
-    OptionError
-        For options that do not fit the network or one another.
     CBSError
         From the solver, the journal or the gradients.
     """
-    fisher, where = fisher or FisherOptions(), torch.device(device)
-    _check_fisher(fisher)
-    samples = StageSamples(model, layers, data, forward, options or StageOptions(), fisher, teacher, where, seed)
-    stager = _Stager(samples, make_solver(solver), objective, allocation)
+    assert plan.stages is not None
+    stager = _Stager(workspace, choice, StageSamples(workspace, plan.stages, teacher))
     state = start if start is not None else stager.initial_state()
-    plan = stager.plan(n_kept, state.n_kept)
-    book = None if journal is None else Journal(journal, stager.fingerprint(n_kept, state))
+    book = None if journal is None else Journal(journal, stager.fingerprint(plan, state))
     records: list[StageRecord] = []
     if book is not None and book.records:
         records = list(book.records)
@@ -159,9 +131,10 @@ def run_stages(
         state = last
     resumed = len(records)
     stager.install(state)
-    for position in range(resumed, len(plan)):
-        left = len(plan) - position - 1
-        state, record = stager.stage(state, plan[position], may_swap=left >= stager.options.settle)
+    for position, step in list(enumerate(plan.steps))[resumed:]:
+        n_kept = step.n_kept if isinstance(step, Prune) else state.n_kept
+        left = len(plan.steps) - position - 1
+        state, record = stager.stage(state, n_kept, may_swap=left >= plan.stages.settle)
         records.append(record)
         if book is not None:
             book.append(state, record)
@@ -170,30 +143,15 @@ def run_stages(
     return StagedRun(state, tuple(records), resumed)
 
 
-def _check_fisher(fisher: FisherOptions) -> None:
-    """Raise OptionError for a quadratic model that stages cannot use."""
-    if not fisher.spec.contiguous:
-        raise OptionError(
-            f"stages rebuild the blocks as weights go, which {str(fisher.spec)!r} does not support; use 'one', "
-            "'per_layer', 'per_row' or 'fixed:SIZE'"
-        )
-    if fisher.damping <= 0.0:
-        raise OptionError("stages need a damping > 0 to start from; pass FisherOptions(damping=1e-4), for example")
-
-
 class _Stager:
     """The parts of a stage; see the module's docstring."""
 
-    def __init__(
-        self, samples: StageSamples, solver: Solver, objective: Objective | str | None, allocation: str | None
-    ) -> None:
-        self.samples, self.solver, self.allocation = samples, solver, allocation
+    def __init__(self, workspace: Workspace, choice: Choice, samples: StageSamples) -> None:
+        self.samples, self.choice, self.solver = samples, choice, choice.solver
         self.model, self.layers = samples.model, samples.layers
-        self.options, self.fisher, self.seed = samples.options, samples.fisher, samples.seed
-        joint = Capability.JOINT in solver.capabilities
-        self.objective = (
-            Objective.parse(objective) if objective is not None else (Objective.JOINT if joint else Objective.SELECTION)
-        )
+        self.options, self.fisher = samples.options, samples.fisher
+        self.seed = samples.seed if choice.seed is None else choice.seed
+        self.objective = choice.goal(staged=True)
         self.partition = contiguous_partition(self.layers, self.fisher.spec)
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -210,23 +168,7 @@ class _Stager:
         self.layers.write(self.model, state.weights)
         restore_statistics(self.model, state.statistics)
 
-    def plan(self, n_kept: int, n_start: int) -> tuple[int, ...]:
-        """Weights that stay after each stage."""
-        options, n = self.options, self.layers.n
-        if not 0 <= n_kept <= n_start:
-            raise OptionError(f"n_kept must lie in [0, {n_start}], the weights still there, not {n_kept}")
-        polish = (n_kept,) * options.n_polish
-        if options.levels is not None:
-            levels = [self.layers.n_kept(level) for level in options.levels]
-            return (*(k for k in levels if n_kept < k <= n_start), n_kept, *polish)
-        if options.n_stages == 0:
-            if n_kept != n_start:
-                raise OptionError(f"n_stages=0 only polishes, but {n_start - n_kept} weights are still to be removed")
-            return polish
-        first = None if options.first_sparsity is None else int(n * (1.0 - options.first_sparsity))
-        return (*kept_after_stages(options.schedule, n_start, n_kept, options.n_stages, n_first=first), *polish)
-
-    def fingerprint(self, n_kept: int, state: StageState) -> dict[str, str]:
+    def fingerprint(self, plan: Plan, state: StageState) -> dict[str, str]:
         """What makes a run the run it is."""
         digest = hashlib.sha256(state.weights.numpy().tobytes() + state.pruned.tobytes())
         inputs = hashlib.sha256()
@@ -234,11 +176,12 @@ class _Stager:
         for batch, targets, _ in self.samples.held_out[:1]:
             for _, leaf in leaves((batch,) if targets is None else (batch, targets)):
                 inputs.update(leaf.cpu().contiguous().numpy().tobytes())
+        counts = [step.n_kept for step in plan.steps if isinstance(step, Prune)]
         return {
-            "n_kept": str(n_kept),
+            "n_kept": str(counts[-1] if counts else state.n_kept),
             "solver": self.solver.spec,
             "objective": self.objective.value,
-            "allocation": str(self.allocation),
+            "allocation": str(self.choice.allocation),
             "stages": self.options.describe(),
             "fisher": repr(self.fisher),
             "seed": str(self.seed),
@@ -253,33 +196,17 @@ class _Stager:
         number = state.number + 1
         self.samples.evaluations = 0
         clock = _Clock()
-        factor, gradient, loss_gradients = self.samples.gradients(number)
+        sample = self.samples.gradients(number)
         seconds_gradients = clock.lap()
-        weights = state.weights.numpy()
         pruning = n_kept < state.n_kept
-        model = StageModel(self.partition, factor, gradient, weights)
-        repairs: tuple[str, ...] = ()
-        if self.samples.follows_norms and not self.samples.norms_by_batch:
-            repairs += (
-                f"rows of {self.fisher.batch_size} samples (fewer than {LEAST_BATCH}): gradients were taken under the "
-                "running batch-norm statistics",
-            )
-        choices = [_Choice(state.pruned)]
+        model = StageModel(self.partition, sample, state.weights.numpy())
+        chosen = [_Chosen(state.pruned)]
         seconds_solve = 0.0
         if pruning or (self.options.regrow > 0 and may_swap and state.pruned.any()):
-            ways = self._ways(pruning)
-            choices = [self._choose(model, state, n_kept, number, regrow=may_swap, first_order=way) for way in ways]
+            chosen = [self._choose(model, state, n_kept, may_swap, way) for way in self._ways(pruning)]
             seconds_solve = clock.lap()
-        loss_before = self.samples.loss(weights)
-        bar = None if pruning else loss_before
-        tried = [(choice, self._step(model, choice.pruned, bar, state)) for choice in choices]
-        choice, outcome = min(tried, key=lambda pair: pair[1].loss)
-        if not pruning and outcome.length == 0.0 and not np.array_equal(choice.pruned, state.pruned):
-            # The swaps do not pay: the same refit without them.
-            choice = replace(choice, pruned=state.pruned)
-            outcome = self._step(model, choice.pruned, bar, state)
-        pruned = choice.pruned
-        repairs += choice.repairs
+        loss_before = self.samples.loss(model.weights)
+        best, outcome = self._update(model, state, chosen, None if pruning else loss_before)
         self.layers.write(self.model, outcome.weights)
         stored = self.layers.read(self.model)
         seconds_update = clock.lap()
@@ -287,32 +214,39 @@ class _Stager:
             reestimate(self.model, self.samples.forward.output, self.samples.norm_batches(number))
         seconds_norms = clock.lap()
         taken = stored - state.weights if self.options.momentum > 0.0 and outcome.length > 0.0 else None
-        new = StageState(number, stored, pruned, outcome.damping, statistics_of(self.model), taken)
+        new = StageState(number, stored, best.pruned, outcome.damping, statistics_of(self.model), taken)
         record = StageRecord(
             stage=number,
             kind="prune" if pruning else "polish",
             n_kept=n_kept,
             sparsity=1.0 - n_kept / self.layers.n,
-            loss_gradients=loss_gradients,
+            loss_gradients=sample.loss,
             loss_before=loss_before,
             loss_masked=outcome.masked,
             loss_after=outcome.loss,
             damping=outcome.damping,
             step=outcome.length,
             evaluations=self.samples.evaluations,
-            n_regrown=int((state.pruned & ~pruned).sum()),
-            n_images=len(factor) * self.fisher.batch_size,
-            solver=choice.solver,
-            objective=choice.objective,
+            n_regrown=int((state.pruned & ~best.pruned).sum()),
+            n_images=sample.n_rows * sample.batch_size,
+            method=sample.method,
             seconds_gradients=seconds_gradients,
             seconds_solve=seconds_solve,
             seconds_update=seconds_update,
             seconds_batch_norm=seconds_norms,
-            repairs=repairs,
             momentum=outcome.momentum,
-            first_order=choice.first_order,
+            **best.figures(self._repairs()),
         )
         return new, record
+
+    def _repairs(self) -> tuple[str, ...]:
+        """What is done otherwise than asked for in every stage."""
+        if not self.samples.follows_norms or self.samples.norms_by_batch:
+            return ()
+        return (
+            f"rows of {self.fisher.batch_size} samples (fewer than {LEAST_BATCH}): gradients were taken under the "
+            "running batch-norm statistics",
+        )
 
     def _ways(self, pruning: bool) -> tuple[bool, ...]:
         """Whether choices see the gradient: one choice for each."""
@@ -321,11 +255,9 @@ class _Stager:
         if self.options.first_order is not None:
             return (self.options.first_order,)
         # Without the gradient no weight that is gone would come back.
-        return (True, False) if pruning else (True,)
+        return (True, False) if pruning and not self.fisher.first_order else (True,)
 
-    def _choose(
-        self, model: StageModel, state: StageState, n_kept: int, number: int, *, regrow: bool, first_order: bool
-    ) -> _Choice:
+    def _choose(self, model: StageModel, state: StageState, n_kept: int, regrow: bool, first_order: bool) -> _Chosen:
         """Which weights go."""
         active = ~state.pruned
         if regrow and self.options.regrow > 0:
@@ -346,15 +278,27 @@ class _Stager:
         solution = solve(
             problem,
             self.solver,
-            seed=number_of(self.seed, number, SOLVER),
+            seed=derived_seed(self.seed, state.number + 1, SOLVER),
             start=start,
             calibration_loss=calibration_loss,
-            allocation=self.allocation,
+            allocation=self.choice.allocation,
             with_refit=False,
         )
         pruned = np.ones(self.layers.n, dtype=bool)
         pruned[index[~solution.pruned]] = False
-        return _Choice(pruned, solution.objective, solution.repairs, self.solver.spec, first_order)
+        return _Chosen(pruned, solution, first_order)
+
+    def _update(
+        self, model: StageModel, state: StageState, chosen: list[_Chosen], bar: float | None
+    ) -> tuple[_Chosen, _Step]:
+        """The best refit of any of the masks; `bar` is the loss that a polishing step must beat."""
+        tried = [(choice, self._step(model, choice.pruned, bar, state)) for choice in chosen]
+        best, outcome = min(tried, key=lambda pair: pair[1].loss)
+        if bar is not None and outcome.length == 0.0 and not np.array_equal(best.pruned, state.pruned):
+            # The swaps do not pay: the same refit without them.
+            best = replace(best, pruned=state.pruned)
+            outcome = self._step(model, best.pruned, bar, state)
+        return best, outcome
 
     def _step(self, model: StageModel, pruned: Mask, loss_now: float | None, state: StageState) -> _Step:
         """The refit of a mask, searched; `loss_now` is the loss that a polishing step must beat."""
@@ -385,14 +329,27 @@ class _Stager:
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
-    """Removed weights (n,), the solver's objective and repairs, its name, whether it saw the gradient."""
+class _Chosen:
+    """Removed weights (n,), what the solver found where it was asked, whether it saw the gradient."""
 
     pruned: Mask
-    objective: float = math.nan
-    repairs: tuple[str, ...] = ()
-    solver: str = ""
+    solution: Solution | None = None
     first_order: bool = False
+
+    def figures(self, repairs: tuple[str, ...]) -> dict[str, Any]:
+        """What a record says of it."""
+        found = self.solution
+        if found is None:
+            return {"solver": "", "objective": math.nan, "repairs": repairs}
+        return {
+            "solver": found.solver,
+            "objective": found.objective,
+            "bound": found.bound,
+            "status": found.status.value,
+            "reason": found.reason.value,
+            "repairs": (*repairs, *found.repairs),
+            "first_order": self.first_order,
+        }
 
 
 @dataclass(frozen=True, eq=False)

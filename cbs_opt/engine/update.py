@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -116,7 +116,8 @@ def update_weights(
         For ``single`` where H has no inverse.
     """
     started = time.perf_counter()
-    chosen, factor = Update.parse(update), check_scale(scale)
+    chosen = Update.parse(update)
+    check_scale(scale)
     value = math.nan
     repairs: tuple[str, ...] = ()
     weights = problem.weights
@@ -128,8 +129,8 @@ def update_weights(
     elif chosen is Update.SEARCHED:
         if loss is None:
             raise OptionError("update 'searched' needs a loss to search by; use cbs_opt.prune, or pass loss=")
-        if factor != 1.0:
-            raise OptionError(f"update 'searched' finds its own length; leave update_scale={factor:g} out")
+        if scale != 1.0:
+            raise OptionError(f"update 'searched' finds its own length; leave update_scale={scale:g} out")
         if min(block.damping for block in problem.blocks) <= 0.0:
             raise OptionError("update 'searched' varies the damping; pass a positive one, e.g. damping=1e-3")
         refits = DampedRefits(problem, pruned)
@@ -137,10 +138,16 @@ def update_weights(
     else:
         result = refit(problem, pruned)
         new, value, repairs = result.weights, result.value, result.repairs
-    if factor != 1.0:
-        new = weights + factor * (new - weights)
-    new = np.where(pruned, 0.0, new)
-    return Updated(new, value, time.perf_counter() - started, repairs)
+    updated = Updated(np.where(pruned, 0.0, new), value, time.perf_counter() - started, repairs)
+    return scaled(problem, pruned, updated, scale)
+
+
+def scaled(problem: SelectionProblem, pruned: Mask, updated: Updated, scale: float) -> Updated:
+    """The same update with the step of the kept weights times `scale`."""
+    if scale == 1.0:
+        return updated
+    weights = problem.weights
+    return replace(updated, weights=np.where(pruned, 0.0, weights + scale * (updated.weights - weights)))
 
 
 def _single(block: QuadraticBlock, pruned: Mask) -> Array:

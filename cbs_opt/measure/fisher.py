@@ -1,7 +1,7 @@
 """From gradients to a selection problem: the empirical Fisher matrix H = AᵀA + λI in blocks.
 
 The mean gradient g is part of the model where `FisherOptions.first_order` says so; it then enters as g / b, which is
-the scale of a factor built from means over b samples (`GradientSample.first_order`).
+the scale of a factor built from means over b samples (`GradientSample.gradient`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.measure.blocks import BlockSpec, Partition, contiguous_partition, interaction_partition
@@ -127,7 +128,11 @@ class FisherBlocks:
 
 
 def build_blocks(
-    sample: GradientSample, weights: Tensor, layers: PrunableLayers, options: FisherOptions, seed: int = 0
+    sample: GradientSample,
+    weights: npt.NDArray[np.float64] | Tensor,
+    layers: PrunableLayers,
+    options: FisherOptions,
+    seed: int = 0,
 ) -> FisherBlocks:
     """Cut the factor into blocks.
 
@@ -148,19 +153,16 @@ def build_blocks(
     """
     spec = options.spec
     factor = sample.factor
-    weights = weights.to(factor.device)
-    gradient = sample.first_order.to(factor.device) if options.first_order else None
-    if spec.contiguous:
-        partition = contiguous_partition(layers, spec)
-    else:
-        partition = interaction_partition(factor, weights, spec, seed)
+    w = torch.as_tensor(weights).to(factor.device)
+    gradient = sample.gradient.to(factor.device) if options.first_order else None
+    partition = contiguous_partition(layers, spec) if spec.contiguous else interaction_partition(factor, w, spec, seed)
     order = None if partition.order is None else torch.from_numpy(partition.order).to(factor.device)
     blocks = []
     for name, where in zip(partition.names, partition.slices, strict=True):
         pick: slice | Tensor = where if order is None else order[where]
         blocks.append(
             QuadraticBlock(
-                weights=weights[pick],
+                weights=w[pick],
                 factor=factor[:, pick],
                 damping=options.damping,
                 gradient=None if gradient is None else gradient[pick],
@@ -168,6 +170,20 @@ def build_blocks(
             )
         )
     return FisherBlocks(tuple(blocks), partition)
+
+
+def weight_blocks(layers: PrunableLayers, model: nn.Module, sample: GradientSample | None) -> FisherBlocks:
+    """Blocks without a curvature, one per layer: views of the parameters, and of the mean gradient where there is one.
+
+    They are true as long as the weights of the network do not change.
+    """
+    blocks = []
+    for layer, weight in zip(layers, layers.parameters(model), strict=True):
+        flat = weight.detach().reshape(-1)
+        gradient = None if sample is None else sample.gradient[layer.slice]
+        nothing = torch.zeros(1, 1, device=flat.device).expand(1, layer.n)
+        blocks.append(QuadraticBlock(flat, nothing, gradient=gradient, name=layer.name))
+    return FisherBlocks(tuple(blocks), Partition(layers.names, tuple(layer.n for layer in layers)))
 
 
 def _check_count(name: str, value: object) -> None:

@@ -53,16 +53,18 @@ class GradientSample:
     Attributes
     ----------
     factor : (r, n) tensor, float32 or float64
-        A: gradients divided by √r, on the device they were computed on.
+        A: gradients divided by √r, on the device they were computed on; (0, n) where no rows were kept.
     mean : (n,) float64 tensor
         Mean gradient of the loss, g.
     loss : float
         Mean loss.
+    n_rows : int
+        Rows r.
     batch_size : int
         Samples per row, b.
     method : str
-    seconds : float
-        Wall time.
+    seconds, seconds_per_row : float
+        Wall time of all, and of each row once the method was chosen.
     notes : tuple of str
         Whatever was done otherwise than asked for, in words.
     """
@@ -70,18 +72,15 @@ class GradientSample:
     factor: Tensor
     mean: Tensor
     loss: float
+    n_rows: int
     batch_size: int
     method: str
     seconds: float
+    seconds_per_row: float = math.nan
     notes: tuple[str, ...] = ()
 
     @property
-    def n_rows(self) -> int:
-        """Number of rows r."""
-        return int(self.factor.shape[0])
-
-    @property
-    def first_order(self) -> Tensor:
+    def gradient(self) -> Tensor:
         """The gradient term that fits this factor: g / b, float64 (n,).
 
         For means over b samples E[ḡḡᵀ] ≈ H/b + ggᵀ, so the factor stands for H/b, and the linear term has to be scaled
@@ -102,6 +101,7 @@ def sample_gradients(
     method: GradientMethod | str = GradientMethod.AUTO,
     memory_budget: int | None = None,
     batch_norm: str = "running",
+    keep_rows: bool = True,
     out: Tensor | None = None,
     progress: Progress | None = None,
 ) -> GradientSample:
@@ -125,6 +125,8 @@ def sample_gradients(
     method : GradientMethod or str
     memory_budget : int, optional
         Bytes of temporary memory beside the factor; by default `MEMORY_BUDGET`.
+    keep_rows : bool
+        Otherwise only the mean gradient is kept, and rows take the memory of one chunk.
     out : (r, n) tensor, optional
         Memory for the factor, e.g. that of an earlier one.
     progress : callable, optional
@@ -149,7 +151,7 @@ def sample_gradients(
         chosen = GradientMethod.LOOP
     place = torch.device(device)
     rows, size = index.shape
-    factor = _allocate(rows, layers.n, dtype, place, out)
+    factor = _allocate(rows if keep_rows else 0, layers.n, dtype, place, out)
     notes: list[str] = []
     with evaluation_mode(model), _without_gradients(model), ExitStack() as stack:
         check_loss(model, data, forward, index[0], place)
@@ -157,12 +159,14 @@ def sample_gradients(
             stack.enter_context(batch_statistics(model))
         engine = _choose(chosen, model, layers, data, forward, index, place, notes)
         chunk = _chunk_rows(model, layers, data, forward, index, place, memory_budget, engine)
+        memory = factor if keep_rows else _allocate(chunk, layers.n, dtype, place, None)
         mean = torch.zeros(layers.n, dtype=torch.float64, device=place)
         total = torch.zeros((), dtype=torch.float64, device=place)
         scale = 1.0 / math.sqrt(rows)
+        begun = time.perf_counter()
         for start in range(0, rows, chunk):
             part = index[start : start + chunk]
-            target = factor[start : start + chunk]
+            target = memory[start : start + chunk] if keep_rows else memory[: len(part)]
             samples = _rows(data, part, place)
             try:
                 with typed_failures(*samples):
@@ -178,9 +182,11 @@ def sample_gradients(
     mean /= math.sqrt(rows)
     loss = float(total) / rows
     if not math.isfinite(loss) or not bool(torch.isfinite(mean).all()):
-        _explain_infinite(layers, factor, loss)
-    name = NAMES[engine]
-    return GradientSample(factor, mean, loss, size, name, time.perf_counter() - started, tuple(notes))
+        _explain_infinite(layers, factor if keep_rows else mean.unsqueeze(0), loss)
+    now = time.perf_counter()
+    return GradientSample(
+        factor, mean, loss, rows, size, NAMES[engine], now - started, (now - begun) / rows, tuple(notes)
+    )
 
 
 def _by_batch(batch_norm: str, method: GradientMethod, size: int) -> bool:

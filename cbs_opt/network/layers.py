@@ -132,16 +132,8 @@ class PrunableLayers:
         ModelError
             If the network does not fit or a weight is NaN or infinite.
         """
-        weights = [w.detach() for w in self.parameters(model)]
-        for layer, weight in zip(self.layers, weights, strict=True):
-            bad = ~torch.isfinite(weight)
-            if bool(bad.any()):
-                where = [int(i) for i in bad.nonzero()[0]]
-                raise ModelError(
-                    f"layer {layer.name!r}: weight{where} is {float(weight[tuple(where)])}; "
-                    "repair or reload the network before pruning it"
-                )
-        return torch.cat([w.reshape(-1).to("cpu", torch.float64) for w in weights])
+        self.check_finite(model)
+        return torch.cat([w.detach().reshape(-1).to("cpu", torch.float64) for w in self.parameters(model)])
 
     @torch.no_grad()
     def write(self, model: nn.Module, vector: Tensor | npt.NDArray[np.float64]) -> None:
@@ -161,6 +153,23 @@ class PrunableLayers:
                 )
             weight.copy_(values[layer.slice].view(layer.shape))
 
+    def check_finite(self, model: nn.Module) -> None:
+        """Raise ModelError if the network does not fit or a weight is NaN or infinite."""
+        for layer, weight in zip(self.layers, self.parameters(model), strict=True):
+            bad = ~torch.isfinite(weight.detach())
+            if bool(bad.any()):
+                where = [int(i) for i in bad.nonzero()[0]]
+                raise ModelError(
+                    f"layer {layer.name!r}: weight{where} is {float(weight.detach()[tuple(where)])}; "
+                    "repair or reload the network before pruning it"
+                )
+
+    @torch.no_grad()
+    def zero(self, model: nn.Module, pruned: npt.NDArray[np.bool_]) -> None:
+        """Set the weights of a mask (n,) to zero, in place; True = removed."""
+        for layer, weight in zip(self.layers, self.parameters(model), strict=True):
+            weight.masked_fill_(torch.tensor(pruned[layer.slice], device=weight.device).view(layer.shape), 0.0)
+
     def split(self, vector: Tensor | npt.NDArray[np.float64] | npt.NDArray[np.bool_]) -> dict[str, Tensor]:
         """A vector (n,) as one tensor per layer in the layer's shape; views where possible."""
         values = self._vector(vector)
@@ -173,6 +182,29 @@ class PrunableLayers:
                 found = tuple(tensors[layer.name].shape) if layer.name in tensors else "nothing"
                 raise ModelError(f"layer {layer.name!r} needs a tensor of shape {layer.shape}, got {found}")
         return torch.cat([tensors[layer.name].reshape(-1) for layer in self.layers])
+
+    def pruned_by(self, masks: Mapping[str, Tensor]) -> npt.NDArray[np.bool_]:
+        """Masks by layer (``"fc1"`` or ``"fc1.weight"``, True = kept) as one vector (n,), True = removed.
+
+        Raises
+        ------
+        ModelError
+            For a name that is no layer, another shape, or a mask that is not of bool.
+        """
+        names = {**{layer.name: layer for layer in self}, **{layer.parameter: layer for layer in self}}
+        pruned = np.zeros(self.n, dtype=bool)
+        for name, mask in masks.items():
+            if name not in names:
+                raise ModelError(
+                    f"there is no layer {name!r} for the mask of that name; there are {', '.join(self.names)}"
+                )
+            layer = names[name]
+            if mask.dtype != torch.bool or tuple(mask.shape) != layer.shape:
+                raise ModelError(
+                    f"the mask of {name!r} must be bool of shape {layer.shape}, not {mask.dtype} {tuple(mask.shape)}"
+                )
+            pruned[layer.slice] = ~mask.detach().cpu().numpy().reshape(-1)
+        return pruned
 
     def n_kept(self, sparsity: float) -> int:
         """Number of weights that stay at a sparsity: int(n·(1 − sparsity)), truncated in float64.

@@ -5,22 +5,30 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from cbs_opt.network.layers import PrunableLayers
 from solvers import Objective, SelectionProblem
 from solvers.errors import DataError, OutputError
 
-_VERSION = 1
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+_VERSION = 2
+#: Weights looked at together.
+_CHUNK = 1 << 20
+_FIRST_ORDER = {True: "yes", False: "no", None: "by stage"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class LayerReport:
         Norm of the removed weights, as they were.
     share : float
         Part of the objective that the layer accounts for: ½ x_i (Hx)_i − g_i x_i summed over it, relative to the whole.
-        Shares sum to 1; one may be negative where removals compensate those of other layers. nan for an objective of 0.
+        Shares sum to 1; one may be negative where removals compensate those of other layers. nan for an objective of 0,
+        in several stages, which have an objective each, and without a curvature.
     """
 
     name: str
@@ -57,7 +66,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """The whole.
+    """The whole. What does not exist is nan, or None; what differs from stage to stage is in `PruneResult.stages`.
 
     Attributes
     ----------
@@ -66,30 +75,40 @@ class PruneReport:
     sparsity : float
         As achieved, 1 − n_kept / n.
     sparsity_asked : float
-    solver, update, objective_kind, status, reason : str
+    solver, update, objective_kind : str
+    status, reason : str
+        Of the last choice of weights, as in `solvers.Solution`; empty where nothing was chosen.
     update_scale : float
+        As asked for; nan in several stages, which search the length of each update.
     objective, refit_objective, bound, gap : float
-        As in `solvers.Solution`; the gap is relative, inf without a bound.
+        Likewise of the last choice, under the quadratic model it was made with; the gap is inf without a bound, the
+        refit objective nan in several stages, and all are nan without a curvature.
     loss_dense, loss_pruned : float
         Mean calibration loss of the network before and after.
     loss_samples : int
         Samples it was taken over.
+    curvature : str
+        What was measured: ``fisher``, ``gradient`` (the mean gradient alone) or ``none``.
     n_rows, batch_size : int
-        Rows of the factor, samples per row.
+        Rows of gradients in a factor, samples per row; 0 where no gradients were taken.
     damping : float
+        λ of the quadratic model that weights are chosen by; nan without one.
     blocks : str
     n_blocks : int
-    first_order : bool
+    first_order : bool or None
+        Whether the choice of weights sees the gradient; None in several stages, which may differ.
     gradient_method : str
+        Empty where no gradients were taken.
     stages : int
+        Steps of the plan, each at gradients of its own.
     seed : int
     device : str
     seconds_gradients, seconds_solve, seconds_update : float
-        Wall time.
+        Wall time of all steps.
     repairs : tuple of str
         Everything that was repaired or done otherwise than asked for.
     statistics : mapping of str to float
-        Counts of the solver.
+        Counts of the solver in the last choice of one shot.
     """
 
     layers: tuple[LayerReport, ...]
@@ -110,12 +129,13 @@ class PruneReport:
     loss_dense: float
     loss_pruned: float
     loss_samples: int
+    curvature: str
     n_rows: int
     batch_size: int
     damping: float
     blocks: str
     n_blocks: int
-    first_order: bool
+    first_order: bool | None
     gradient_method: str
     stages: int
     seed: int
@@ -148,12 +168,12 @@ class PruneReport:
             "all", f"{self.n:,}", f"{self.n_kept:,}", f"{self.sparsity:.2%}", f"{norms[0]:.4g}", f"{norms[1]:.4g}", ""
         )
         lines = [
-            f"{self.objective_kind} objective {self.objective:.6g}, bound {_number(self.bound)}, "
+            f"{self.objective_kind} objective {_number(self.objective)}, bound {_number(self.bound)}, "
             f"gap {_percent(self.gap)}, {self.status} ({self.reason}); refit objective {_number(self.refit_objective)}",
             f"calibration loss {self.loss_dense:.6g} -> {self.loss_pruned:.6g} over {self.loss_samples:,} samples",
-            f"{self.n_rows:,} gradients of {self.batch_size} ({self.gradient_method}), damping {self.damping:g}, "
-            f"blocks {self.blocks} ({self.n_blocks}), first order {'yes' if self.first_order else 'no'}, "
-            f"stages {self.stages}, seed {self.seed}, {self.device}",
+            f"curvature {self.curvature}: {self.n_rows:,} gradients of {self.batch_size} ({self.gradient_method}), "
+            f"damping {_number(self.damping)}, blocks {self.blocks} ({self.n_blocks}), first order "
+            f"{_FIRST_ORDER[self.first_order]}, stages {self.stages}, seed {self.seed}, {self.device}",
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
             *(f"repair: {repair}" for repair in self.repairs),
@@ -202,39 +222,58 @@ class PruneReport:
             raise DataError(f"{path} is not a report of a pruning: {error}") from error
 
 
-def layer_reports(
-    layers: PrunableLayers,
-    before: npt.NDArray[np.float64],
-    after: npt.NDArray[np.float64],
-    pruned: npt.NDArray[np.bool_],
-    contributions: npt.NDArray[np.float64],
-) -> tuple[LayerReport, ...]:
-    """Rows from vectors (n,) in the network's order; `contributions` sum to the objective."""
-    total = float(contributions.sum())
-    rows = []
-    for layer in layers:
-        w, v, p = before[layer.slice], after[layer.slice], pruned[layer.slice]
-        kept = int(layer.n - p.sum())
-        rows.append(
-            LayerReport(
-                name=layer.name,
-                kind=layer.kind,
-                shape=layer.shape,
-                n=layer.n,
-                n_kept=kept,
-                sparsity=1.0 - kept / layer.n,
-                norm_before=float(np.linalg.norm(w)),
-                norm_after=float(np.linalg.norm(v)),
-                norm_removed=float(np.linalg.norm(w[p])),
-                share=float(contributions[layer.slice].sum()) / total if total else math.nan,
+class LayerNorms:
+    """Norms of the layers before they are pruned, from their weights one after the other; then their reports.
+
+    Parameters
+    ----------
+    layers : PrunableLayers
+    weights : iterable of tensors
+        Before, in any shape; nothing of them is kept.
+    pruned : bool (n,)
+    """
+
+    def __init__(self, layers: PrunableLayers, weights: Iterable[Tensor], pruned: Mask) -> None:
+        self._layers, self._pruned = layers, pruned
+        self._before = [(_norm(w), _norm(w, pruned[layer.slice])) for layer, w in zip(layers, weights, strict=True)]
+
+    def reports(self, weights: Iterable[Tensor], contributions: Array | None) -> tuple[LayerReport, ...]:
+        """Rows from the weights after; `contributions` (n,), in the order of the network, sum to the objective."""
+        total = 0.0 if contributions is None else float(contributions.sum())
+        rows = []
+        for layer, (before, removed), after in zip(self._layers, self._before, weights, strict=True):
+            kept = layer.n - int(np.count_nonzero(self._pruned[layer.slice]))
+            rows.append(
+                LayerReport(
+                    name=layer.name,
+                    kind=layer.kind,
+                    shape=layer.shape,
+                    n=layer.n,
+                    n_kept=kept,
+                    sparsity=1.0 - kept / layer.n,
+                    norm_before=before,
+                    norm_after=_norm(after),
+                    norm_removed=removed,
+                    share=math.nan
+                    if contributions is None or not total
+                    else float(contributions[layer.slice].sum()) / total,
+                )
             )
-        )
-    return tuple(rows)
+        return tuple(rows)
 
 
-def contributions(
-    problem: SelectionProblem, pruned: npt.NDArray[np.bool_], refitted: npt.NDArray[np.float64] | None
-) -> npt.NDArray[np.float64]:
+def _norm(weights: Tensor, mask: Mask | None = None) -> float:
+    """Norm of (some of) the weights in float64, without a copy of all of them."""
+    flat, total = weights.detach().reshape(-1), 0.0
+    for start in range(0, flat.numel(), _CHUNK):
+        piece = flat[start : start + _CHUNK].to("cpu", torch.float64).numpy()
+        if mask is not None:
+            piece = piece[mask[start : start + _CHUNK]]
+        total += float(piece @ piece)
+    return math.sqrt(total)
+
+
+def contributions(problem: SelectionProblem, pruned: Mask, refitted: Array | None) -> Array:
     """What each weight adds to the problem's objective, float64 (n,): g_i d_i + ½ d_i (Hd)_i for the step d.
 
     The step is −w_P for the selection objective and that to the refitted weights for the joint one.
@@ -244,7 +283,7 @@ def contributions(
         step = np.where(pruned, -weights, 0.0)
     else:
         step = refitted - weights
-    terms: npt.NDArray[np.float64] = 0.5 * step * problem.multiply(step)
+    terms: Array = 0.5 * step * problem.multiply(step)
     if problem.gradient is not None:
         terms = terms + problem.gradient * step
     return terms

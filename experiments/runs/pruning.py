@@ -20,11 +20,10 @@ from torch.nn import functional as F
 import cbs_opt
 import solvers
 from cbs_opt.measure.blocks import contiguous_partition
-from cbs_opt.prepared import pick_objective
 from experiments.datasets.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet
 from experiments.runs.options import RunOptions
-from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, make_solver
+from solvers import QuadraticBlock, SelectionProblem, Solution, make_solver
 from solvers.running import check_capabilities
 from solvers.verify import certify
 
@@ -116,19 +115,21 @@ class Pruner:
         """
         prepared, options = self._prepared, self._options
         if self._chosen != (solver, n_kept) or self._problem is None or self._solution is None:
-            self._problem, self._solution = prepared.solve(
+            choice = cbs_opt.Choice(
                 n_kept=n_kept,
                 solver=solver,
                 objective=options.objective,
                 time_limit=options.time_limit,
                 allocation=options.allocation,
-                with_refit=options.refit and update != "combinatorial",
+            )
+            self._problem, self._solution = prepared.choose(
+                choice, with_refit=options.refit and update != "combinatorial"
             )
             self._chosen = (solver, n_kept)
             if options.bound is not None:
                 self._solution = self._certified(self._problem, self._solution)
         problem, solution = self._problem, self._solution
-        updated = prepared.update(problem, solution, update=update, scale=options.update_scale)
+        updated = prepared.update(problem, solution.pruned, update, options.update_scale)
         if math.isnan(solution.refit_objective):
             # Known from the update now; the next update of this mask need not find out again.
             self._solution = solution = replace(solution, refit_objective=updated.refit_objective)
@@ -186,7 +187,6 @@ def prune_in_stages(
     progress
         Called with stages done and in all.
     """
-    layers = layers_of(model, options)
     # On images as they are, the gradients of a network trained on cropped and flipped ones vanish.
     augment = CropAndFlip.of(train) if options.experiment.recipe.augment else None
     usual = options.experiment.staged.options
@@ -195,7 +195,7 @@ def prune_in_stages(
         model,
         calibration(train, options, seed),
         F.cross_entropy,
-        sparsity=sparsity_of(layers.n, n_kept),
+        n_kept=n_kept,
         solver=solver,
         objective=options.objective,
         fisher=fisher_of(options),
@@ -251,18 +251,9 @@ def calibration(train: ImageSet, options: RunOptions, seed: int) -> tuple[Tensor
     return train.sample(count, seed).batch(slice(None))
 
 
-def sparsity_of(n: int, n_kept: int) -> float:
-    """A sparsity at which int(n (1 − sparsity)) is exactly ``n_kept``."""
-    sparsity = 1.0 - (n_kept + 0.5) / n if n_kept < n else 0.0
-    return max(sparsity, 0.0)
-
-
 def objective_of(solver: str, options: RunOptions) -> str:
     """The objective asked for, else that which `cbs_opt.prune` takes for this solver."""
-    can = make_solver(solver).capabilities
-    if options.objective is None and options.stages > 1 and Capability.JOINT in can:
-        return Objective.JOINT.value
-    return pick_objective(make_solver(solver), options.objective).value
+    return cbs_opt.Choice(0.5, solver=solver, objective=options.objective).goal(options.stages > 1).value
 
 
 def check_solvers(layers: cbs_opt.PrunableLayers, options: RunOptions) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cbs_opt import CalibrationData, Forward, StageRecord, find_layers
+import cbs_opt
+from cbs_opt import CalibrationData, Choice, Forward, Setup, StageRecord, Workspace, find_layers
 from cbs_opt.engine.journal import Journal, StageState
 from cbs_opt.engine.stages import run_stages
 from cbs_opt.network.batch_norm import restore_statistics
@@ -95,17 +96,13 @@ class StagedPath:
                 augment=self.augment,
             )
             journal = self.folder / "journals" / f"seed-{self.seed}-phase-{position}-{len(levels)}"
+            setup = Setup(fisher=self.experiment.staged.fisher, device=self.device, seed=self.seed)
+            workspace = Workspace(self.model, self.layers, self.data, self.forward, setup)
+            n_start = None if start is None else start.n_kept
             run = run_stages(
-                self.model,
-                self.layers,
-                self.data,
-                self.forward,
-                n_kept=last,
-                solver=self.table.solver,
-                options=options,
-                fisher=self.experiment.staged.fisher,
-                device=self.device,
-                seed=self.seed,
+                workspace,
+                Choice(n_kept=last, solver=self.table.solver),
+                cbs_opt.Plan.staged(options, n=self.layers.n, n_kept=last, n_start=n_start),
                 start=start,
                 teacher=self.dense,
                 journal=journal,

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cbs_opt import CalibrationData, Distillation, FisherOptions, Forward, StageOptions, find_layers
+from cbs_opt import (
+    CalibrationData,
+    Choice,
+    Distillation,
+    FisherOptions,
+    Forward,
+    Plan,
+    Setup,
+    StageOptions,
+    Workspace,
+    find_layers,
+)
 from cbs_opt.data.distillation import DistilledForward
 from cbs_opt.engine.stages import run_stages
 from solvers.errors import DataError, ModelError, OptionError
@@ -71,15 +82,10 @@ def test_stages_follow_the_dense_network_rather_than_wrong_labels() -> None:
         pruned = copy.deepcopy(model)
         layers = find_layers(pruned)
         options = StageOptions(n_stages=3, n_polish=3, held_out=50, distillation=distillation)
-        run_stages(
-            pruned,
-            layers,
-            noise,
-            Forward(pruned, F.cross_entropy),
-            n_kept=layers.n_kept(0.6),
-            options=options,
-            fisher=FisherOptions(n_rows=40, batch_size=5, damping=1e-3),
-        )
+        setup = Setup(fisher=FisherOptions(n_rows=40, batch_size=5, damping=1e-3), device="cpu")
+        choice = Choice(sparsity=0.6, solver="obs")
+        plan = Plan.staged(options, n=layers.n, n_kept=choice.kept(layers.n))
+        run_stages(Workspace(pruned, layers, noise, Forward(pruned, F.cross_entropy), setup), choice, plan)
         with torch.no_grad():
             return float(F.mse_loss(pruned(x), dense))
 

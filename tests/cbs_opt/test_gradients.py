@@ -244,7 +244,7 @@ def test_layers_that_were_not_chosen_have_no_columns() -> None:
 def test_the_first_order_term_is_scaled_to_the_factor() -> None:
     model, layers, data, forward = setting(Mlp)
     found = sample_gradients(model, layers, data, forward, data.draw(3, 4, 0))
-    torch.testing.assert_close(found.first_order, found.mean / 4)
+    torch.testing.assert_close(found.gradient, found.mean / 4)
 
 
 def test_the_network_is_left_as_it_was() -> None:

@@ -14,16 +14,22 @@ from torch.nn import functional as F
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.data.distillation import Distillation
 from cbs_opt.data.forward import Forward
+from cbs_opt.engine.checks import check_plan
+from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.journal import Journal, StageState
+from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.schedules import kept_after_stages
-from cbs_opt.engine.stage_options import StageOptions, StageRecord
+from cbs_opt.engine.setup import Setup
+from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.stages import run_stages
 from cbs_opt.engine.step_search import search_step
+from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.network.batch_norm import batch_statistics, reestimate, statistics_of
 from cbs_opt.network.layers import find_layers
 from cbs_opt.network.modes import evaluation_mode
+from cbs_opt.report.records import StageRecord
 from solvers import QuadraticBlock, SelectionProblem, solve
 from solvers.errors import CheckpointError, OptionError, OutputError, UnknownNameError
 from solvers.refit import refit
@@ -57,10 +63,26 @@ def _trained(batch_norm: bool = False) -> tuple[nn.Module, CalibrationData]:
     return model.eval(), data
 
 
-def _run(model: nn.Module, data: CalibrationData, sparsity: float = 0.8, **arguments):
+def _run(
+    model: nn.Module,
+    data: CalibrationData,
+    sparsity: float = 0.8,
+    *,
+    options: StageOptions | None = None,
+    fisher: FisherOptions = FISHER,
+    solver: str = "obs",
+    seed: int = 0,
+    start: StageState | None = None,
+    **arguments: Any,
+):
     layers = find_layers(model)
-    arguments.setdefault("fisher", FISHER)
-    return run_stages(model, layers, data, Forward(model, F.cross_entropy), n_kept=layers.n_kept(sparsity), **arguments)
+    setup = Setup(fisher=fisher, device="cpu", seed=seed)
+    workspace = Workspace(model, layers, data, Forward(model, F.cross_entropy), setup)
+    choice = Choice(n_kept=layers.n_kept(sparsity), solver=solver)
+    n_start = None if start is None else start.n_kept
+    plan = Plan.staged(options or StageOptions(), n=layers.n, n_kept=choice.kept(layers.n), n_start=n_start)
+    check_plan(model, layers, setup, choice, plan)
+    return run_stages(workspace, choice, plan, start=start, **arguments)
 
 
 def _options(**changes) -> StageOptions:

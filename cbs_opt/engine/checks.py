@@ -1,0 +1,117 @@
+"""Does everything fit together? Asked once, of every plan, before any data are read.
+
+What cannot be refused here, because only the data or the gradients tell, is refused where it shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.estimate import check_memory
+from cbs_opt.engine.plan import Plan
+from cbs_opt.engine.setup import Setup
+from cbs_opt.engine.stage_options import StageOptions
+from cbs_opt.engine.update import Update
+from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.network.layers import PrunableLayers
+from solvers import Capability, Objective, QuadraticBlock, SelectionProblem
+from solvers.errors import CapabilityError, OptionError
+from solvers.running import check_capabilities
+
+
+def check_plan(
+    model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
+) -> None:
+    """Raise for a plan that cannot be carried out on a network.
+
+    Parameters
+    ----------
+    model, layers
+        The network, of which only shapes are looked at.
+    setup, choice, plan
+    n_samples : int, optional
+        Calibration samples, where that is known.
+
+    Raises
+    ------
+    OptionError, CapabilityError
+        The message says what to do instead.
+    """
+    fisher, stages = setup.options, plan.stages
+    need = choice.needs if stages is None else Need.CURVATURE
+    if setup.curvature == "none" and need is not Need.WEIGHTS:
+        what = (
+            "stages need" if stages is not None else f"{choice.solver.name!r} with update {choice.update.value!r} needs"
+        )
+        raise CapabilityError(f"{what} the {need}, which curvature='none' does not measure; use curvature='fisher'")
+    if stages is None:
+        _check_one_shot(choice, fisher, need)
+    else:
+        _check_stages(choice, fisher, stages)
+    if choice.allocation is None:
+        check_capabilities(
+            choice.solver, _outline(layers, fisher, choice, stages, need), choice.time_limit, choice.start
+        )
+    check_memory(model, layers, setup, choice, plan, n_samples)
+
+
+def check_journal(plan: Plan, journal: Path | str | None) -> None:
+    """Raise OptionError for a journal of a plan that keeps none."""
+    if plan.stages is None and journal is not None:
+        raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
+
+
+def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Need) -> None:
+    if choice.update is Update.SEARCHED:
+        if choice.update_scale != 1.0:
+            raise OptionError(f"update 'searched' finds its own length; leave update_scale={choice.update_scale:g} out")
+        if fisher.damping <= 0.0:
+            raise OptionError("update 'searched' varies the damping; pass a positive one, e.g. damping=1e-3")
+    if choice.selects is Need.GRADIENT and need is Need.CURVATURE and not fisher.first_order:
+        raise OptionError(
+            f"solver {choice.solver.name!r} needs the mean gradient; pass FisherOptions(first_order=True)"
+        )
+
+
+def _check_stages(choice: Choice, fisher: FisherOptions, stages: StageOptions) -> None:
+    """What stages decide themselves or do not support."""
+    if choice.update is not Update.COMBINATORIAL:
+        raise OptionError(f"stages refit the kept weights: update must be 'combinatorial', not {choice.update.value!r}")
+    if choice.update_scale != 1.0:
+        raise OptionError(f"stages search the length of the update: leave update_scale={choice.update_scale!r} out")
+    if choice.time_limit is not None:
+        raise OptionError("stages keep no time limit; leave time_limit out")
+    if choice.start is not None:
+        raise OptionError("stages start from the network as it is; leave start out")
+    if fisher.damping <= 0.0:
+        raise OptionError("stages need a positive damping to start from, e.g. FisherOptions(damping=1e-4)")
+    if not fisher.spec.contiguous:
+        raise OptionError(
+            f"stages rebuild the blocks as weights go, which {str(fisher.spec)!r} does not support; use 'one', "
+            "'per_layer', 'per_row' or 'fixed:SIZE'"
+        )
+    if choice.selects is Need.GRADIENT and stages.first_order is not True and not fisher.first_order:
+        raise OptionError(f"solver {choice.solver.name!r} needs the gradient; pass StageOptions(first_order=True)")
+
+
+def _outline(
+    layers: PrunableLayers, fisher: FisherOptions, choice: Choice, stages: StageOptions | None, need: Need
+) -> SelectionProblem:
+    """A problem of the shape of the one to come, without its values: enough to check a solver's capabilities."""
+    objective: Objective = choice.goal(staged=stages is not None)
+    gradient = fisher.first_order if stages is None else Capability.LINEAR_TERM in choice.solver.capabilities
+    blocks = []
+    if need is Need.CURVATURE:
+        sizes = contiguous_partition(layers, fisher.spec).sizes if fisher.spec.contiguous else (layers.n,)
+    else:
+        sizes, gradient = tuple(layer.n for layer in layers), need is Need.GRADIENT
+    for size in sizes:
+        # Expanded, so that the outline of a large network takes no memory.
+        zeros = torch.zeros(1).expand(size)
+        blocks.append(QuadraticBlock(zeros, zeros.unsqueeze(0), gradient=zeros if gradient else None))
+    return SelectionProblem(blocks, layers.n - choice.kept(layers.n), objective)

@@ -1,0 +1,145 @@
+"""How weights are chosen and what becomes of those that stay: budget, solver, objective, update, limits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from cbs_opt.engine.update import Update, check_scale
+from cbs_opt.network.layers import check_sparsity
+from solvers import Capability, Objective, Solver, make_solver
+from solvers.allocation import ALLOCATIONS
+from solvers.errors import OptionError, UnknownNameError
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Need(IntEnum):
+    """What has to be measured; each includes those before."""
+
+    WEIGHTS = 0
+    GRADIENT = 1
+    CURVATURE = 2
+
+    def __str__(self) -> str:
+        return ("weights", "mean gradient", "curvature")[self.value]
+
+
+#: Solvers that look at less than the curvature.
+_NEEDS = {"magnitude": Need.WEIGHTS, "random": Need.WEIGHTS, "gradient_magnitude": Need.GRADIENT}
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Choice:
+    """What is asked of a solver and of the update.
+
+    Parameters
+    ----------
+    sparsity : float in [0, 1), optional
+        Fraction of the prunable weights to remove; int(n·(1 − sparsity)) weights stay.
+    n_kept : int, optional
+        The number of weights that stay; exactly one of the two is given.
+    solver : str or Solver
+        See `solvers.available_solvers`; options in brackets, ``"greedy_ls[window=20]"``.
+    objective : {"selection", "joint"}, optional
+        What the solver minimises; see `goal` for what None takes.
+    update : {"combinatorial", "searched", "single", "none"}
+        How the kept weights are re-optimised; see `cbs_opt.engine.update`.
+    update_scale : float
+        Multiplies the step of the kept weights.
+    allocation : str, optional
+        How to split the budget over blocks for solvers that cannot share one.
+    time_limit : float, optional
+        Seconds, for solvers that keep one.
+    start : bool (n,), optional
+        A mask to start from, True = removed, in the order of the network.
+    seed : int, optional
+        Of the solver; None takes that of the setup.
+
+    Raises
+    ------
+    OptionError, UnknownNameError
+    """
+
+    sparsity: float | None
+    n_kept: int | None
+    solver: Solver
+    objective: Objective | None
+    update: Update
+    update_scale: float
+    allocation: str | None
+    time_limit: float | None
+    start: Mask | None
+    seed: int | None
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        n_kept: int | None = None,
+        solver: str | Solver = "greedy_ls",
+        objective: Objective | str | None = None,
+        update: Update | str = Update.COMBINATORIAL,
+        update_scale: float = 1.0,
+        allocation: str | None = None,
+        time_limit: float | None = None,
+        start: Mask | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if (sparsity is None) == (n_kept is None):
+            raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
+        if n_kept is not None and (isinstance(n_kept, bool) or not isinstance(n_kept, (int, np.integer)) or n_kept < 0):
+            raise OptionError(f"n_kept must be an integer, zero or more, not {n_kept!r}")
+        if allocation is not None and allocation not in ALLOCATIONS:
+            raise UnknownNameError.of("allocation", str(allocation), ALLOCATIONS)
+        if time_limit is not None and not (time_limit > 0 and math.isfinite(time_limit)):
+            raise OptionError(
+                f"time_limit must be positive and finite seconds, not {time_limit!r}; None means no limit"
+            )
+        values = {
+            "sparsity": None if sparsity is None else check_sparsity(sparsity),
+            "n_kept": None if n_kept is None else int(n_kept),
+            "solver": make_solver(solver),
+            "objective": None if objective is None else Objective.parse(objective),
+            "update": Update.parse(update),
+            "update_scale": check_scale(update_scale),
+            "allocation": allocation,
+            "time_limit": time_limit,
+            "start": start,
+            "seed": seed,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def kept(self, n: int) -> int:
+        """How many of `n` weights stay; raises OptionError if there are fewer."""
+        if self.sparsity is not None:
+            return int(n * (1.0 - self.sparsity))
+        assert self.n_kept is not None
+        if self.n_kept > n:
+            raise OptionError(f"n_kept must lie in [0, {n}], the number of prunable weights, not {self.n_kept}")
+        return self.n_kept
+
+    @property
+    def selects(self) -> Need:
+        """What the solver and the allocation look at."""
+        if self.allocation in (None, "uniform", "magnitude"):
+            return _NEEDS.get(self.solver.name, Need.CURVATURE)
+        return Need.CURVATURE
+
+    @property
+    def needs(self) -> Need:
+        """What the choice and the update look at."""
+        return self.selects if self.update is Update.NONE else Need.CURVATURE
+
+    def goal(self, staged: bool = False) -> Objective:
+        """The objective asked for; else selection where the solver supports it, in stages joint where it does."""
+        if self.objective is not None:
+            return self.objective
+        first, second = Objective.SELECTION, Objective.JOINT
+        if staged:
+            first, second = second, first
+        return first if Capability(first.value) in self.solver.capabilities else second

@@ -1,0 +1,134 @@
+"""What a plan takes: memory, known before any data are read, and time, from gradients of a few rows.
+
+Only what is certain to be held at once is counted: the network's copies, the factor A (r × n), some vectors of n
+float64 values, and for CBS-U the kept columns of A. Solvers may take more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.plan import Plan
+from cbs_opt.engine.setup import Setup
+from cbs_opt.engine.update import Update
+from cbs_opt.engine.workspace import Workspace
+from cbs_opt.measure.fisher import DEFAULT_ROWS
+from cbs_opt.network.layers import PrunableLayers
+from solvers.errors import OptionError
+
+#: Vectors of n float64 values that choosing and updating hold at once.
+_VECTORS = 6
+#: Rows whose gradients are timed.
+_PROBE = 2
+#: Entries of a factor from which on a few rows are timed first, and seconds from which on the time is a warning.
+_LARGE, _LONG = 1e9, 60.0
+_LOG = logging.getLogger("cbs_opt")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds that a plan takes.
+
+    Attributes
+    ----------
+    memory : dict of str to int
+        Bytes by what they hold, on the device.
+    available : int
+        Bytes there are.
+    seconds : float
+        Of all gradients, the longest part of most plans; nan where that was not measured, 0 where none are taken.
+    """
+
+    memory: dict[str, int]
+    available: int
+    seconds: float = float("nan")
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{what} {_gigabytes(size)}" for what, size in self.memory.items())
+        return f"{_gigabytes(self.total)} ({parts}) of {_gigabytes(self.available)}, gradients {self.seconds:.3g} s"
+
+
+def estimate_memory(
+    model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
+) -> Estimate:
+    """Bytes that a plan takes; the arguments are those of `check_plan`."""
+    need = choice.needs if plan.stages is None else Need.CURVATURE
+    n, fisher = layers.n, setup.options
+    network = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    memory = {"the pruned network and its masks": network + 3 * n}
+    if need is Need.CURVATURE:
+        rows = fisher.n_rows
+        if rows is None:
+            rows = DEFAULT_ROWS if n_samples is None else min(DEFAULT_ROWS, n_samples // fisher.batch_size)
+        width = fisher.torch_dtype.itemsize
+        memory[f"the gradients of {rows:,} rows for {n:,} weights"] = rows * n * width
+        memory["vectors"] = _VECTORS * n * 8
+        kept = choice.kept(n)
+        if choice.update in (Update.COMBINATORIAL, Update.SEARCHED) and 4 * kept <= 3 * n:
+            memory["the kept columns"] = rows * kept * width
+    return Estimate(memory, available_memory(setup.place))
+
+
+def check_memory(
+    model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
+) -> None:
+    """Raise OptionError for a plan that does not fit into memory."""
+    found = estimate_memory(model, layers, setup, choice, plan, n_samples)
+    if found.total > found.available:
+        raise OptionError(
+            f"the plan takes at least {_gigabytes(found.total)} of memory on {setup.place}, and there "
+            f"are {_gigabytes(found.available)}: "
+            + ", ".join(f"{what} {_gigabytes(size)}" for what, size in found.memory.items())
+            + "; use fewer rows (FisherOptions(n_rows=...)), fewer layers (include, exclude), float32, or a solver and "
+            "update that need no curvature (solver='magnitude', update='none')"
+        )
+
+
+def probe_seconds(workspace: Workspace, plan: Plan) -> float:
+    """Seconds that the gradients of a plan take, at most about, from those of a few rows."""
+    fisher = workspace.setup.options
+    rows = fisher.rows_for(workspace.data)
+    sample = workspace.gradients(workspace.weights, replace(fisher, n_rows=min(_PROBE, rows)), keep_rows=False)
+    return sample.seconds_per_row * rows * len(plan.steps)
+
+
+def announce(workspace: Workspace, plan: Plan) -> None:
+    """Say how long the gradients will take where that may be long."""
+    fisher = workspace.setup.options
+    if fisher.rows_for(workspace.data) * workspace.layers.n * len(plan.steps) < _LARGE:
+        return
+    seconds = probe_seconds(workspace, plan)
+    level = logging.WARNING if seconds > _LONG else logging.INFO
+    _LOG.log(level, "gradients of %s weights will take about %.0f s", f"{workspace.layers.n:,}", seconds)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        sizes += [int(limit)] if limit.isdigit() else []
+    except (OSError, ValueError):
+        # Elsewhere than on Linux, or without control groups: what the machine has.
+        pass
+    return min(sizes)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,296 @@
+"""A network with what was measured of it, and one shot: one choice of weights, one update.
+
+What is measured is no more than solver and update need (`Need`): nothing beyond the weights, the mean gradient, or the
+quadratic model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.update import Update, Updated, scaled, update_weights
+from cbs_opt.engine.workspace import Workspace
+from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
+from cbs_opt.measure.gradients import GradientSample, Progress
+from cbs_opt.report.records import StageRecord
+from cbs_opt.report.report import LayerNorms, PruneReport, contributions
+from cbs_opt.report.result import PruneResult
+from solvers import Capability, Objective, SelectionProblem, Solution, solve
+from solvers.errors import CapabilityError, OptionError
+from solvers.refit import refit
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+def take_gradients(workspace: Workspace, need: Need, progress: Progress | None = None) -> GradientSample | None:
+    """Gradients of a network as it was given, as much of them as is needed."""
+    if need is Need.WEIGHTS:
+        return None
+    keep = need is Need.CURVATURE
+    return workspace.gradients(workspace.weights, workspace.setup.options, keep_rows=keep, progress=progress)
+
+
+class Measured:
+    """A network and its quadratic model, or what of it was measured.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    fisher : FisherOptions
+    gradients : GradientSample, optional
+        None where only the weights are needed.
+    weights : float64 (n,), optional
+        The prunable weights the gradients were taken at; None takes those of the network given.
+
+    Attributes
+    ----------
+    blocks : FisherBlocks
+    has : Need
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        fisher: FisherOptions,
+        gradients: GradientSample | None,
+        weights: Array | None = None,
+    ) -> None:
+        self.workspace, self.layers, self.fisher = workspace, workspace.layers, fisher
+        self._gradients, self._weights = gradients, weights
+        self._updates: dict[tuple[bytes, Update], Updated] = {}
+        if gradients is not None and len(gradients.factor):
+            self.has = Need.CURVATURE
+            seed = workspace.setup.seed
+            self.blocks: FisherBlocks = build_blocks(gradients, self.weights, self.layers, fisher, seed)
+        else:
+            self.has = Need.WEIGHTS if gradients is None else Need.GRADIENT
+            self.blocks = weight_blocks(self.layers, workspace.model, gradients)
+
+    @property
+    def n(self) -> int:
+        """Number of prunable weights."""
+        return self.layers.n
+
+    @property
+    def weights(self) -> Array:
+        """The prunable weights that the model is built at, float64 (n,)."""
+        return self.workspace.weights if self._weights is None else self._weights
+
+    @property
+    def gradients(self) -> GradientSample:
+        """The gradients; raises CapabilityError where none were taken."""
+        if self._gradients is None:
+            raise CapabilityError("no gradients were taken; prepare the network with curvature='fisher'")
+        return self._gradients
+
+    def loss(self, weights: Array) -> float:
+        """Mean calibration loss with other prunable weights (n,), in the order of the network."""
+        return self.workspace.meter.of_weights(weights)
+
+    def calibration_loss(self, pruned: Mask) -> float:
+        """Mean calibration loss under a mask (n,) in the order of the blocks, the kept weights as they are."""
+        mask = self.blocks.partition.to_network(pruned)
+        return self.loss(np.where(mask, 0.0, self.weights))
+
+    def problem(
+        self,
+        *,
+        sparsity: float | None = None,
+        n_kept: int | None = None,
+        objective: Objective | str = Objective.SELECTION,
+    ) -> SelectionProblem:
+        """The selection problem at a sparsity, or for an exact number of weights to keep."""
+        choice = Choice(sparsity, n_kept, "magnitude", objective)
+        return SelectionProblem(self.blocks.blocks, self.n - choice.kept(self.n), choice.goal())
+
+    def choose(self, choice: Choice, *, with_refit: bool = False) -> tuple[SelectionProblem, Solution]:
+        """Choose the weights to remove.
+
+        Parameters
+        ----------
+        choice : Choice
+        with_refit : bool
+            Also judge a selection by the joint objective.
+
+        Raises
+        ------
+        CapabilityError
+            If the solver needs what was not measured.
+        CBSError
+            As `solvers.solve`.
+        """
+        if choice.selects > self.has:
+            raise CapabilityError(
+                f"solver {choice.solver.name!r} needs the {choice.selects}, of which no more than the {self.has} was "
+                "measured; prepare the network with curvature='fisher', or choose by magnitude"
+            )
+        problem = self.problem(n_kept=choice.kept(self.n), objective=choice.goal())
+        start = None if choice.start is None else self.blocks.partition.to_groups(np.asarray(choice.start))
+        judge = Capability.CALIBRATION in choice.solver.capabilities
+        solution = solve(
+            problem,
+            choice.solver,
+            time_limit=choice.time_limit,
+            seed=self.workspace.setup.seed if choice.seed is None else choice.seed,
+            start=start,
+            calibration_loss=self.calibration_loss if judge else None,
+            allocation=choice.allocation,
+            with_refit=with_refit,
+        )
+        return problem, solution
+
+    def update(self, problem: SelectionProblem, pruned: Mask, update: Update | str, scale: float = 1.0) -> Updated:
+        """New values of the kept weights, in the order of the blocks; a sweep of the scale computes them once."""
+        how, key = Update.parse(update), np.packbits(pruned).tobytes()
+        if how is Update.SEARCHED and scale != 1.0:
+            raise OptionError(f"update 'searched' finds its own length; leave update_scale={scale:g} out")
+        if (key, how) not in self._updates:
+            if how is not Update.NONE and self.has is not Need.CURVATURE:
+                raise CapabilityError(f"update {how.value!r} needs the curvature; prepare with curvature='fisher'")
+            self._updates = {k: v for k, v in self._updates.items() if k[0] == key}
+            to_network = self.blocks.partition.to_network
+            self._updates[key, how] = update_weights(problem, pruned, how, loss=lambda w: self.loss(to_network(w)))
+        return scaled(problem, pruned, self._updates[key, how], scale)
+
+    def one_shot(
+        self,
+        choice: Choice,
+        chosen: tuple[SelectionProblem, Solution] | None = None,
+        *,
+        own: bool = False,
+    ) -> PruneResult:
+        """Choose, update, and put into the network.
+
+        Parameters
+        ----------
+        choice : Choice
+        chosen : (SelectionProblem, Solution), optional
+            What `choose` has found; None chooses.
+        own : bool
+            Give the network of the workspace away instead of a copy; nothing here can be used afterwards.
+        """
+        workspace, to_network = self.workspace, self.blocks.partition.to_network
+        loss_dense = workspace.dense_loss
+        calls = workspace.meter.calls
+        problem, solution = chosen or self.choose(choice)
+        weights: Array | None = None
+        terms, repairs, seconds = None, solution.repairs, 0.0
+        if self.has is Need.CURVATURE:
+            updated = self.update(problem, solution.pruned, choice.update, choice.update_scale)
+            weights, repairs, seconds = to_network(updated.weights), (*repairs, *updated.repairs), updated.seconds
+            solution, more = self._judged(problem, solution, updated)
+            repairs = (*repairs, *more)
+            terms = to_network(contributions(problem, solution.pruned, solution.refit_weights))
+        sample = self._gradients
+        record = StageRecord(
+            stage=1,
+            kind="prune",
+            n_kept=problem.n_kept,
+            sparsity=1.0 - problem.n_kept / self.n,
+            loss_gradients=math.nan if sample is None else sample.loss,
+            loss_before=loss_dense,
+            loss_masked=math.nan,
+            loss_after=math.nan,
+            damping=float(self.fisher.damping) if self.has is Need.CURVATURE else math.nan,
+            step=choice.update_scale if choice.update in (Update.COMBINATORIAL, Update.SINGLE) else math.nan,
+            evaluations=workspace.meter.calls - calls,
+            n_regrown=0,
+            n_images=0 if sample is None else sample.n_rows * sample.batch_size,
+            solver=solution.solver,
+            objective=solution.objective,
+            seconds_gradients=0.0 if sample is None else sample.seconds,
+            seconds_solve=solution.seconds,
+            seconds_update=seconds,
+            seconds_batch_norm=0.0,
+            repairs=tuple(dict.fromkeys((*(() if sample is None else sample.notes), *repairs))),
+            first_order=problem.has_gradient,
+            bound=solution.bound,
+            status=solution.status.value,
+            reason=solution.reason.value,
+            method="" if sample is None else sample.method,
+        )
+        about = {
+            "update_scale": choice.update_scale,
+            "objective_kind": problem.objective.value,
+            "refit_objective": solution.refit_objective,
+            "gap": solution.gap,
+            "curvature": {Need.WEIGHTS: "none", Need.GRADIENT: "gradient", Need.CURVATURE: "fisher"}[self.has],
+            "n_rows": 0 if sample is None else sample.n_rows,
+            "batch_size": 0 if sample is None else sample.batch_size,
+            "damping": record.damping,
+            "blocks": str(self.fisher.spec) if self.has is Need.CURVATURE else "per_layer",
+            "n_blocks": len(problem.blocks),
+            "first_order": record.first_order,
+            "statistics": dict(solution.statistics),
+        }
+        pruned = to_network(solution.pruned)
+        return conclude(workspace, choice, pruned, weights, (record,), about, terms=terms, solution=solution, own=own)
+
+    def _judged(
+        self, problem: SelectionProblem, solution: Solution, updated: Updated
+    ) -> tuple[Solution, tuple[str, ...]]:
+        """The solution with its refit objective: every mask is judged by the joint objective, whatever the update."""
+        if not math.isnan(updated.refit_objective):
+            return replace(solution, refit_objective=updated.refit_objective), ()
+        if not math.isnan(solution.refit_objective):
+            return solution, ()
+        judged = refit(problem, solution.pruned)
+        return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs
+
+
+def conclude(
+    workspace: Workspace,
+    choice: Choice,
+    pruned: Mask,
+    weights: Array | None,
+    records: tuple[StageRecord, ...],
+    about: dict[str, Any],
+    *,
+    terms: Array | None = None,
+    solution: Solution | None = None,
+    own: bool = False,
+) -> PruneResult:
+    """Put weights and masks (n,) into a network, and report; `about` holds the fields that depend on the plan."""
+    layers, setup = workspace.layers, workspace.setup
+    norms = LayerNorms(layers, workspace.dense_layers(), pruned)
+    loss_dense = workspace.dense_loss
+    model, loss = workspace.network(weights, pruned, own=own)
+    rows = norms.reports(layers.parameters(model), terms)
+    masks = workspace.finish(model, pruned)
+    if len(records) == 1 and math.isnan(records[0].loss_after):
+        records = (replace(records[0], loss_after=loss),)
+    last = next((record for record in reversed(records) if record.solver), None)
+    n_kept = layers.n - int(np.count_nonzero(pruned))
+    values = {
+        "layers": rows,
+        "n": layers.n,
+        "n_kept": n_kept,
+        "sparsity": (layers.n - n_kept) / layers.n,
+        "sparsity_asked": (layers.n - choice.kept(layers.n)) / layers.n if choice.sparsity is None else choice.sparsity,
+        "solver": choice.solver.spec if last is None else last.solver,
+        "update": choice.update.value,
+        "objective": math.nan if last is None else last.objective,
+        "bound": -math.inf if last is None else last.bound,
+        "status": "" if last is None else last.status,
+        "reason": "" if last is None else last.reason,
+        "loss_dense": loss_dense,
+        "loss_pruned": loss,
+        "loss_samples": workspace.meter.n_samples,
+        "gradient_method": ", ".join(dict.fromkeys(record.method for record in records)),
+        "stages": len(records),
+        "seed": setup.seed if choice.seed is None else choice.seed,
+        "device": str(setup.place),
+        "seconds_gradients": float(sum(record.seconds_gradients for record in records)),
+        "seconds_solve": float(sum(record.seconds_solve for record in records)),
+        "seconds_update": float(sum(record.seconds_update + record.seconds_batch_norm for record in records)),
+        "repairs": tuple(dict.fromkeys(repair for record in records for repair in record.repairs)),
+    }
+    report = PruneReport(**{**values, **about})
+    return PruneResult(model, masks, report, pruned, layers, solution, records)

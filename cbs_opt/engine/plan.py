@@ -1,0 +1,98 @@
+"""What is done to a network, in order: a plan is a sequence of steps.
+
+`Prune` removes weights until a number of them stays; `Polish` leaves the number as it is, refits and swaps where that
+pays. One shot is a plan of a single `Prune`, on gradients taken once. In stages every step starts with gradients at the
+weights that the step before has left, and how steps are taken is said by `StageOptions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cbs_opt.engine.schedules import kept_after_stages
+from cbs_opt.engine.stage_options import StageOptions
+from solvers.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Remove weights until `n_kept` stay."""
+
+    n_kept: int
+
+
+@dataclass(frozen=True)
+class Polish:
+    """Refit the weights that stay and swap where it pays; undone if the loss does not fall."""
+
+
+Step: TypeAlias = Prune | Polish
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order.
+
+    Attributes
+    ----------
+    steps : tuple of Step
+    stages : StageOptions, optional
+        How steps are taken, each at gradients of its own; None for one shot, a single `Prune`.
+
+    Raises
+    ------
+    OptionError
+        For several steps without options.
+    """
+
+    steps: tuple[Step, ...]
+    stages: StageOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.stages is None and (len(self.steps) != 1 or not isinstance(self.steps[0], Prune)):
+            raise OptionError("one shot is a single Prune; a plan of other steps needs StageOptions")
+
+    @classmethod
+    def one_shot(cls, n_kept: int) -> Plan:
+        """Gradients once, one choice, one update."""
+        return cls((Prune(n_kept),))
+
+    @classmethod
+    def staged(cls, options: StageOptions, *, n: int, n_kept: int, n_start: int | None = None) -> Plan:
+        """The steps that `options` ask for.
+
+        Parameters
+        ----------
+        options : StageOptions
+        n : int
+            Prunable weights.
+        n_kept : int
+            Weights that stay at the end.
+        n_start : int, optional
+            Weights that are still there; None means all.
+
+        Raises
+        ------
+        OptionError
+            For numbers that do not fit.
+        """
+        start = n if n_start is None else n_start
+        if not 0 <= n_kept <= start:
+            raise OptionError(f"n_kept must lie in [0, {start}], the weights still there, not {n_kept}")
+        if options.levels is not None:
+            levels = [int(n * (1.0 - level)) for level in options.levels]
+            counts = (*(k for k in levels if n_kept < k <= start), n_kept)
+        elif options.n_stages == 0:
+            if n_kept != start:
+                raise OptionError(f"n_stages=0 only polishes, but {start - n_kept} weights are still to be removed")
+            counts = ()
+        else:
+            first = None if options.first_sparsity is None else int(n * (1.0 - options.first_sparsity))
+            counts = kept_after_stages(options.schedule, start, n_kept, options.n_stages, n_first=first)
+        steps: list[Step] = []
+        for count in counts:
+            # A level that is listed twice is a step at which nothing is left to remove.
+            steps.append(Prune(count) if count < start else Polish())
+            start = count
+        return cls((*steps, *(Polish(),) * options.n_polish), options)

@@ -1,0 +1,115 @@
+"""Carrying out a plan: the one way from a network and its data to a pruned network and its report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.forward import LossFunction
+from cbs_opt.engine.checks import check_journal, check_plan
+from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.estimate import announce
+from cbs_opt.engine.journal import StageState
+from cbs_opt.engine.measured import Measured, conclude, take_gradients
+from cbs_opt.engine.plan import Plan
+from cbs_opt.engine.setup import Setup
+from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
+from cbs_opt.engine.stages import run_stages
+from cbs_opt.engine.workspace import Workspace, open_workspace
+from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import Progress
+from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.report.records import StageRecord
+from cbs_opt.report.result import PruneResult
+
+
+def run(
+    model: nn.Module,
+    data: object,
+    loss_fn: LossFunction,
+    setup: Setup,
+    choice: Choice,
+    stages: StageOptions | None = None,
+    *,
+    journal: Path | str | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a network; see `cbs_opt.prune` for what the arguments are made of, and the errors.
+
+    Parameters
+    ----------
+    model, data, loss_fn
+    setup : Setup
+    choice : Choice
+    stages : StageOptions, optional
+        None is one shot.
+    journal : path, optional
+    progress : callable, optional
+    """
+    if stages is not None and setup.fisher is None:
+        setup = setup.with_fisher(FisherOptions(batch_size=LEAST_BATCH))
+    plans: list[Plan] = []
+
+    def check(network: nn.Module, layers: PrunableLayers) -> None:
+        n_kept = choice.kept(layers.n)
+        plan = Plan.one_shot(n_kept) if stages is None else Plan.staged(stages, n=layers.n, n_kept=n_kept)
+        check_journal(plan, journal)
+        check_plan(network, layers, setup, choice, plan, CalibrationData.count(data, setup.samples))
+        plans.append(plan)
+
+    workspace = open_workspace(model, data, loss_fn, setup, check)
+    return carry_out(workspace, choice, plans[0], journal=journal, progress=progress)
+
+
+def carry_out(
+    workspace: Workspace,
+    choice: Choice,
+    plan: Plan,
+    *,
+    journal: Path | str | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Carry out a plan that was checked, on the network of a workspace, which is given away as the result."""
+    if plan.stages is None:
+        need = choice.needs
+        if need:
+            announce(workspace, plan)
+        measured = Measured(workspace, workspace.setup.options, take_gradients(workspace, need, progress))
+        return measured.one_shot(choice, own=True)
+    # Before the first stage changes them.
+    _ = workspace.weights, workspace.dense_loss
+    announce(workspace, plan)
+    total = len(plan.steps)
+
+    def tick(record: StageRecord, _: StageState) -> None:
+        if progress is not None:
+            progress(record.stage, max(total, record.stage))
+
+    found = run_stages(workspace, choice, plan, journal=journal, progress=tick)
+    fisher, layers = workspace.setup.options, workspace.layers
+    records = found.records
+    about: dict[str, Any] = {
+        "update_scale": math.nan,
+        "objective_kind": choice.goal(staged=True).value,
+        "refit_objective": math.nan,
+        "gap": math.inf,
+        "curvature": "fisher",
+        "n_rows": fisher.rows_for(workspace.data),
+        "batch_size": fisher.batch_size,
+        "damping": float(fisher.damping),
+        "blocks": str(fisher.spec),
+        "n_blocks": len(contiguous_partition(layers, fisher.spec).sizes),
+        "first_order": None,
+        "statistics": {},
+    }
+    if found.n_resumed:
+        note = f"{found.n_resumed} stages were read from the journal and not run again"
+        about["repairs"] = tuple(dict.fromkeys((note, *(repair for record in records for repair in record.repairs))))
+    weights = np.where(found.state.pruned, 0.0, found.state.weights.cpu().numpy())
+    return conclude(workspace, choice, found.state.pruned, weights, records, about, own=True)

@@ -1,0 +1,87 @@
+"""The model side of a pruning: which layers, which data, what is measured and where.
+
+Every argument of `cbs_opt.prune` and `cbs_opt.prepare` that is about the network is a field of `Setup`, and everything
+below them is handed the whole object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cbs_opt.data.calibration import CalibrationOptions
+from cbs_opt.data.losses import MOST_SAMPLES
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.network.devices import resolve_device
+from solvers.errors import OptionError, UnknownNameError
+
+#: Kinds of curvature that can be measured.
+CURVATURES = ("fisher", "none")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a network is made ready to be pruned.
+
+    Attributes
+    ----------
+    fisher : FisherOptions, optional
+        Rows, batch size, damping and blocks of the quadratic model; None takes rows of one sample, in stages of 16.
+    curvature : {"fisher", "none"}
+        What is measured. With ``none`` only solvers and updates that need no more than the weights can be used;
+        with ``fisher``, `cbs_opt.prune` still measures no more than solver and update need.
+    calibration : CalibrationOptions, optional
+        Which samples of the data are used; None takes all.
+    include, exclude : patterns
+        Which layers; see `cbs_opt.find_layers`.
+    device : {"auto", "cpu", "cuda"} or torch.device
+    seed : int
+        Of rows, calibration samples and solvers, unless they have their own.
+    loss_samples : int
+        Calibration losses, by which solvers pick among masks, are taken over at most this many samples.
+
+    Raises
+    ------
+    OptionError, UnknownNameError
+    """
+
+    fisher: FisherOptions | None = None
+    curvature: str = "fisher"
+    calibration: CalibrationOptions | None = None
+    include: Sequence[str] | str = ("*",)
+    exclude: Sequence[str] | str = ()
+    device: torch.device | str = "auto"
+    seed: int = 0
+    loss_samples: int = MOST_SAMPLES
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise UnknownNameError.of("curvature", str(self.curvature), CURVATURES)
+        for name, least in (("seed", 0), ("loss_samples", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise OptionError(f"{name} must be an integer of at least {least}, not {value!r}")
+            object.__setattr__(self, name, int(value))
+        object.__setattr__(self, "device", resolve_device(self.device))
+
+    @property
+    def options(self) -> FisherOptions:
+        """`fisher`, or its defaults."""
+        return self.fisher or FisherOptions()
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device)
+
+    @property
+    def samples(self) -> CalibrationOptions:
+        """`calibration`, or its defaults."""
+        return self.calibration or CalibrationOptions(seed=self.seed)
+
+    def with_fisher(self, fisher: FisherOptions) -> Setup:
+        """The same with other options of the quadratic model."""
+        return replace(self, fisher=fisher)

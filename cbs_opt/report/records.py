@@ -1,0 +1,89 @@
+"""The record that each step of a plan leaves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a step of a plan did; nan, or nothing, where a figure does not exist.
+
+    Attributes
+    ----------
+    stage : int
+        From 1.
+    kind : {"prune", "polish"}
+    n_kept : int
+    sparsity : float
+        After the stage.
+    loss_gradients : float
+        Mean loss of the batches the gradients were taken over, before the step.
+    loss_before, loss_masked, loss_after : float
+        Loss before the step, with the mask and no update, and after it: in stages on held-out training data, in one
+        shot the calibration loss.
+    damping : float
+        λ of the update.
+    step : float
+        Length of the update; 0 where no step lowered the loss and the weights were left alone.
+    momentum : float
+        Share of the last step in it.
+    evaluations : int
+        Losses taken by the searches.
+    first_order : bool
+        Whether the choice saw the gradient.
+    method : str
+        How gradients were taken.
+    n_regrown : int
+        Removed weights that came back.
+    n_images : int
+        Samples whose gradients were taken.
+    solver : str
+        Empty where nothing was to be chosen.
+    objective, bound : float
+    status, reason : str
+        Of the solver's mask, as in `solvers.Solution`.
+    seconds_gradients, seconds_solve, seconds_update, seconds_batch_norm : float
+    repairs : tuple of str
+    """
+
+    stage: int
+    kind: str
+    n_kept: int
+    sparsity: float
+    loss_gradients: float
+    loss_before: float
+    loss_masked: float
+    loss_after: float
+    damping: float
+    step: float
+    evaluations: int
+    n_regrown: int
+    n_images: int
+    solver: str
+    objective: float
+    seconds_gradients: float
+    seconds_solve: float
+    seconds_update: float
+    seconds_batch_norm: float
+    repairs: tuple[str, ...] = ()
+    momentum: float = 0.0
+    first_order: bool = False
+    bound: float = -math.inf
+    status: str = ""
+    reason: str = ""
+    method: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StageRecord:
+        """The inverse of `as_dict`; entries that are not known are left out."""
+        known = {entry.name for entry in fields(cls)}
+        chosen = {key: value for key, value in values.items() if key in known}
+        chosen["repairs"] = tuple(chosen.get("repairs", ()))
+        return cls(**chosen)
