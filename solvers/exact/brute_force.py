@@ -22,7 +22,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from solvers.exact.formulation import complete_square
+from solvers.exact.completion import complete_square
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver

@@ -29,6 +29,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from solvers.errors import BackendError, ProblemError
+from solvers.exact.completion import Completed, complete_square, hessian_root
 from solvers.exact.incumbent import local_optimum
 from solvers.exact.splitting import optimal_diagonal
 from solvers.problem import Array, Mask, Objective, ProblemArrays, SelectionProblem
@@ -39,59 +40,8 @@ from solvers.solver import Context, Deadline
 TARGET = 1.0
 #: Feasibility and integrality tolerance asked of the solvers.
 FEASIBILITY = 1e-9
-#: Singular values below this fraction of the largest count as zero.
-_RANK = 1e-13
-#: A gradient counts as outside the range of H when this fraction of it is (as in `solvers.refit`).
-_OUTSIDE = 1e-6
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Square:
-    """CBS with the square completed: ½‖root·v − target‖² + constant, over v with v_P = 0.
-
-    Attributes
-    ----------
-    root : (m, n), m ≤ n
-        Triangular factor of H.
-    centre : (n,)
-        c = w + d₀, the unconstrained minimiser.
-    target : (m,)
-        root·c
-    constant : float
-        −½ d₀ᵀ H d₀
-    """
-
-    root: Array
-    centre: Array
-    target: Array
-    constant: float
-
-
-def hessian_root(arrays: ProblemArrays) -> Array:
-    """R (m, n) with RᵀR = H and m ≤ n, without forming H."""
-    damped = arrays.damping > 0
-    stacked = np.vstack([arrays.factor, np.diag(np.sqrt(arrays.damping))[damped]])
-    return np.asarray(np.linalg.qr(stacked, mode="r")) if stacked.shape[0] > stacked.shape[1] else stacked
-
-
-def complete_square(arrays: ProblemArrays) -> Square | None:
-    """The joint objective as best-subset regression; None where it is unbounded below for some mask."""
-    root = hessian_root(arrays)
-    gradient = arrays.gradient
-    if not gradient.any():
-        return Square(root, arrays.weights, root @ arrays.weights, 0.0)
-    left, singular, right = np.linalg.svd(root, full_matrices=False)
-    keep = singular > _RANK * max(float(singular[0]), np.finfo(float).tiny)
-    left, singular, right = left[:, keep], singular[keep], right[keep]
-    inner = right @ gradient
-    if np.linalg.norm(gradient - right.T @ inner) > _OUTSIDE * np.linalg.norm(gradient):
-        return None
-    image = -left @ (inner / singular)
-    step = -right.T @ (inner / singular**2)
-    constant = -0.5 * float(image @ image)
-    return Square(root, arrays.weights + step, root @ arrays.weights + image, constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +176,7 @@ class Model:
 
 
 def _split(
-    root: Array, square: Square | None, n_kept: int, unit: float, deadline: Deadline | None = None
+    root: Array, square: Completed | None, n_kept: int, unit: float, deadline: Deadline | None = None
 ) -> tuple[Array, Array]:
     """(B₀ (m, n), d (n,)) with H = B₀ᵀB₀ + diag(d), H₀ ⪰ 0.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.errors import ProblemError
-from solvers.exact.formulation import complete_square
+from solvers.exact.completion import complete_square
 from solvers.problem import Array, Mask, ProblemArrays
 
 #: A correlation matrix with a smaller eigenvalue than this is treated as singular and gets `RIDGE` on its diagonal.

@@ -7,7 +7,7 @@ Completing the square (H d₀ = −g, c = w + d₀) turns CBS into best-subset r
 The damping alone makes a weak perspective relaxation (λ is 1e-5 to 1e-7 of ‖H‖). Each node therefore carries its own
 diagonal D with G − D ⪰ 0, G the Hessian of the open weights after the kept ones are eliminated, and improves it
 together with the relaxation (`solvers.exact.joint_bound`, where the mathematics is). The tree is
-best-first (`solvers.exact.best_first`), starts from swap-optimal masks (`solvers.joint.dense_search`), fixes weights by
+best-first (`solvers.exact.best_first`), starts from swap-optimal masks (`solvers.exact.joint_start`), fixes weights by
 reduced costs at every node, enumerates nodes with few choices left, and branches on the weight with the largest z.
 
 References
@@ -25,16 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from threadpoolctl import threadpool_limits
 
 from solvers.exact import joint_nodes, symmetry
 from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
 from solvers.exact.joint_bound import bound_node
 from solvers.exact.joint_square import Square, first_diagonal, prepare, ridge_cost
-from solvers.joint.dense_search import DenseJoint, descend, search
-from solvers.moves.elimination_path import eliminate_dense
-from solvers.moves.reduced import ReducedProblem
+from solvers.exact.joint_start import ZERO, find_incumbent, improved, must_stay
 from solvers.problem import Array, Mask
 from solvers.solution import Reason
 from solvers.solver import Deadline
@@ -43,11 +40,6 @@ from solvers.solver import Deadline
 RELATIVE_TOLERANCE = 1e-8
 #: or by this fraction of the height above the unconstrained minimum, below which float64 knows nothing.
 HEIGHT_TOLERANCE = 1e-14
-#: Heights below this fraction of ½ cᵀHc, the square of what float64 resolves, are zero.
-_ZERO = 1e-28
-#: A weight is eliminated before the tree is grown if its ½ ĉ² is so many times the incumbent's height.
-_OUT_OF_SCALE = 1e6
-_TABU_SWAPS = 1000
 
 
 class JointTreeResult(NamedTuple):
@@ -174,36 +166,6 @@ def _single(array: Array) -> npt.NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def value_of(square: Square, pruned: Mask) -> Incumbent:
-    """A mask with its value in the units of the tree."""
-    return Incumbent(pruned, float(joint_nodes.mask_value(square.hessian, square.scaled_root, square.centre, pruned)))
-
-
-def improved(square: Square, pruned: Mask, deadline: Deadline | None = None) -> Incumbent:
-    """The one-swap local optimum reached from a mask by the steepest swaps."""
-    dense = DenseJoint(square.hessian, square.linear, 1.0)
-    gain = 1e-10 * value_of(square, pruned).value
-    return value_of(square, ~descend(dense, ~pruned, gain, deadline).kept)
-
-
-def find_incumbent(square: Square, n_prune: int, start: Mask | None, seed: int, deadline: Deadline) -> Incumbent:
-    """The best of backward elimination (and a given start) after swaps and a tabu walk, in a third of the time left."""
-    n = square.centre.size
-    dense = DenseJoint(square.hessian, square.linear, 1.0)
-    reduced = ReducedProblem(torch.from_numpy(dense.hessian), torch.from_numpy(dense.linear))
-    order, _ = eliminate_dense(reduced, n_prune, "scaled")
-    first = np.zeros(n, dtype=bool)
-    first[order.numpy()] = True
-    starts = [first] if start is None else [first, np.asarray(start, dtype=bool)]
-    limit = 0.3 * deadline.remaining()
-    inner = Deadline(None if math.isinf(limit) else limit)
-    swaps = int(min(_TABU_SWAPS, 1e9 / n**2))
-    found = search(dense, [~mask for mask in starts], swaps, np.random.default_rng(seed), inner)
-    # Rounding along the walk may overrate what it found: the starts are compared by their own values.
-    candidates = [value_of(square, mask) for mask in (~found.kept, *starts)]
-    return min(candidates, key=lambda candidate: candidate.value)
-
-
 def solve_joint_tree(
     weights: Array,
     factor: Array,
@@ -263,10 +225,10 @@ def solve_joint_tree(
     inside, whole = np.arange(n), square
     with threadpool_limits(limits=1, user_api="blas"):
         best = find_incumbent(square, n_prune, incumbent, seed, deadline)
-        while (stays := _must_stay(square, best)).any():
+        while (stays := must_stay(square, best)).any():
             square, inside = square.keeping(stays), inside[~stays]
             best = find_incumbent(square, n_prune, best.pruned[~stays], seed, deadline)
-        if best.value <= _ZERO:
+        if best.value <= ZERO:
             bound, reason, statistics = 0.0, Reason.COMPLETED, {"nodes": 0.0}
         else:
             relaxation = _JointRelaxation(square, n_prune, deadline, relative_tolerance)
@@ -282,14 +244,6 @@ def solve_joint_tree(
     if square.ridge > 0.0:
         statistics["ridge"] = square.ridge
     return JointTreeResult(mask, min(bound * square.unit + square.constant, value), reason, statistics)
-
-
-def _must_stay(square: Square, best: Incumbent) -> Mask:
-    """Weights out of the incumbent's scale whose removal alone costs more than it, bool (n,)."""
-    large = 0.5 * square.centre**2 > _OUT_OF_SCALE * best.value
-    if best.value <= _ZERO or not large[~best.pruned].any():
-        return np.zeros(large.size, dtype=bool)
-    return np.asarray(large & ~best.pruned & (square.removal_costs() > best.value * (1.0 + 1e-6)))
 
 
 def joint_root_bound(
@@ -326,7 +280,7 @@ def joint_root_bound(
             0.1,
             1e-6,
             n_steps,
-            2.0 * max(best.value, _ZERO),
+            2.0 * max(best.value, ZERO),
         )
     bound = max(0.0, bound - ridge_cost(square, best.pruned))
     value = min(bound * square.unit + square.constant, square.value(best.pruned))

@@ -9,7 +9,7 @@ import numpy as np
 
 from solvers.exact.best_first import Incumbent
 from solvers.moves import kicks, selection_swaps
-from solvers.problem import Array, Mask
+from solvers.problem import Array, Mask, ProblemArrays
 from solvers.solver import Deadline
 
 _TABU_ROUNDS = 10
@@ -53,6 +53,16 @@ class ScaledSelection:
         roots = np.sort(np.sqrt(np.maximum(np.diag(self.quadratic)[candidates], 0.0)))[-self.count :]
         slopes = np.sort(np.abs(self.linear[candidates]))[-self.count :]
         return 16.0 * eps * (float(roots.sum()) ** 2 + float(slopes.sum()))
+
+
+def scaled(arrays: ProblemArrays, n_prune: int) -> tuple[ScaledSelection, float]:
+    """The problem with Q = diag(w) H diag(w) and c = g·w in units of the largest entry, and that unit."""
+    columns = arrays.factor * arrays.weights
+    quadratic = columns.T @ columns
+    quadratic[np.diag_indices(arrays.weights.size)] += arrays.damping * arrays.weights**2
+    linear = arrays.gradient * arrays.weights
+    unit = unit_of(quadratic, linear)
+    return ScaledSelection(np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / unit), linear / unit, n_prune), unit
 
 
 def find_incumbent(problem: ScaledSelection, deadline: Deadline, seed: int, start: Mask | None) -> Incumbent:

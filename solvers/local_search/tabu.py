@@ -20,7 +20,7 @@ import numpy as np
 from solvers.local_search.descent import descend
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
-from solvers.moves import selection_swaps
+from solvers.moves import kicks, selection_swaps
 from solvers.moves.starts import STARTS, starting_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
@@ -135,13 +135,10 @@ def _move_to(piece: WorkingSet, target: np.ndarray) -> float:
 
 def _shake(piece: WorkingSet, swaps: int, rng: np.random.Generator) -> float:
     """Up to `swaps` random swaps at once; the change of the objective."""
-    inside, outside = np.flatnonzero(piece.pruned), np.flatnonzero(~piece.pruned)
-    count = min(1 + int(rng.integers(swaps)), inside.shape[0], outside.shape[0])
-    moved = np.zeros(piece.pruned.shape[0])
-    moved[rng.permutation(inside)[:count]] = -1.0
-    moved[rng.permutation(outside)[:count]] = 1.0
+    target = kicks.exchanged(piece.pruned, 1 + int(rng.integers(swaps)), rng)
+    moved = target.astype(np.float64) - piece.pruned
     pull = moved @ piece.table
     change = float(moved @ piece.forces + 0.5 * moved @ pull)
     piece.forces += pull
-    piece.pruned[moved != 0.0] = moved[moved != 0.0] > 0.0
+    piece.pruned[:] = target
     return change

@@ -68,31 +68,6 @@ def steepest_descent(table: Array, forces: Array, pruned: Mask, min_gain: float,
 
 
 @numba.njit(cache=True, nogil=True)
-def _kth_smallest(values: Array, k: int) -> float:
-    """The k-th smallest value, k from 0, by quickselect; reorders `values`."""
-    low, high = 0, values.shape[0] - 1
-    while low < high:
-        pivot = values[(low + high) // 2]
-        i, j = low, high
-        while i <= j:
-            while values[i] < pivot:
-                i += 1
-            while values[j] > pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if k <= j:
-            high = j
-        elif k >= i:
-            low = i
-        else:
-            break
-    return float(values[k])
-
-
-@numba.njit(cache=True, nogil=True)
 def _shortlist(score: Array, pruned: Mask, side: bool, size: int) -> Index:
     """Positions of the `size` smallest scores among those whose `pruned` is `side`, in order of position."""
     n = score.shape[0]
@@ -106,13 +81,13 @@ def _shortlist(score: Array, pruned: Mask, side: bool, size: int) -> Index:
             count += 1
     if count <= size:
         return chosen[:count]
-    limit = _kth_smallest(values[:count], size - 1)
+    limit = np.partition(values[:count], size - 1)[size - 1]
     ties = size
     for m in range(count):
-        ties -= score[chosen[m]] < limit
+        ties -= values[m] < limit
     kept = 0
     for m in range(count):
-        here = score[chosen[m]]
+        here = values[m]
         if here < limit or (here == limit and ties > 0):
             ties -= here == limit
             chosen[kept] = chosen[m]
@@ -142,11 +117,10 @@ def tabu_search(
     """
     n = forces.shape[0]
     idle = 0
-    score = np.empty(n)
+    score, half = np.empty(n), 0.5 * np.diag(table)
     for step in range(clock, clock + iterations):
         for k in range(n):
-            half = 0.5 * table[k, k]
-            score[k] = half - forces[k] if pruned[k] else half + forces[k]
+            score[k] = half[k] - forces[k] if pruned[k] else half[k] + forces[k]
         inside = _shortlist(score, pruned, True, candidates)
         outside = _shortlist(score, pruned, False, candidates)
         lowest, low_i, low_j, ties = np.inf, -1, -1, 0

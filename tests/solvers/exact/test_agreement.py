@@ -13,7 +13,7 @@ import pytest
 
 import solvers
 from solvers import Capability, SelectionProblem, SingularHessianError, Status, make_solver, solve
-from solvers.exact.formulation import complete_square
+from solvers.exact.completion import complete_square
 from solvers.testing import random_problem
 
 BACKENDS = ["branch_bound", "ortools_miqp", "ortools_cpsat", "cvxpy_miqp"]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from solvers import Context, ProblemError, QuadraticBlock, Reason, SelectionProblem, solve
-from solvers.exact.formulation import TARGET, Model, build, complete_square, hessian_root
+from solvers.exact.completion import complete_square, hessian_root
+from solvers.exact.formulation import TARGET, Model, build
 from solvers.exact.splitting import optimal_diagonal
 from solvers.testing import random_problem
 
