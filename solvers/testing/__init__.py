@@ -9,6 +9,16 @@ def test_my_solver():
 from __future__ import annotations
 
 from solvers.testing.conformance import CheckResult, ConformanceReport, check_solver
-from solvers.testing.instances import KINDS, random_problem
+from solvers.testing.curvature_checks import check_curvature
+from solvers.testing.instances import CURVATURES, KINDS, random_problem, with_curvature
 
-__all__ = ["KINDS", "CheckResult", "ConformanceReport", "check_solver", "random_problem"]
+__all__ = [
+    "CURVATURES",
+    "KINDS",
+    "CheckResult",
+    "ConformanceReport",
+    "check_curvature",
+    "check_solver",
+    "random_problem",
+    "with_curvature",
+]

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from solvers.block import QuadraticBlock
+from solvers.budget import Budget
+from solvers.curvature import Unmeasured
 from solvers.errors import CapabilityError, CBSError, ProblemError, SingularHessianError
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.solution import Solution, Status
-from solvers.solver import CalibrationLoss, Capability, Solver
+from solvers.solver import CalibrationLoss, Capability, Need, Solver
 from solvers.solving import solve
-from solvers.testing.instances import KINDS, random_problem
+from solvers.testing.instances import CURVATURES, KINDS, random_problem, with_curvature
 
 #: Relative to the objective, and absolute relative to the problem's scale, where an optimum must be met.
 RELATIVE = 1e-6
@@ -327,6 +329,70 @@ def _refused(subject: Subject, problem: SelectionProblem, what: str) -> None:
     raise AssertionError(f"{what} is not among the capabilities, yet {_told(problem)} was accepted")
 
 
+def check_curvatures(subject: Subject) -> None:
+    """It runs on every kind of curvature it declares, correctly, and refuses the others."""
+    for objective in subject.objectives:
+        for kind in CURVATURES:
+            for index in range(subject.instances):
+                n, linear = subject.size(min(subject.largest, 9)), subject.linear(None)
+                drawn = random_problem(subject.seed + 61 + index, objective, n=n, kinds=("plain",), linear=linear)
+                problem = with_curvature(drawn, kind)
+                if not issubclass(kind, subject.solver.curvatures):
+                    _refused(subject, problem, f"a {kind.__name__} curvature")
+                    continue
+                solution, optimum = subject.solve(problem), _optimum(problem)
+                limit = optimum + _tolerance(problem, optimum)
+                told = f"{_told(problem)} with a {kind.__name__} curvature"
+                assert solution.objective >= optimum - _tolerance(problem, optimum), f"below the optimum on {told}"
+                assert solution.bound <= limit, f"bound {solution.bound!r} exceeds {optimum!r} on {told}"
+                if subject.can(Capability.EXACT):
+                    assert solution.objective <= limit, f"{solution.objective!r} is not {optimum!r} on {told}"
+
+
+def check_needs(subject: Subject) -> None:
+    """Without a curvature it works if it needs none, and is refused otherwise."""
+    for objective in subject.objectives:
+        drawn = random_problem(
+            subject.seed, objective, n=subject.size(6), linear=subject.linear(None), kinds=("plain",)
+        )
+        blocks = [
+            QuadraticBlock(b.weights, curvature=Unmeasured(b.n), gradient=b.gradient, name=b.name) for b in drawn.blocks
+        ]
+        problem = SelectionProblem(blocks, drawn.n_prune, objective)
+        if Need.CURVATURE in subject.solver.needs:
+            _refused(subject, problem, "a problem without curvature")
+        else:
+            value = subject.solve(problem).objective
+            assert math.isnan(value), f"without a curvature the objective must be nan, not {value!r}"
+
+
+@dataclass(frozen=True)
+class _OtherBudget(Budget):
+    """A budget that no solver knows."""
+
+    k: int
+
+    @property
+    def n_prune(self) -> int:
+        return self.k
+
+    def check(self, n: int) -> None:
+        """Every number fits."""
+
+    def violation(self, pruned: Mask) -> str:
+        return "" if int(pruned.sum()) == self.k else "another number is removed"
+
+
+def check_budgets(subject: Subject) -> None:
+    """A kind of budget that is not declared is refused."""
+    problem = random_problem(subject.seed, subject.objectives[0], n=subject.size(6), linear=subject.linear(None))
+    assert subject.solver.budgets, "budgets must name at least one kind"
+    unheard = SelectionProblem(problem.blocks, _OtherBudget(problem.n_prune), problem.objective)
+    if any(issubclass(_OtherBudget, kind) for kind in subject.solver.budgets):
+        raise NotApplicable("it declares every budget")
+    _refused(subject, unheard, "a budget of another kind")
+
+
 def check_warm_start(subject: Subject) -> None:
     """A solver with WARM_START never returns a mask worse than its start."""
     if not subject.can(Capability.WARM_START):
@@ -413,6 +479,9 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_linear_term,
     check_several_blocks,
     check_undeclared_objective,
+    check_curvatures,
+    check_needs,
+    check_budgets,
     check_warm_start,
     check_calibration,
     check_time_limit,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from solvers.block import QuadraticBlock
+from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.problem import Objective, SelectionProblem
 
 #: What a random problem may be afflicted with; `random_problem` combines up to two.
@@ -24,6 +25,36 @@ KINDS = (
     "tiny",
     "undamped",
 )
+
+
+#: Kinds of curvature that `with_curvature` makes.
+CURVATURES: tuple[type[Curvature], ...] = (LowRank, Dense, Diagonal, Kronecker)
+
+
+def with_curvature(problem: SelectionProblem, kind: type[Curvature]) -> SelectionProblem:
+    """A problem of like weights and scale whose blocks have another kind of curvature.
+
+    A Kronecker block takes its input moment from the first weights of the block, and as many rows as there is room for;
+    weights that are left over go, so that it may be a little smaller.
+    """
+    blocks = []
+    for block in problem.blocks:
+        hessian, n = block.curvature.dense(), block.n
+        curvature: Curvature = block.curvature
+        if kind is Dense:
+            curvature = Dense(hessian)
+        elif kind is Diagonal:
+            curvature = Diagonal(hessian.diagonal())
+        elif kind is Kronecker:
+            rows = 2 if n >= 4 else 1
+            inputs = n // rows
+            n = rows * inputs
+            moment = hessian[:inputs, :inputs] - block.damping * torch.eye(inputs, dtype=torch.float64)
+            curvature = Kronecker(torch.linspace(1.0, 2.0, rows), moment, block.damping)
+        gradient = None if block.gradient is None else block.gradient[:n]
+        blocks.append(QuadraticBlock(block.weights[:n], curvature=curvature, gradient=gradient, name=block.name))
+    n = sum(block.n for block in blocks)
+    return SelectionProblem(blocks, min(problem.n_prune, n - 1) if n > 1 else 0, problem.objective)
 
 
 def random_problem(
