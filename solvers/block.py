@@ -183,6 +183,16 @@ class QuadraticBlock:
             return self
         return _rebuild(self.weights, self.curvature.with_damping(damping), self.gradient, self.name)
 
+    def split(self) -> list[QuadraticBlock]:
+        """One block per component of the curvature, in order."""
+        parts = self.curvature.split()
+        if len(parts) == 1:
+            return [self]
+        weights = torch.split(self.weights, parts[0].n)
+        gradients = [None] * len(parts) if self.gradient is None else torch.split(self.gradient, parts[0].n)
+        names = [f"{self.name}[{number}]" for number in range(len(parts))]
+        return [_rebuild(*part) for part in zip(weights, parts, gradients, names, strict=True)]
+
     def select(self, index: torch.Tensor) -> QuadraticBlock:
         """The block of the weights `index` (m,) alone."""
         gradient = None if self.gradient is None else self.gradient[index]

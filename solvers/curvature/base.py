@@ -107,6 +107,12 @@ class Curvature(ABC):
         """The component of each of the weights `index` (m,), int64 (m,); components are consecutive, of equal size."""
         return torch.div(index, self.n // self.n_components, rounding_mode="floor")
 
+    def split(self) -> list[Curvature]:
+        """One curvature per component, in order; what they share is not copied."""
+        if self.n_components == 1:
+            return [self]
+        raise NotImplementedError(f"{type(self).__name__} has several components and must say how to split them")
+
     def quadratic(self, x: torch.Tensor) -> torch.Tensor:
         """½ xᵀHx for x of shape (n,), a float64 scalar; a sum of squares, so never negative."""
         return 0.5 * self.project(x).square().sum() + 0.5 * (self.ridge * x.square()).sum()

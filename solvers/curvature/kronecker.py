@@ -42,13 +42,16 @@ class Kronecker(Curvature):
     def __init__(self, row_scale: torch.Tensor, input_moment: torch.Tensor, damping: float = 0.0) -> None:
         if row_scale.ndim != 1 or row_scale.numel() == 0:
             raise ProblemError(f"row_scale must be a non-empty vector, not shape {tuple(row_scale.shape)}")
-        self.inputs = Dense(input_moment, damping)
-        self.row_scale = row_scale.to(self.inputs.device, torch.float64)
-        if bool((self.row_scale < 0.0).any()):
-            at = int((self.row_scale < 0.0).nonzero()[0])
-            raise ProblemError(f"row_scale must not be negative; entry {at} is {float(self.row_scale[at])!r}")
-        self.damping = self.inputs.damping
-        self.n_rows, self.n_inputs = int(row_scale.numel()), self.inputs.n
+        inputs = Dense(input_moment, damping)
+        scale = row_scale.to(inputs.device, torch.float64)
+        if bool((scale < 0.0).any()):
+            at = int((scale < 0.0).nonzero()[0])
+            raise ProblemError(f"row_scale must not be negative; entry {at} is {float(scale[at])!r}")
+        self._set(scale, inputs)
+
+    def _set(self, row_scale: torch.Tensor, inputs: Dense) -> None:
+        self.row_scale, self.inputs, self.damping = row_scale, inputs, inputs.damping
+        self.n_rows, self.n_inputs = int(row_scale.numel()), inputs.n
         self.n = self.n_rows * self.n_inputs
         self.n_components = self.n_rows
 
@@ -107,17 +110,20 @@ class Kronecker(Curvature):
         return torch.where(one.unsqueeze(1) == other, part, 0.0)
 
     def with_damping(self, damping: float) -> Kronecker:
-        other = Kronecker(self.row_scale, self.inputs.measured_part, damping)
-        other.inputs = self.inputs.with_damping(damping)
+        other = object.__new__(Kronecker)
+        other._set(self.row_scale, self.inputs.with_damping(damping))
         return other
 
     def select(self, index: torch.Tensor) -> Curvature:
         return Dense(self.submatrix(index, index))
 
-    def row(self, row: int) -> Dense:
-        """The curvature of one row: s_r (C + λI)."""
-        scale = float(self.row_scale[row])
-        return Dense(self.inputs.measured_part * scale, self.damping * scale)
+    def split(self) -> list[Curvature]:
+        rows: list[Curvature] = []
+        for row in range(self.n_rows):
+            part = object.__new__(Kronecker)
+            part._set(self.row_scale[row : row + 1], self.inputs)
+            rows.append(part)
+        return rows
 
     def digest_arrays(self) -> tuple[torch.Tensor, ...]:
         return self.row_scale, self.inputs.measured_part

@@ -22,7 +22,7 @@ import torch
 
 from solvers.block import QuadraticBlock
 from solvers.curvature import Diagonal
-from solvers.joint.kept import dense_problem, kept_system, regularised
+from solvers.joint.kept import dense_problem, kept_system, search_blocks
 from solvers.moves.elimination_path import eliminate_dense
 from solvers.problem import Array, Mask, SelectionProblem
 from solvers.solution import Reason
@@ -195,13 +195,11 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         zeros = np.flatnonzero(problem.weights == 0.0)
         pruned[zeros[: problem.n_prune]] = True
     left = problem.n_prune - int(pruned.sum())
-    repairs: list[str] = []
+    blocks, repairs = search_blocks(problem)
+    offsets = np.cumsum([0, *(block.n for block in blocks)])
     members: list[_Path | _Large] = []
-    for given, where in zip(problem.blocks, problem.slices, strict=True):
-        block, repair = regularised(given)
-        if repair:
-            repairs.append(repair)
-        kept = block.tensor_of(~pruned[where])
+    for block, offset in zip(blocks, offsets[:-1], strict=True):
+        kept = block.tensor_of(~pruned[offset : offset + block.n])
         small = int(kept.sum()) <= plan.exact_below or isinstance(block.curvature, Diagonal)
         members.append(_Path(block, kept, left) if small else _Large(block, kept, plan.refresh))
     start = problem.n - int(pruned.sum())
@@ -225,9 +223,9 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         exact.append(all(isinstance(member, _Path) for member in members))
         taken, spent = _take_round(members, share, pool)
         costs.append(spent)
-        for where, part in zip(problem.slices, taken, strict=True):
-            pruned[where.start + part] = True
-            order.append(where.start + part)
+        for offset, part in zip(offsets[:-1], taken, strict=True):
+            pruned[offset + part] = True
+            order.append(offset + part)
         left -= sum(part.size for part in taken)
     return Elimination(pruned, reason, tuple(repairs), rounds, np.concatenate(order), tuple(costs), tuple(exact))
 

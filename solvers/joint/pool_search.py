@@ -26,7 +26,7 @@ import torch
 from scipy.linalg import block_diag
 
 from solvers.joint.dense_search import DenseJoint, descend
-from solvers.joint.kept import KeptSystem, kept_system, regularised
+from solvers.joint.kept import KeptSystem, kept_system, search_blocks
 from solvers.problem import Mask, SelectionProblem
 from solvers.solution import Reason
 from solvers.solver import Deadline
@@ -180,9 +180,9 @@ def pool_search(
     record : callable, optional
         Told the objective after every round.
     """
-    systems = []
-    for block, where in zip(problem.blocks, problem.slices, strict=True):
-        systems.append(kept_system(regularised(block)[0], block.tensor_of(~start[where])))
+    blocks, _ = search_blocks(problem)
+    masks = torch.split(problem.tensors.of(~start), [block.n for block in blocks])
+    systems = [kept_system(block, mask) for block, mask in zip(blocks, masks, strict=True)]
     value = sum(system.objective() for system in systems)
     swaps = used = 0
     reason, complete = Reason.ITERATION_LIMIT, False

@@ -88,7 +88,11 @@ def test_rows_of_a_kronecker_curvature_are_blocks_of_their_own() -> None:
     weights = normal(6, curvature.n)
     whole = SelectionProblem(QuadraticBlock(weights, curvature=curvature), 7, "joint")
     d = curvature.n_inputs
-    rows = [QuadraticBlock(weights[r * d : (r + 1) * d], curvature=curvature.row(r)) for r in range(curvature.n_rows)]
+    matrix = curvature.inputs.matrix
+    rows = [
+        QuadraticBlock(weights[r * d : (r + 1) * d], curvature=Dense(scale * matrix))
+        for r, scale in enumerate(curvature.row_scale.tolist())
+    ]
     apart = SelectionProblem(rows, 7, "joint")
     pruned = np.random.default_rng(7).random(whole.n) < 0.4
     assert whole.selection_value(pruned) == pytest.approx(apart.selection_value(pruned), rel=1e-12)
@@ -96,7 +100,7 @@ def test_rows_of_a_kronecker_curvature_are_blocks_of_their_own() -> None:
     for name in ("obd", "greedy_ls[start=obd]", "best_swap"):
         one, other = (solvers.solve(p.with_objective("selection"), name) for p in (whole, apart))
         assert one.objective == pytest.approx(other.objective, rel=1e-9), name
-    for name in ("iht[metric=obs]", "admm"):
+    for name in ("iht[metric=obs]", "admm", "obs", "joint_ls", "joint_ls[dense_limit=1]"):
         one, other = solvers.solve(whole, name), solvers.solve(apart, name)
         assert one.objective == pytest.approx(other.objective, rel=1e-6), name
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 
 from solvers.block import QuadraticBlock
-from solvers.curvature import Dense, Diagonal, LowRank
+from solvers.curvature import Dense, Diagonal, Kronecker, LowRank
 from solvers.joint.kept.base import KeptSystem
 from solvers.joint.kept.dense import DenseKeptSystem
 from solvers.joint.kept.diagonal import DiagonalKeptSystem
 from solvers.joint.kept.low_rank import LowRankKeptSystem
-from solvers.joint.kept.regularise import regularised
+from solvers.joint.kept.regularise import regularised, search_blocks
 from solvers.moves.reduced import ReducedProblem
 
-__all__ = ["KEPT_SYSTEMS", "KeptSystem", "dense_problem", "kept_system", "regularised"]
+__all__ = ["KEPT_SYSTEMS", "KeptSystem", "dense_problem", "kept_system", "regularised", "search_blocks"]
 
-#: Kinds of curvature that have a kept system.
-KEPT_SYSTEMS = (LowRank, Dense, Diagonal)
+#: Kinds of curvature whose components have a kept system.
+KEPT_SYSTEMS = (LowRank, Dense, Diagonal, Kronecker)
 
 
 def kept_system(block: QuadraticBlock, kept: torch.Tensor) -> KeptSystem:
-    """The kept system of a (regularised) block whose curvature is one of `KEPT_SYSTEMS`; `kept` is a bool mask (n,)."""
+    """The kept system of a block as `search_blocks` gives them; `kept` is a bool mask (n,)."""
     if isinstance(block.curvature, LowRank):
         return LowRankKeptSystem(block, kept)
     return DiagonalKeptSystem(block, kept) if isinstance(block.curvature, Diagonal) else DenseKeptSystem(block, kept)
