@@ -77,6 +77,7 @@ class Prepared(Measured):
         update: Update | str = Update.COMBINATORIAL,
         scale: float = 1.0,
         objective: Objective | str = Objective.SELECTION,
+        judge: bool = True,
     ) -> PruneResult:
         """Update the kept weights of masks of any origin; a sweep of the scale solves once.
 
@@ -90,6 +91,8 @@ class Prepared(Measured):
             Multiplies the step of the kept weights.
         objective : {"selection", "joint"}
             By which the masks are judged in the report.
+        judge : bool
+            As in `one_shot`.
 
         Raises
         ------
@@ -115,7 +118,7 @@ class Prepared(Measured):
             seconds=0.0,
             solver="masks given",
         )
-        return self.one_shot(choice, (problem, given))
+        return self.one_shot(choice, (problem, given), judge=judge)
 
     def with_fisher(self, fisher: FisherOptions) -> Prepared:
         """The same gradients under another damping, block structure or first-order term.

@@ -165,6 +165,7 @@ class Measured:
         chosen: tuple[SelectionProblem, Solution] | None = None,
         *,
         own: bool = False,
+        judge: bool = True,
     ) -> PruneResult:
         """Choose, update, and put into the network.
 
@@ -175,6 +176,8 @@ class Measured:
             What `choose` has found; None chooses.
         own : bool
             Give the network of the workspace away instead of a copy; nothing here can be used afterwards.
+        judge : bool
+            Refit the mask for the report where the update does not yield its refit objective; it costs as much as one.
         """
         workspace, to_network = self.workspace, self.blocks.partition.to_network
         loss_dense = workspace.dense_loss
@@ -185,7 +188,7 @@ class Measured:
         if self.has is Need.CURVATURE:
             updated = self.update(problem, solution.pruned, choice.update, choice.update_scale)
             weights, repairs, seconds = to_network(updated.weights), (*repairs, *updated.repairs), updated.seconds
-            solution, more = self._judged(problem, solution, updated)
+            solution, more = self._judged(problem, solution, updated, judge)
             repairs = (*repairs, *more)
             terms = to_network(contributions(problem, solution.pruned, solution.refit_weights))
         sample = self._gradients
@@ -234,12 +237,12 @@ class Measured:
         return conclude(workspace, choice, pruned, weights, (record,), about, terms=terms, solution=solution, own=own)
 
     def _judged(
-        self, problem: SelectionProblem, solution: Solution, updated: Updated
+        self, problem: SelectionProblem, solution: Solution, updated: Updated, judge: bool
     ) -> tuple[Solution, tuple[str, ...]]:
         """The solution with its refit objective: every mask is judged by the joint objective, whatever the update."""
         if not math.isnan(updated.refit_objective):
             return replace(solution, refit_objective=updated.refit_objective), ()
-        if not math.isnan(solution.refit_objective):
+        if not math.isnan(solution.refit_objective) or not judge:
             return solution, ()
         judged = refit(problem, solution.pruned)
         return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs

@@ -7,13 +7,16 @@ the gap to the best known value, and plots. The blocks are .npz files, or cut fr
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from experiments.commands.grouping import grouped
 from experiments.commands.shell import on_backend, wide_console
+from experiments.networks.load import Source
 from experiments.reports.gaps import (
     best_values,
     proven_values,
@@ -22,85 +25,58 @@ from experiments.reports.gaps import (
     write_markdown,
     write_plots,
 )
-from experiments.runs.cutting import cut_blocks
+from experiments.runs.cutting import CutOptions, cut_blocks
 from experiments.runs.rows import ResultsFile
-from experiments.runs.solves import Comparison, find_blocks, plan, stored_optima
+from experiments.runs.solves import Comparison, SolveOptions, find_blocks, plan, stored_optima
 from solvers.errors import OptionError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
-def main(
-    solver: Annotated[list[str], typer.Option(help="Solvers, e.g. greedy_ls 'branch_bound[node_limit=1000]'.")],
-    blocks: Annotated[Path | None, typer.Option(help="Folder of .npz blocks, perhaps with an optima.json.")] = None,
-    source: Annotated[str | None, typer.Option("--from", help="Cut the blocks from this experiment's network.")] = None,
-    block_size: Annotated[int, typer.Option(help="Weights of each block that is cut.", min=2)] = 100,
-    count: Annotated[int, typer.Option(help="Blocks to cut.", min=1)] = 20,
-    fraction: Annotated[list[float] | None, typer.Option(help="Shares of the weights removed [0.5 0.8 0.9].")] = None,
-    n_prune: Annotated[list[int] | None, typer.Option(help="Numbers of weights removed, besides.")] = None,
-    objective: Annotated[list[str], typer.Option(help="selection, joint.")] = ["selection"],
-    seed: Annotated[list[int], typer.Option(help="Of randomised solvers; the first also cuts blocks.")] = [0],
-    time_limit: Annotated[float | None, typer.Option(help="Seconds per solve, for solvers that keep a limit.")] = 60.0,
-    gradient: Annotated[bool, typer.Option("--gradient", help="Keep the linear term of the blocks.")] = False,
-    workers: Annotated[int, typer.Option(help="Solves at a time, each on one thread; -1: as many as cores.")] = 1,
-    backend: Annotated[str | None, typer.Option(help="Of joblib: dask or ray solve on a cluster.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="With --from: folder which holds the data sets.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="With --from: trained weights.")] = None,
-    fisher_samples: Annotated[int | None, typer.Option(help="With --from: rows of the factor.", min=1)] = None,
-    damping: Annotated[float | None, typer.Option(help="With --from: instead of the experiment's.", min=0.0)] = None,
-    output_dir: Annotated[Path, typer.Option(help="Gets results.jsonl, table.md and plots.")] = Path("results"),
-) -> None:
+@dataclass(frozen=True)
+class CompareOptions:
+    """Instances, and where they are solved."""
+
+    blocks: Annotated[Path | None, "Folder of .npz blocks, perhaps with an optima.json."] = None
+    from_network: Annotated[str | None, "Or: cut the blocks from this experiment's network.", "--from"] = None
+    workers: Annotated[int, "Solves at a time, each on one thread; -1: as many as cores."] = 1
+    backend: Annotated[str | None, "Of joblib: dask or ray solve on a cluster."] = None
+    output_dir: Annotated[Path, "Gets results.jsonl, table.md and plots."] = Path("results")
+
+    def __post_init__(self) -> None:
+        if (self.blocks is None) == (self.from_network is None):
+            raise OptionError("give either --blocks DIR or --from EXPERIMENT")
+        if self.workers == 0:
+            raise OptionError("--workers must be at least 1, or -1 for as many as there are cores, not 0")
+
+
+@grouped(app)
+def main(instances: CompareOptions, solves: SolveOptions, cut: CutOptions, source: Source) -> None:
     """Compare solvers on small problems against the best value known, proven where some solver can."""
-    if (blocks is None) == (source is None):
-        raise OptionError("give either --blocks DIR or --from EXPERIMENT")
-    if workers == 0:
-        raise OptionError("--workers must be at least 1, or -1 for as many as there are cores, not 0")
-    if time_limit is not None and not 0 < time_limit < float("inf"):
-        raise OptionError(f"--time-limit must be positive seconds, not {time_limit!r}")
-    fractions = [0.5, 0.8, 0.9] if fraction is None and n_prune is None else fraction or []
-    for share in fractions:
-        if not 0.0 <= share <= 1.0:
-            raise OptionError(f"--fraction must lie between 0 and 1, not {share!r}")
     console = wide_console()
-    results = ResultsFile(output_dir)
-    folder = blocks
-    if folder is None:
-        folder = cut_blocks(
-            str(source),
-            results.folder / "blocks",
-            size=block_size,
-            count=count,
-            seed=seed[0],
-            data_dir=data_dir,
-            checkpoint=checkpoint,
-            samples=fisher_samples,
-            damping=damping,
-            say=lambda message: console.print(message, soft_wrap=True, highlight=False, markup=False),
-        )
+    results = ResultsFile(instances.output_dir)
+    folder = instances.blocks or cut_blocks(
+        str(instances.from_network),
+        results.folder / "blocks",
+        cut,
+        seed=solves.seed[0],
+        source=source,
+        say=lambda message: console.print(message, soft_wrap=True, highlight=False, markup=False),
+    )
     found = find_blocks(folder)
     stored = stored_optima(folder, found)
-    tasks, left_out = plan(
-        found,
-        solver,
-        fractions=fractions,
-        budgets=n_prune or [],
-        objectives=objective,
-        seeds=seed,
-        time_limit=time_limit,
-        gradient=gradient,
-    )
+    tasks, left_out = plan(found, solves)
     for reason in left_out:
         console.print(f"left out: {reason}", soft_wrap=True, highlight=False, markup=False)
     if not tasks:
         raise OptionError("nothing is left to compare: no solver takes any of these problems")
-    comparison = Comparison(tasks, {b.digest: b.path for b in found}, results, stored, workers)
+    comparison = Comparison(tasks, {b.digest: b.path for b in found}, results, stored, instances.workers)
     console.print(f"{len(tasks)} solves, {len(comparison.finished)} of them done before", highlight=False)
     began = time.perf_counter()
     failed = 0
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        with on_backend(backend), Progress(*columns, console=console, transient=True) as progress:
+        with on_backend(instances.backend), Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("solving", total=len(comparison.missing))
             for row in comparison.run():
                 progress.advance(bar)
@@ -127,9 +103,9 @@ def main(
     proven = len(proven_values(comparison.finished))
     write_markdown(results.folder / "table.md", entries)
     plots = write_plots(results.folder, comparison.finished, best)
-    instances = len({task.instance for task in tasks})
     console.print(
-        f"{instances} instances, {proven} of them proven here; {failed} failed\nrows: {results.path}\n"
+        f"{len({task.instance for task in tasks})} instances, {proven} of them proven here; {failed} failed\n"
+        f"rows: {results.path}\n"
         f"table: {results.folder / 'table.md'}\nplots: {', '.join(str(path) for path in plots)}\n"
         f"{time.perf_counter() - began:.1f} s in all",
         soft_wrap=True,

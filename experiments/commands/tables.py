@@ -1,7 +1,7 @@
 """``python -m experiments.tables``: the literature's table beside ours, staged pruning without training.
 
-One nested path of stages per seed (see `StagedTable`). Everything is resumable: each stage is in a journal below
-the output folder, and the same command goes on where it was interrupted. Rows of `experiments.run` may be shown beside.
+One nested path of stages per seed (see `StagedTable`). Everything is resumable: each stage is in a journal below the
+output folder, and the same command goes on where it was interrupted. Rows of `experiments.run` may be shown beside.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cbs_opt import StageRecord, resolve_device
+from cbs_opt import StageRecord
+from experiments.commands.grouping import grouped
 from experiments.commands.shell import wide_console
-from experiments.datasets import load_dataset
 from experiments.networks import EXPERIMENTS, get_experiment
-from experiments.networks.evaluation import evaluate
-from experiments.networks.load import load_network
+from experiments.networks.load import Source, open_network
 from experiments.reports.staged_table import read_rows, write_rows, write_table
 from experiments.runs.stages import StagedPath
 from solvers.errors import OptionError
@@ -26,36 +25,25 @@ ROWS_FILE = "table.jsonl"
 TABLES = tuple(name for name, experiment in EXPERIMENTS.items() if experiment.table is not None)
 
 
-@app.command()
+@grouped(app)
 def main(
     experiment: Annotated[str, typer.Argument(help=f"One of {', '.join(TABLES)}.")],
+    source: Source,
     seed: Annotated[list[int], typer.Option(help="A path of stages for each.")] = [0, 1, 2, 3, 4],
     until: Annotated[float, typer.Option(help="Stop the path at this sparsity.")] = 1.0,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder which holds mnist/ and cifar10/.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Trained weights (safetensors).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rows: Annotated[list[Path] | None, typer.Option(help="results.jsonl of experiments.run, shown beside.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Gets table, plot, rows and journals.")] = Path("tables"),
 ) -> None:
     """Measure the table of an experiment, and write it as markdown and PNG."""
-    chosen, where, console = get_experiment(experiment), resolve_device(device), wide_console()
+    chosen, console = get_experiment(experiment), wide_console()
     if chosen.table is None:
         raise OptionError(f"{experiment} has no table of stages; give {' or '.join(TABLES)}")
     folder = output_dir.expanduser() / experiment
     others = [row for path in rows or [] for row in read_rows(path) if row.get("experiment") == experiment]
-    dataset = load_dataset(chosen.dataset, data_dir)
-    network = load_network(
-        chosen,
-        dataset,
-        checkpoint=checkpoint,
-        data_dir=data_dir,
-        device=where,
-        say=lambda message: console.print(message, soft_wrap=True),
-    )
-    dense = evaluate(network.model, dataset.test, device=where).accuracy
+    network = open_network(chosen, source, lambda message: console.print(message, soft_wrap=True))
+    dense = network.accuracy()
     measured: list[dict[str, Any]] = []
     for number in seed:
-        path = StagedPath(chosen, network.model, dataset, where, number, folder)
 
         def say(record: StageRecord, accuracy: float | None, number: int = number) -> None:
             shown = "" if accuracy is None else f", test accuracy {accuracy:.2f} %"
@@ -66,6 +54,7 @@ def main(
                 highlight=False,
             )
 
+        path = StagedPath(network, number, folder)
         measured.extend(path.run(min(until, max(chosen.table.reported)), say))
         write_rows(folder / ROWS_FILE, measured)
         write_table(folder, chosen, measured, others, dense)

@@ -9,14 +9,19 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
 
+from cbs_opt import resolve_device
+from experiments.datasets import load_dataset
 from experiments.datasets.cache import cache_dir
 from experiments.datasets.images import Dataset
+from experiments.datasets.parquet import SOURCES
 from experiments.networks.batch_norm import fresh_statistics
 from experiments.networks.checkpoints import load_checkpoint, save_checkpoint
+from experiments.networks.evaluation import evaluate
 from experiments.networks.experiment import Experiment
 from experiments.networks.training import Epoch, train, train_to_file
 from solvers.errors import CheckpointError
@@ -24,12 +29,48 @@ from solvers.errors import CheckpointError
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where data and trained weights come from."""
+
+    data_dir: Annotated[
+        Path | None, "Folder which holds mnist/ and cifar10/, or that of one data set; default: download."
+    ] = None
+    checkpoint: Annotated[
+        Path | None, "Trained weights (safetensors); default: beside the data, then the cache, then train."
+    ] = None
+    device: Annotated[str, "auto, cpu or cuda."] = "auto"
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A trained network in eval mode and, in words, where its weights came from."""
+    """A trained network in eval mode, its data and, in words, where its weights came from."""
 
     model: nn.Module
     origin: str
+    experiment: Experiment
+    dataset: Dataset
+    device: torch.device
+
+    def accuracy(self, model: nn.Module | None = None) -> float:
+        """Test accuracy in percent, of this network or of one made from it."""
+        return evaluate(self.model if model is None else model, self.dataset.test, device=self.device).accuracy
+
+
+def open_network(experiment: Experiment, source: Source, say: Say = lambda message: None) -> Network:
+    """Data and network of an experiment; see `load_dataset` and `load_network`."""
+    if source.data_dir is None and experiment.dataset in SOURCES:
+        say(f"no --data-dir: asking the Hugging Face hub for {SOURCES[experiment.dataset].repository}")
+    dataset = load_dataset(experiment.dataset, source.data_dir)
+    say(f"data: {dataset.source}")
+    return load_network(
+        experiment,
+        dataset,
+        checkpoint=source.checkpoint,
+        data_dir=source.data_dir,
+        device=resolve_device(source.device),
+        say=say,
+    )
 
 
 def cached_checkpoint(experiment: Experiment) -> Path:
@@ -90,7 +131,7 @@ def load_network(
     else:
         origin = train_experiment(experiment, model, dataset, device=device, say=say)
     model.eval()
-    return Network(model, origin)
+    return Network(model, origin, experiment, dataset, torch.device(device))
 
 
 def train_experiment(

@@ -60,6 +60,9 @@ class RunDisplay:
     def finished(self, row: Mapping[str, Any], new: bool) -> None:
         """A row is there."""
         self._progress.advance(self._rows)
+        if row.get("error") is not None:
+            self.say(f"failed: {row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: {row['error']}")
+            return
         text = (
             f"{row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: {row['accuracy']:.2f} %, "
             f"{row['n_kept']:,} of {row['n_weights']:,} weights kept"

@@ -39,6 +39,8 @@ def row_label(row: Mapping[str, Any]) -> str:
     label = str(row["solver"])
     if row.get("update", "none") != "none":
         label += f" + {row['update']}"
+    if row.get("update_scale", 1.0) != 1.0:
+        label += f" × {row['update_scale']:g}"
     if int(row.get("stages") or 1) > 1:
         label += f", {row['stages']} stages"
     return label

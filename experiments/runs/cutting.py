@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,35 +12,43 @@ from torch.nn import functional as F
 
 import cbs_opt
 from cbs_opt.measure.fisher import DEFAULT_ROWS
-from experiments.datasets import load_dataset
 from experiments.networks import get_experiment
-from experiments.networks.load import load_network
+from experiments.networks.load import Say, Source, open_network
 from solvers import QuadraticBlock, save_block
 from solvers.errors import OptionError
-
-Say = Callable[[str], None]
 
 #: Share of the weights of a block that must have some gradient: dead input pixels make empty instances.
 _ALIVE = 0.9
 
 
+@dataclass(frozen=True)
+class CutOptions:
+    """Blocks that are cut from a network."""
+
+    block_size: Annotated[int, "Weights of each block."] = 100
+    count: Annotated[int, "Blocks to cut."] = 20
+    fisher_samples: Annotated[int | None, "Rows of the factor, instead of the experiment's."] = None
+    damping: Annotated[float | None, "Instead of the experiment's."] = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("--block-size", self.block_size, 2), ("--count", self.count, 1)):
+            if value < least:
+                raise OptionError(f"{name} must be at least {least}, got {value}")
+
+
 def cut_blocks(
     experiment: str,
     folder: Path,
+    options: CutOptions,
     *,
-    size: int,
-    count: int,
     seed: int,
-    data_dir: Path | None = None,
-    checkpoint: Path | None = None,
-    samples: int | None = None,
-    damping: float | None = None,
+    source: Source = Source(),  # noqa: B008
     say: Say = lambda message: None,
 ) -> Path:
-    """Write `count` blocks of `size` weights as .npz files, unless they are there already.
+    """Write blocks of a network as .npz files, unless they are there already.
 
     Each block is a run of consecutive weights inside one layer, all layers having the same chance; their
-    positions are drawn with the seed. Rows beyond `size` are folded into a triangular factor with the same H.
+    positions are drawn with the seed. Rows beyond the size are folded into a triangular factor with the same H.
 
     Parameters
     ----------
@@ -47,8 +56,6 @@ def cut_blocks(
         Name of the network and its data.
     folder
         The blocks go into a sub-folder of it that names these settings.
-    samples, damping
-        Instead of the experiment's.
 
     Returns
     -------
@@ -62,26 +69,29 @@ def cut_blocks(
     CBSError
         Data or checkpoint are missing or bad.
     """
-    chosen = get_experiment(experiment)
-    rows = (chosen.fisher.n_rows or DEFAULT_ROWS) if samples is None else samples
-    strength = chosen.fisher.damping if damping is None else damping
-    target = folder.expanduser() / f"{chosen.name}-{size}x{count}-seed{seed}-rows{rows}-damping{strength:g}"
-    wanted = [target / f"{chosen.name}-{size}-{index:03d}.npz" for index in range(count)]
+    chosen, size = get_experiment(experiment), options.block_size
+    asked = {"n_rows": options.fisher_samples, "damping": options.damping}
+    fisher = replace(
+        chosen.fisher, blocks="per_layer", first_order=True, **{k: v for k, v in asked.items() if v is not None}
+    )
+    rows = fisher.n_rows or DEFAULT_ROWS
+    target = folder.expanduser() / (
+        f"{chosen.name}-{size}x{options.count}-seed{seed}-rows{rows}-damping{fisher.damping:g}"
+    )
+    wanted = [target / f"{chosen.name}-{size}-{index:03d}.npz" for index in range(options.count)]
     if all(path.is_file() for path in wanted):
         return target
-    dataset = load_dataset(chosen.dataset, data_dir)
-    network = load_network(chosen, dataset, checkpoint=checkpoint, data_dir=data_dir, say=say)
-    images = dataset.train.sample(max(rows * chosen.fisher.batch_size, 1000), seed).batch(slice(None))
+    network = open_network(chosen, source, say)
+    images = network.dataset.train.sample(max(rows * fisher.batch_size, 1000), seed).batch(slice(None))
     say(f"gradients of {chosen.name}: {rows} rows")
     prepared = cbs_opt.prepare(
         network.model,
         images,
         F.cross_entropy,
-        fisher=cbs_opt.FisherOptions(
-            n_rows=rows, batch_size=chosen.fisher.batch_size, damping=strength, blocks="per_layer", first_order=True
-        ),
+        fisher=replace(fisher, n_rows=rows),
         include=chosen.include or ("*",),
         exclude=chosen.exclude,
+        device=source.device,
         seed=seed,
     )
     layers = [block for block in prepared.blocks.blocks if block.n >= size]
@@ -90,7 +100,7 @@ def cut_blocks(
     target.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for path in wanted:
-        save_block(path, _draw(layers, size, rng, strength, path.stem))
+        save_block(path, _draw(layers, size, rng, fisher.damping, path.stem))
     say(f"blocks: {target}")
     return target
 

@@ -1,18 +1,27 @@
-"""What a run is asked to do, checked as a whole before any work starts."""
+"""What a run is asked to do: groups of options, and what `cbs_opt` makes of them.
+
+Each group is a dataclass whose fields carry their help; the command line shows them, and names are the same there.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
-from cbs_opt import BlockSpec, Update
-from experiments.networks.experiment import Experiment
-from solvers import Objective, make_solver
-from solvers.allocation import ALLOCATIONS
+import cbs_opt
+from cbs_opt.engine.choice import Need
+from cbs_opt.measure.fisher import DEFAULT_ROWS
+from experiments.networks import DEFAULT, EXPERIMENTS, Experiment, get_experiment
+from experiments.networks.load import Source
 from solvers.bounds import METHODS
 from solvers.errors import OptionError, UnknownNameError
+
+#: Solver of a run that names none.
+DEFAULT_SOLVER = "greedy_ls"
 
 
 class Rounding(str, Enum):
@@ -42,101 +51,198 @@ def published_kept(n_weights: int, sparsity: float) -> int:
 
 
 @dataclass(frozen=True)
+class NetworkOptions:
+    """What is pruned."""
+
+    experiment: Annotated[str, f"One of {', '.join(EXPERIMENTS)}."] = DEFAULT
+    include: Annotated[tuple[str, ...], "Patterns of the layers to prune."] = ()
+    exclude: Annotated[tuple[str, ...], "Patterns of the layers to leave alone."] = ()
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """The quadratic model of the loss."""
+
+    fisher_samples: Annotated[int | None, "Gradients, rows of the factor."] = None
+    fisher_batch: Annotated[int | None, "Images averaged into each gradient."] = None
+    damping: Annotated[float | None, "Added to the diagonal of the Fisher matrix."] = None
+    blocks: Annotated[
+        str | None, "Fisher blocks: one, per_layer, per_row, fixed:SIZE, components[:T], clusters:SIZE."
+    ] = None
+    first_order: Annotated[bool, "Keep the mean gradient in the model."] = False
+    gradients: Annotated[
+        Path | None, "Folder which keeps what is measured, a sub-folder per seed; what it holds is used again."
+    ] = None
+    measure_only: Annotated[bool, "Stop when --gradients has been filled."] = False
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is tried: a row for every combination."""
+
+    solver: Annotated[tuple[str, ...], "Selection rules, e.g. woodfisher 'rmp[draws=10]'; default: greedy_ls."] = ()
+    sparsity: Annotated[tuple[float, ...], "Shares of the weights removed; default: those of the paper's table."] = ()
+    masks: Annotated[tuple[Path, ...], "Saved masks which are updated, instead of solvers and sparsities."] = ()
+    seed: Annotated[tuple[int, ...], "Of the calibration sample and the solver."] = (0,)
+    update: Annotated[tuple[str, ...], "Of the kept weights: none, single, combinatorial or searched."] = (
+        "combinatorial",
+    )
+    update_scale: Annotated[tuple[float, ...], "Multiply the update."] = (1.0,)
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """How weights are chosen, in every row."""
+
+    objective: Annotated[str | None, "What the solver minimises: selection or joint; default: what it can."] = None
+    stages: Annotated[
+        int, "Prune in as many steps, each from gradients anew, with the experiment's settings; a few more polish."
+    ] = 1
+    allocation: Annotated[str | None, "Split the budget over the blocks instead of sharing it, e.g. uniform."] = None
+    time_limit: Annotated[float | None, "Seconds for each call of a solver."] = None
+    bound: Annotated[
+        str | None,
+        "Certify each mask by a bound: auto, frank_wolfe, qcr or lagrangian; takes minutes on a network.",
+    ] = None
+    sparsity_rounding: Annotated[Rounding, "exact, or as many weights as the published code keeps."] = Rounding.EXACT
+    refit: Annotated[
+        bool, "Judge every mask by the joint objective too, whatever the update; costs as much as one."
+    ] = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to be made; `solver` is the file of the mask where masks are given."""
+
+    solver: str
+    sparsity: float
+    seed: int
+    update: str
+    update_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class RunOptions:
-    """A run: every combination of solver, sparsity, seed and update, the rest in common.
+    """A run: every combination of the sweep, the rest in common.
 
     Raises
     ------
-    OptionError, UnknownNameError, BackendError
+    CBSError
         From the constructor, for the first value which cannot work.
     """
 
-    experiment: Experiment
-    solvers: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    seeds: tuple[int, ...]
-    updates: tuple[str, ...]
-    fisher_samples: int
-    fisher_batch: int
-    damping: float
-    blocks: str
-    objective: str | None
-    update_scale: float
-    first_order: bool
-    stages: int
-    rounding: Rounding
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    allocation: str | None
-    time_limit: float | None
-    bound: str | None
-    data_dir: Path | None
-    checkpoint: Path | None
-    refit: bool
-    overwrite: bool
-    reference: bool
+    network: NetworkOptions = NetworkOptions()
+    source: Source = Source()
+    curvature: CurvatureOptions = CurvatureOptions()
+    sweep: SweepOptions = SweepOptions()
+    choice: ChoiceOptions = ChoiceOptions()
+    save_masks: bool = False
 
     def __post_init__(self) -> None:
-        for what, values in (
-            ("--solver", self.solvers),
-            ("--sparsity", self.sparsities),
-            ("--seed", self.seeds),
-            ("--update", self.updates),
-        ):
-            if not values:
-                raise OptionError(f"{what} needs at least one value")
-            twice = {v for v in values if values.count(v) > 1}
+        sweep, choice, curvature = self.sweep, self.choice, self.curvature
+        for name in ("solver", "sparsity", "masks", "seed", "update", "update_scale"):
+            values = getattr(sweep, name)
+            twice = {value for value in values if values.count(value) > 1}
             if twice:
-                raise OptionError(f"{what} names {next(iter(twice))!r} twice")
-        for solver in self.solvers:
-            make_solver(solver)
-        for sparsity in self.sparsities:
-            if not 0.0 <= sparsity < 1.0:
-                hint = f"; write {sparsity / 100:g} for {sparsity:g} %" if 1.0 < sparsity < 100.0 else ""
-                raise OptionError(f"--sparsity must lie in [0, 1), got {sparsity!r}{hint}")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**63:
-                raise OptionError(f"--seed must be a whole number from 0 to 2^63 - 1, got {seed}")
-        for update in self.updates:
-            Update.parse(update)
-        if self.objective is not None:
-            Objective.parse(self.objective)
-        if self.bound is not None and self.bound not in METHODS:
-            raise UnknownNameError.of("bound", self.bound, METHODS)
-        if self.bound is not None and self.stages > 1:
+                raise OptionError(f"--{name.replace('_', '-')} names {next(iter(twice))!r} twice")
+        if sweep.masks and (sweep.solver or sweep.sparsity or self.staged):
+            raise OptionError("--masks are chosen already; leave out --solver, --sparsity and --stages")
+        if curvature.measure_only and curvature.gradients is None:
+            raise OptionError("--measure-only needs a folder for what is measured; give --gradients DIR")
+        if curvature.gradients is not None and self.staged:
+            raise OptionError("stages measure anew at every step; leave --gradients out")
+        if choice.stages < 1:
+            raise OptionError(f"--stages must be at least 1, got {choice.stages}")
+        if choice.bound is not None and choice.bound not in METHODS:
+            raise UnknownNameError.of("bound", choice.bound, METHODS)
+        if choice.bound is not None and self.staged:
             raise OptionError("--bound judges one problem, and stages solve a new one each; leave one of them out")
-        BlockSpec.parse(self.blocks)
-        if self.allocation is not None and self.allocation not in ALLOCATIONS:
-            raise UnknownNameError.of("allocation", self.allocation, ALLOCATIONS)
-        for what, value in (
-            ("--fisher-samples", self.fisher_samples),
-            ("--fisher-batch", self.fisher_batch),
-            ("--stages", self.stages),
-        ):
-            if value < 1:
-                raise OptionError(f"{what} must be at least 1, got {value}")
-        if not (math.isfinite(self.damping) and self.damping >= 0.0):
-            raise OptionError(f"--damping must be finite and not negative, got {self.damping!r}")
-        if not (math.isfinite(self.update_scale) and self.update_scale >= 0.0):
-            raise OptionError(f"--update-scale must be finite and not negative, got {self.update_scale!r}")
-        if self.time_limit is not None and not (math.isfinite(self.time_limit) and self.time_limit > 0.0):
-            raise OptionError(f"--time-limit must be a positive number of seconds, got {self.time_limit!r}")
+        for seed in sweep.seed:
+            if seed >= 2**63:
+                raise OptionError(f"--seed must be a whole number from 0 to 2^63 - 1, got {seed}")
+            self.setup(seed)
+        for task in self.tasks:
+            self.choice_of(task)
 
-        if self.stages > 1:
-            self._check_stages()
-
-    def _check_stages(self) -> None:
-        """Stages search damping and length of the combinatorial update themselves."""
-        if self.updates != (Update.COMBINATORIAL.value,):
-            raise OptionError(f"--stages {self.stages} goes with --update combinatorial only, got {self.updates}")
-        if self.update_scale != 1.0:
-            raise OptionError(f"--stages {self.stages} searches the update's length itself; leave --update-scale out")
-        if self.time_limit is not None:
-            raise OptionError(f"--stages {self.stages} keeps no time limit; leave --time-limit out")
-        if self.damping == 0.0:
-            raise OptionError(f"--stages {self.stages} needs a positive --damping to start from")
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The experiment of that name."""
+        return get_experiment(self.network.experiment)
 
     @property
-    def n_rows(self) -> int:
-        """Rows in all."""
-        return len(self.solvers) * len(self.sparsities) * len(self.seeds) * len(self.updates)
+    def staged(self) -> bool:
+        """Whether weights go in several steps."""
+        return self.choice.stages > 1
+
+    @cached_property
+    def fisher(self) -> cbs_opt.FisherOptions:
+        """The experiment's quadratic model with what is asked for instead."""
+        usual = self.experiment.staged.fisher if self.staged else self.experiment.fisher
+        asked = {
+            "n_rows": self.curvature.fisher_samples,
+            "batch_size": self.curvature.fisher_batch,
+            "damping": self.curvature.damping,
+            "blocks": self.curvature.blocks,
+            "first_order": self.curvature.first_order,
+        }
+        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return replace(usual, **{"n_rows": usual.n_rows or DEFAULT_ROWS, **given})
+
+    def gradients(self, seed: int) -> Path | None:
+        """Folder of what is measured with a seed; None keeps nothing."""
+        return None if self.curvature.gradients is None else self.curvature.gradients.expanduser() / f"seed-{seed}"
+
+    def setup(self, seed: int) -> cbs_opt.Setup:
+        """The model side of the rows of a seed; no more is measured than one of them needs."""
+        return cbs_opt.Setup(
+            fisher=self.fisher,
+            curvature="fisher" if self.need > Need.WEIGHTS else "none",
+            include=self.network.include or self.experiment.include or ("*",),
+            exclude=self.network.exclude or self.experiment.exclude,
+            device=self.source.device,
+            seed=seed,
+        )
+
+    @cached_property
+    def need(self) -> Need:
+        """What the rows need together."""
+        if self.choice.refit or self.choice.bound or self.curvature.gradients or self.staged:
+            return Need.CURVATURE
+        return max(self.choice_of(task).needs for task in self.tasks)
+
+    def choice_of(self, task: Task, n: int | None = None) -> cbs_opt.Choice:
+        """The choice of a row; of ``n`` weights exactly as many stay as the rounding says."""
+        choice = cbs_opt.Choice(
+            sparsity=task.sparsity,
+            solver="magnitude" if self.sweep.masks else task.solver,
+            objective=self.choice.objective,
+            update=task.update,
+            update_scale=task.update_scale,
+            allocation=self.choice.allocation,
+            time_limit=self.choice.time_limit,
+        )
+        if n is None:
+            return choice
+        return replace(choice, sparsity=None, n_kept=self.choice.sparsity_rounding.n_kept(n, task.sparsity))
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """All rows; those of a mask follow one another, those of a seed too."""
+        return tuple(self._tasks())
+
+    def _tasks(self) -> Iterator[Task]:
+        sweep = self.sweep
+        masks: Sequence[tuple[str, float]] = [(str(path), 0.0) for path in sweep.masks] or [
+            (solver, sparsity)
+            for solver in sweep.solver or (DEFAULT_SOLVER,)
+            for sparsity in sweep.sparsity or self.experiment.sparsities
+        ]
+        # The combinatorial update yields the refit objective of a mask, which the others of that mask then share.
+        updates = sorted(sweep.update, key=lambda update: update != "combinatorial")
+        for seed in sweep.seed:
+            for solver, sparsity in masks:
+                for update in updates:
+                    # Without an update there is nothing to scale, and a searched one has its own length.
+                    scales = (1.0,) if update in ("none", "searched") and len(sweep.update) > 1 else sweep.update_scale
+                    for scale in scales:
+                        yield Task(solver, sparsity, seed, update, scale)

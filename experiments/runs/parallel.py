@@ -21,11 +21,12 @@ from solvers.exact.isolation import Worker
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a function that a child can import, with a hard limit in seconds."""
+    """A call of a function that a child can import, with a hard limit in seconds and perhaps a call before it."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     limit: float | None = None
+    before: Call | None = None
 
 
 class _Mine(threading.local):
@@ -98,6 +99,8 @@ def _isolated(run: str, position: int, call: Call) -> tuple[int, Any]:
     if _mine.worker not in _children.setdefault(run, []):
         _children[run].append(_mine.worker)
     try:
+        if call.before is not None:
+            _mine.worker.call(call.before.function, *call.before.arguments, limit=call.before.limit)
         return position, _mine.worker.call(call.function, *call.arguments, limit=call.limit)
     except CBSError as error:
         return position, error

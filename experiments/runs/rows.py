@@ -9,7 +9,6 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,74 +19,18 @@ from solvers.errors import OutputError
 FILE_NAME = "results.jsonl"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything which decides what a row shows; rows of equal settings are the same measurement.
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Digest of the settings of a row."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
-    Attributes
-    ----------
-    sparsity
-        As asked for; ``n_kept`` of the row says what it came to.
-    weights
-        Digest of the dense network's weights.
-    device
-        Its type: a GPU rounds differently and takes another time.
+
+def row_of(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A row ready for JSON: settings, figures (None for what is not finite), versions and the settings' key.
+
+    Figures of a row that failed are an ``error`` alone; that of the others is None.
     """
-
-    experiment: str
-    solver: str
-    update: str
-    update_scale: float
-    sparsity: float
-    sparsity_rounding: str
-    seed: int
-    objective_kind: str
-    fisher_samples: int
-    fisher_batch: int
-    damping: float
-    blocks: str
-    first_order: bool
-    stages: int
-    allocation: str | None
-    time_limit: float | None
-    weights: str
-    device: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Digest of the settings."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a row shows: accuracies in percent of the test set, losses in nats, times in seconds.
-
-    ``train_loss`` is taken on the same sample of the training set for every row of an experiment. Objectives are
-    those of the dense network's quadratic model (of the last stage's, where there are several).
-    """
-
-    n_weights: int
-    n_kept: int
-    accuracy: float
-    train_loss: float
-    dense_accuracy: float
-    objective: float | None
-    refit_objective: float | None
-    bound: float | None
-    gap: float | None
-    status: str
-    seconds_gradients: float
-    seconds_solve: float
-    seconds_update: float
-    repairs: tuple[str, ...] = ()
-
-
-def row_of(settings: Settings, measured: Measured) -> dict[str, Any]:
-    """A row ready for JSON: settings, figures (None for what is not finite), versions and the settings' key."""
-    figures = {f.name: _plain(getattr(measured, f.name)) for f in fields(measured)}
-    return {**asdict(settings), **figures, "versions": versions(), "key": settings.key}
+    plain = {name: _plain(value) for name, value in figures.items()}
+    return {**settings, "error": None, **plain, "versions": versions(), "key": key_of(settings)}
 
 
 def _plain(value: Any) -> Any:
@@ -169,10 +112,10 @@ class ResultsFile:
                 stream.truncate(len(complete) + len(newline))
         return rows, bool(rest)
 
-    def find(self, settings: Settings) -> dict[str, Any] | None:
-        """The newest row of these settings."""
-        key = settings.key
-        return next((row for row in reversed(self.rows) if row.get("key") == key), None)
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The newest row of that key which did not fail."""
+        good = (row for row in reversed(self.rows) if row.get("key") == key and row.get("error") is None)
+        return next(good, None)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; when this returns it is on disk.

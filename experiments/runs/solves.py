@@ -11,19 +11,21 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from experiments.runs.parallel import Call, completed
 from experiments.runs.rows import ResultsFile, versions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
-from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
+from solvers.errors import BackendError, CapabilityError, CBSError, OptionError, ProblemError
 from solvers.running import check_capabilities
 from solvers.testing import random_problem
 
 #: Most points of a trace that a row keeps.
 TRACE_POINTS = 60
+#: Shares of the weights removed where nothing is asked for.
+FRACTIONS = (0.5, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,29 @@ def find_blocks(folder: Path) -> list[BlockFile]:
     return sorted(found, key=lambda b: (b.n, b.name))
 
 
-def plan(
-    blocks: Sequence[BlockFile],
-    solvers: Sequence[str],
-    *,
-    fractions: Sequence[float],
-    budgets: Sequence[int],
-    objectives: Sequence[str],
-    seeds: Sequence[int],
-    time_limit: float | None,
-    gradient: bool,
-) -> tuple[list[Task], list[str]]:
+@dataclass(frozen=True)
+class SolveOptions:
+    """What is solved, by whom: every combination."""
+
+    solver: Annotated[tuple[str, ...], "Solvers, e.g. greedy_ls 'branch_bound[node_limit=1000]'."]
+    fraction: Annotated[tuple[float, ...], "Shares of the weights removed; default: 0.5 0.8 0.9."] = ()
+    n_prune: Annotated[tuple[int, ...], "Numbers of weights removed, besides."] = ()
+    objective: Annotated[tuple[str, ...], "selection, joint."] = ("selection",)
+    seed: Annotated[tuple[int, ...], "Of randomised solvers; the first also cuts blocks."] = (0,)
+    time_limit: Annotated[float | None, "Seconds per solve, for solvers that keep a limit."] = 60.0
+    gradient: Annotated[bool, "Keep the linear term of the blocks."] = False
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise OptionError(f"--time-limit must be positive seconds, not {self.time_limit!r}")
+        if not self.fraction and not self.n_prune:
+            object.__setattr__(self, "fraction", FRACTIONS)
+        for share in self.fraction:
+            if not 0.0 <= share <= 1.0:
+                raise OptionError(f"--fraction must lie between 0 and 1, not {share!r}")
+
+
+def plan(blocks: Sequence[BlockFile], options: SolveOptions) -> tuple[list[Task], list[str]]:
     """The tasks, and in words what was left out because a solver does not declare it.
 
     A fraction f of n weights is round(f·n) of them. Solvers that ignore the seed run with the first one only.
@@ -106,15 +120,15 @@ def plan(
     """
     tasks: list[Task] = []
     left_out: dict[str, None] = {}
-    for spec in solvers:
+    for spec in options.solver:
         solver = make_solver(spec)
-        usable = seeds if Capability.RANDOMISED in solver.capabilities else seeds[:1]
-        limit = time_limit if Capability.TIME_LIMIT in solver.capabilities else None
+        usable = options.seed if Capability.RANDOMISED in solver.capabilities else options.seed[:1]
+        limit = options.time_limit if Capability.TIME_LIMIT in solver.capabilities else None
         for block in blocks:
-            loaded = load_block(block.path, use_gradient=gradient)
-            wanted = sorted({round(f * block.n) for f in fractions} | {b for b in budgets if b <= block.n})
-            for n_prune in wanted:
-                for objective in objectives:
+            loaded = load_block(block.path, use_gradient=options.gradient)
+            wanted = {round(f * block.n) for f in options.fraction} | {k for k in options.n_prune if k <= block.n}
+            for n_prune in sorted(wanted):
+                for objective in options.objective:
                     problem = SelectionProblem([loaded], n_prune, objective)
                     try:
                         check_capabilities(solver, problem, limit, None)
@@ -131,7 +145,7 @@ def plan(
                             solver=solver.spec,
                             seed=seed,
                             time_limit=limit,
-                            gradient=gradient and block.has_gradient,
+                            gradient=options.gradient and block.has_gradient,
                         )
                         for seed in usable
                     )

@@ -11,9 +11,18 @@ import pytest
 from experiments.commands.compare import app
 from experiments.commands.shell import run_app
 from experiments.reports.gaps import best_values, gap_over_time, summary
-from experiments.runs.cutting import cut_blocks
+from experiments.runs.cutting import CutOptions, cut_blocks
 from experiments.runs.rows import ResultsFile
-from experiments.runs.solves import Comparison, Task, find_blocks, gap_between, measure, plan, stored_optima
+from experiments.runs.solves import (
+    Comparison,
+    SolveOptions,
+    Task,
+    find_blocks,
+    gap_between,
+    measure,
+    plan,
+    stored_optima,
+)
 from solvers import OptionError, ProblemError, load_block, save_block
 from solvers.exact.isolation import Worker
 from tests.conftest import random_block
@@ -88,6 +97,7 @@ def test_bad_input_is_refused_with_one_line(folder: Path, tmp_path: Path, capsys
         (["--solver", "magnitude", "--blocks", str(folder), "--objective", "both"], "unknown objective"),
         (["--solver", "magnitude", "--blocks", str(folder), "--time-limit", "-1"], "positive seconds"),
         (["--solver", "magnitude", "--blocks", str(folder), "--backend", "cluster"], "--backend cluster"),
+        (["--solver", "magnitude", "--from", "digits-mlp", "--block-size", "1"], "--block-size must be at least 2"),
         (["--solver", "magnitude", "--blocks", str(folder), "--workers", "0"], "--workers must be"),
     ):
         assert run(*arguments, "--output-dir", output) == 2
@@ -99,13 +109,23 @@ def test_what_a_solver_cannot_do_is_left_out(folder: Path) -> None:
     found = find_blocks(folder)
     tasks, left_out = plan(
         found,
-        ["ortools_cpsat"],
-        fractions=[0.5],
-        budgets=[3, 9],
-        objectives=["selection", "joint"],
-        seeds=[0, 1],
-        time_limit=5.0,
-        gradient=False,
+        SolveOptions(
+            ("ortools_cpsat",),
+            (0.5,),
+            (
+                3,
+                9,
+            ),
+            (
+                "selection",
+                "joint",
+            ),
+            (
+                0,
+                1,
+            ),
+            5.0,
+        ),
     )
     assert {(t.n, t.n_prune) for t in tasks} == {(8, 4), (8, 3), (10, 5), (10, 3), (10, 9)}
     assert {t.objective_kind for t in tasks} == {"selection"} and {t.seed for t in tasks} == {0}
@@ -115,13 +135,21 @@ def test_what_a_solver_cannot_do_is_left_out(folder: Path) -> None:
 def test_seeds_multiply_randomised_solvers_only(folder: Path) -> None:
     tasks, _ = plan(
         find_blocks(folder),
-        ["random", "magnitude"],
-        fractions=[0.5],
-        budgets=[],
-        objectives=["selection"],
-        seeds=[0, 1, 2],
-        time_limit=None,
-        gradient=False,
+        SolveOptions(
+            (
+                "random",
+                "magnitude",
+            ),
+            (0.5,),
+            (),
+            ("selection",),
+            (
+                0,
+                1,
+                2,
+            ),
+            None,
+        ),
     )
     assert sorted(t.seed for t in tasks if t.solver == "random") == [0, 0, 1, 1, 2, 2]
     assert [t.seed for t in tasks if t.solver == "magnitude"] == [0, 0]
@@ -132,16 +160,7 @@ def test_stored_optima_count_as_best_known(folder: Path, tmp_path: Path) -> None
     found = find_blocks(folder)
     stored = stored_optima(folder, found)
     assert list(stored.values()) == [1e-9]
-    tasks, _ = plan(
-        found,
-        ["magnitude"],
-        fractions=[0.5],
-        budgets=[],
-        objectives=["selection"],
-        seeds=[0],
-        time_limit=None,
-        gradient=False,
-    )
+    tasks, _ = plan(found, SolveOptions(("magnitude",), (0.5,), (), ("selection",), (0,), None))
     comparison = Comparison(tasks, {b.digest: b.path for b in found}, ResultsFile(tmp_path / "out"), stored, 1)
     rows = list(comparison.run())
     by_block = {row["block"]: row for row in rows}
@@ -156,16 +175,7 @@ def test_stored_optima_count_as_best_known(folder: Path, tmp_path: Path) -> None
 
 def test_failures_are_rows_and_are_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_blocks(folder)[:1]
-    tasks, _ = plan(
-        found,
-        ["magnitude"],
-        fractions=[0.5],
-        budgets=[],
-        objectives=["selection"],
-        seeds=[0],
-        time_limit=None,
-        gradient=False,
-    )
+    tasks, _ = plan(found, SolveOptions(("magnitude",), (0.5,), (), ("selection",), (0,), None))
     results = ResultsFile(tmp_path / "out")
     broken = Comparison(tasks, {found[0].digest: tmp_path / "gone.npz"}, results, {}, 1)
     (row,) = broken.run()
@@ -194,11 +204,11 @@ def test_gaps() -> None:
 
 
 def test_blocks_are_cut_from_a_network_once(tmp_path: Path) -> None:
-    cut = cut_blocks("digits-mlp", tmp_path, size=12, count=2, seed=3, samples=40)
+    cut = cut_blocks("digits-mlp", tmp_path, CutOptions(12, 2, 40), seed=3)
     blocks = [load_block(path) for path in sorted(cut.glob("*.npz"))]
     assert [b.n for b in blocks] == [12, 12] and all(b.gradient is not None for b in blocks)
     before = [path.stat().st_mtime_ns for path in sorted(cut.glob("*.npz"))]
-    assert cut_blocks("digits-mlp", tmp_path, size=12, count=2, seed=3, samples=40) == cut
+    assert cut_blocks("digits-mlp", tmp_path, CutOptions(12, 2, 40), seed=3) == cut
     assert [path.stat().st_mtime_ns for path in sorted(cut.glob("*.npz"))] == before
     with pytest.raises(OptionError, match="no layer"):
-        cut_blocks("digits-mlp", tmp_path, size=10**6, count=1, seed=0, samples=4)
+        cut_blocks("digits-mlp", tmp_path, CutOptions(10**6, 1, 4), seed=0)

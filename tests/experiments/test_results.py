@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.runs.rows import Measured, ResultsFile, Settings, row_of
+from experiments.runs.rows import ResultsFile, key_of, row_of
 from solvers.errors import OutputError
 
-SETTINGS = Settings(
-    experiment="digits-mlp",
-    solver="obd",
-    update="none",
-    update_scale=1.0,
-    sparsity=0.9,
-    sparsity_rounding="exact",
-    seed=0,
-    objective_kind="selection",
-    fisher_samples=10,
-    fisher_batch=1,
-    damping=1e-3,
-    blocks="one",
-    first_order=False,
-    stages=1,
-    allocation=None,
-    time_limit=None,
-    weights="abc",
-    device="cpu",
-)
-MEASURED = Measured(
-    n_weights=10,
-    n_kept=1,
-    accuracy=50.0,
-    train_loss=1.0,
-    dense_accuracy=90.0,
-    objective=0.1,
-    refit_objective=float("nan"),
-    bound=float("-inf"),
-    gap=float("inf"),
-    status="feasible",
-    seconds_gradients=0.1,
-    seconds_solve=0.2,
-    seconds_update=0.3,
-)
+SETTINGS = {"experiment": "digits-mlp", "solver": "obd", "sparsity": 0.9, "seed": 0, "damping": 1e-3, "extra": {}}
+KEY = key_of(SETTINGS)
+FIGURES = {"accuracy": 50.0, "refit_objective": float("nan"), "bound": float("-inf"), "repairs": ("a", "b")}
 
 REQUIRED = {
     "experiment",
@@ -71,40 +38,50 @@ REQUIRED = {
 
 
 def test_row_has_every_field_and_no_infinity() -> None:
-    row = row_of(SETTINGS, MEASURED)
-    assert row.keys() >= REQUIRED
-    assert row["bound"] is None and row["gap"] is None and row["refit_objective"] is None
+    row = row_of(SETTINGS, FIGURES)
+    assert row["bound"] is None and row["refit_objective"] is None and row["error"] is None
+    assert row["repairs"] == ["a", "b"] and row["key"] == KEY
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert row["versions"]["torch"]
 
 
 def test_append_then_resume(tmp_path: Path) -> None:
     results = ResultsFile(tmp_path / "new" / "folder")
-    assert results.find(SETTINGS) is None
-    results.append(row_of(SETTINGS, MEASURED))
+    assert results.find(KEY) is None
+    results.append(row_of(SETTINGS, FIGURES))
     again = ResultsFile(tmp_path / "new" / "folder")
-    found = again.find(SETTINGS)
+    found = again.find(KEY)
     assert found is not None and found["accuracy"] == 50.0
-    assert again.find(replace(SETTINGS, seed=1)) is None
-    assert again.find(replace(SETTINGS, damping=1e-4)) is None
+    assert again.find(key_of({**SETTINGS, "seed": 1})) is None
+    assert again.find(key_of({**SETTINGS, "damping": 1e-4})) is None
 
 
 def test_the_newest_row_counts(tmp_path: Path) -> None:
     results = ResultsFile(tmp_path)
-    results.append(row_of(SETTINGS, MEASURED))
-    results.append(row_of(SETTINGS, replace(MEASURED, accuracy=60.0)))
-    found = ResultsFile(tmp_path).find(SETTINGS)
+    results.append(row_of(SETTINGS, FIGURES))
+    results.append(row_of(SETTINGS, {**FIGURES, "accuracy": 60.0}))
+    found = ResultsFile(tmp_path).find(KEY)
     assert found is not None and found["accuracy"] == 60.0
+
+
+def test_a_row_that_failed_is_made_again(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path)
+    results.append(row_of(SETTINGS, {"error": "BackendError: it died"}))
+    assert results.find(KEY) is None
+    results.append(row_of(SETTINGS, FIGURES))
+    results.append(row_of(SETTINGS, {"error": "BackendError: it died"}))
+    found = results.find(KEY)
+    assert found is not None and found["accuracy"] == 50.0
 
 
 def test_a_line_cut_off_is_dropped(tmp_path: Path) -> None:
     results = ResultsFile(tmp_path)
-    results.append(row_of(SETTINGS, MEASURED))
+    results.append(row_of(SETTINGS, FIGURES))
     whole = results.path.read_bytes()
     results.path.write_bytes(whole + whole[: len(whole) // 2])
     again = ResultsFile(tmp_path)
     assert again.dropped and len(again.rows) == 1 and results.path.read_bytes() == whole
-    again.append(row_of(replace(SETTINGS, seed=1), MEASURED))
+    again.append(row_of({**SETTINGS, "seed": 1}, FIGURES))
     assert len(ResultsFile(tmp_path).rows) == 2
 
 

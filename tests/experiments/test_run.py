@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional as F
 
 import cbs_opt
-import experiments.runs.runner as runner_module
 from experiments.commands.run import app
 from experiments.commands.shell import run_app
 from experiments.datasets import load_dataset
@@ -23,7 +22,9 @@ from experiments.networks import EXPERIMENTS, DigitsMLP, get_experiment
 from experiments.networks.checkpoints import save_checkpoint
 from experiments.networks.evaluation import evaluate
 from experiments.networks.load import load_network
-from experiments.runs.runner import Task
+from experiments.runs.bench import Bench
+from experiments.runs.options import Task
+from solvers import registry
 from tests.experiments.test_results import REQUIRED
 
 QUICK = ["--fisher-samples", "100", "--damping", "1e-3"]
@@ -147,13 +148,13 @@ def test_finished_rows_are_not_made_again(
 ) -> None:
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
     made: list[Task] = []
-    real = runner_module.Runner.measure
+    real = Bench.measure
 
-    def spy(self: runner_module.Runner, task: Task) -> Any:
+    def spy(self: Bench, task: Task, key: str) -> Any:
         made.append(task)
-        return real(self, task)
+        return real(self, task, key)
 
-    monkeypatch.setattr(runner_module.Runner, "measure", spy)
+    monkeypatch.setattr(Bench, "measure", spy)
     run("--solver", "obd", "--sparsity", "0.5", "0.7", *QUICK, "--output-dir", tmp_path)
     assert made == [Task("obd", 0.7, 0, "combinatorial")]
     assert "there already" in capsys.readouterr().out
@@ -169,19 +170,19 @@ def test_finished_rows_are_not_made_again(
 def test_interruption_keeps_finished_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = runner_module.Runner.measure
+    real = Bench.measure
 
-    def stop_at_the_third(self: runner_module.Runner, task: Task) -> Any:
-        if len(self.rows) == 2:
+    def stop_at_the_third(self: Bench, task: Task, key: str) -> Any:
+        if task.sparsity == 0.7:
             raise KeyboardInterrupt
-        return real(self, task)
+        return real(self, task, key)
 
-    monkeypatch.setattr(runner_module.Runner, "measure", stop_at_the_third)
+    monkeypatch.setattr(Bench, "measure", stop_at_the_third)
     command = ["--solver", "magnitude", "--sparsity", "0.5", "0.6", "0.7", *QUICK, "--output-dir", tmp_path]
     assert leaves_with(*command) == 130
     assert [r["sparsity"] for r in rows_of(tmp_path)] == [0.5, 0.6]
     assert str(tmp_path / "results.jsonl") in capsys.readouterr().out.replace("\n", "")
-    monkeypatch.setattr(runner_module.Runner, "measure", real)
+    monkeypatch.setattr(Bench, "measure", real)
     run(*command)
     assert [r["sparsity"] for r in rows_of(tmp_path)] == [0.5, 0.6, 0.7]
 
@@ -228,18 +229,18 @@ def test_stages(tmp_path: Path) -> None:
 def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["--solver", "obs", "--sparsity", "0.9", "--stages", "2"]
     run(*command, "--output-dir", tmp_path / "straight")
-    real = runner_module.Runner._progress
+    real = Bench._progress
 
-    def stop_after_two(self: runner_module.Runner, what: str) -> Any:
+    def stop_after_two(self: Bench, what: str) -> Any:
         def told(done: int, total: int) -> None:
             if done == 2:
                 raise KeyboardInterrupt
 
         return told
 
-    monkeypatch.setattr(runner_module.Runner, "_progress", stop_after_two)
+    monkeypatch.setattr(Bench, "_progress", stop_after_two)
     assert leaves_with(*command, "--output-dir", tmp_path / "cut") == 130
-    monkeypatch.setattr(runner_module.Runner, "_progress", real)
+    monkeypatch.setattr(Bench, "_progress", real)
     run(*command, "--output-dir", tmp_path / "cut")
     one, two = rows_of(tmp_path / "straight")[0], rows_of(tmp_path / "cut")[0]
     assert one["accuracy"] == two["accuracy"] and one["train_loss"] == two["train_loss"]
@@ -248,24 +249,24 @@ def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stages", "3", "--update", "none"], "--update combinatorial only"),
-        (["--stages", "3", "--damping", "0"], "positive --damping"),
-        (["--stages", "3", "--update-scale", "0.5"], "--update-scale"),
-        (["--stages", "3", "--time-limit", "5"], "--time-limit"),
+        (["--stages", "3", "--update", "none"], "update must be 'combinatorial', not 'none'"),
+        (["--stages", "3", "--damping", "0"], "positive damping"),
+        (["--stages", "3", "--update-scale", "0.5"], "leave update_scale=0.5 out"),
+        (["--stages", "3", "--time-limit", "5"], "leave time_limit out"),
         (["--solver", "greedy_sl"], "greedy_ls"),
         (["--solver", "greedy_ls[windwo=3]"], "window"),
         (["--solver", "greedy_ls[window=-3]"], "-3"),
         (["--experiment", "digit-mlp"], "digits-mlp"),
-        (["--sparsity", "1.0"], r"[0, 1), got 1.0"),
+        (["--sparsity", "1.0"], "[0, 1), the fraction of weights removed, not 1.0"),
         (["--sparsity", "90"], "write 0.9 for 90 %"),
-        (["--sparsity", "-0.5"], "got -0.5"),
-        (["--sparsity", "nan"], "got nan"),
-        (["--damping", "-1e-3"], "got -0.001"),
-        (["--damping", "nan"], "got nan"),
-        (["--fisher-samples", "0"], "at least 1, got 0"),
-        (["--fisher-batch", "-2"], "at least 1, got -2"),
+        (["--sparsity", "-0.5"], "not -0.5"),
+        (["--sparsity", "nan"], "not nan"),
+        (["--damping", "-1e-3"], "not -0.001"),
+        (["--damping", "nan"], "not nan"),
+        (["--fisher-samples", "0"], "not 0"),
+        (["--fisher-batch", "-2"], "not -2"),
         (["--stages", "0"], "at least 1, got 0"),
-        (["--seed", "-1"], "got -1"),
+        (["--seed", "-1"], "not -1"),
         (["--seed", "1", "1"], "names 1 twice"),
         (["--update", "combinatoral"], "combinatorial"),
         (["--objective", "both"], "both"),
@@ -279,6 +280,12 @@ def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.Mon
         (["--exclude", "fc9"], "fc9"),
         (["--exclude", "*"], "no prunable layer"),
         (["--fisher-samples", "2000"], "2000 rows"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--measure-only"], "give --gradients DIR"),
+        (["--stages", "3", "--gradients", "kept"], "leave --gradients out"),
+        (["--masks", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--masks", "nowhere.safetensors", "--sparsity", "0.9"], "chosen already"),
+        (["--backend", "cluster", "--sparsity", "0.9"], "--backend cluster"),
         (["--solver", "brute_force"], "brute_force"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--experiment", "mlpnet-mnist", "--data-dir", "nowhere"], "nowhere"),
@@ -356,6 +363,98 @@ def test_literature_figures_of_magnitude_pruning(data_dir: Path, tmp_path: Path)
     assert [round(r["accuracy"], 2) for r in rows_of(tmp_path)] == [93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25]
     assert {r["dense_accuracy"] for r in rows_of(tmp_path)} == {93.97}
     assert tuple(r["sparsity"] for r in rows_of(tmp_path)) == EXPERIMENTS["mlpnet-mnist"].sparsities
+
+
+@pytest.fixture
+def crashing_solver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A plug-in whose solver takes its process down, for this process and its children."""
+    plugin = tmp_path / "plugin"
+    about = plugin / "crashing-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: crashing\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[cbs_opt.solvers]\ncrash = crashing:CrashingSolver\n")
+    (plugin / "crashing.py").write_text(_CRASHING)
+    monkeypatch.syspath_prepend(plugin)
+    registry._third_party.cache_clear()
+    yield
+    registry._third_party.cache_clear()
+
+
+_CRASHING = '''
+"""A solver that crashes."""
+import os
+from dataclasses import dataclass
+from solvers.baselines.magnitude import MagnitudeSolver
+
+@dataclass(frozen=True)
+class CrashingSolver(MagnitudeSolver):
+    """Crash."""
+    name = "crash"
+    def run(self, problem, context):
+        os.abort()
+'''
+
+
+@pytest.mark.usefixtures("crashing_solver")
+def test_masks_are_made_in_children_and_one_that_fails_costs_its_rows(finished: Path, tmp_path: Path) -> None:
+    sweep = ["--sparsity", "0.5", "0.9", "--update", "none", "combinatorial", *QUICK, "--save-masks"]
+    command = ["--solver", "obd", "crash", *sweep, "--output-dir", tmp_path]
+    run(*command, "--workers", "2", "--no-reference")
+    rows = rows_of(tmp_path)
+    failed = [row for row in rows if row["error"] is not None]
+    assert len(rows) == 8 and len(failed) == 4
+    assert all(row["solver"] == "crash" and "the child process died" in row["error"] for row in failed)
+    key = ("sparsity", "update", "objective", "accuracy")
+    expected = {tuple(r[k] for k in key) for r in rows_of(finished) if r["solver"] == "obd" and r["seed"] == 0}
+    assert {tuple(row[k] for k in key) for row in rows if row["error"] is None} == expected
+    # What failed is made again, and nothing else.
+    run("--solver", "obd", *sweep, "--output-dir", tmp_path, "--workers", "2", "--no-reference")
+    assert len(rows_of(tmp_path)) == 8
+    assert {path.stem for path in (tmp_path / "masks").iterdir()} == {r["key"] for r in rows if r["error"] is None}
+
+
+def test_measuring_choosing_and_updating_apart_gives_the_rows_of_one_run(tmp_path: Path) -> None:
+    scales = ["--update", "none", "combinatorial", "single", "--update-scale", "0", "0.5", "1"]
+    run("--solver", "obd", "--sparsity", "0.9", *scales, *QUICK, "--output-dir", tmp_path / "one")
+    kept = ["--gradients", tmp_path / "kept", *QUICK]
+    run(*kept, "--measure-only", "--output-dir", tmp_path / "measure")
+    assert not (tmp_path / "measure" / "results.jsonl").exists()
+    chosen = [
+        "--solver",
+        "obd",
+        "--sparsity",
+        "0.9",
+        "--update",
+        "none",
+        "--save-masks",
+        "--output-dir",
+        tmp_path / "choose",
+    ]
+    run(*kept, *chosen)
+    (mask,) = (tmp_path / "choose" / "masks").iterdir()
+    run(*kept, "--masks", mask, *scales, "--output-dir", tmp_path / "update")
+    figures = ("update", "update_scale", "n_kept", "accuracy", "train_loss", "objective", "refit_objective")
+    one, apart = ([tuple(row[f] for f in figures) for row in rows_of(tmp_path / at)] for at in ("one", "update"))
+    assert one == apart and len(one) == 7
+
+
+def test_gradients_of_something_else_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = ["--gradients", tmp_path / "kept", "--output-dir", tmp_path / "out"]
+    run(*kept, *QUICK, "--measure-only")
+    assert "100 of 1 samples there" in fails(capsys, *kept, "--fisher-samples", "50", "--measure-only")
+    other = DigitsMLP()
+    save_checkpoint(other, tmp_path / "other.safetensors")
+    assert "network" in fails(capsys, *kept, *QUICK, "--checkpoint", tmp_path / "other.safetensors", "--measure-only")
+
+
+def test_magnitude_without_update_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("gradients were taken")
+
+    monkeypatch.setattr("cbs_opt.engine.workspace.sample_gradients", refuse)
+    run("--solver", "magnitude", "--update", "none", "--no-refit", "--sparsity", "0.9", "--output-dir", tmp_path)
+    (row,) = rows_of(tmp_path)
+    assert row["n_kept"] == 271 and row["objective"] is None and row["seconds_gradients"] == 0.0
 
 
 def test_a_bound_certifies_every_mask(tmp_path: Path) -> None:

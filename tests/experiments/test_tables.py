@@ -14,7 +14,7 @@ from cbs_opt import FisherOptions, StageOptions
 from experiments.datasets import load_dataset
 from experiments.datasets.augmentation import CropAndFlip
 from experiments.datasets.images import ImageSet, crop_and_flip
-from experiments.networks import EXPERIMENTS, Experiment, get_experiment
+from experiments.networks import EXPERIMENTS, Experiment, Network, get_experiment
 from experiments.networks.experiment import Phase, StageDefaults, StagedTable
 from experiments.reports import staged_table
 from experiments.runs.stages import StagedPath
@@ -33,13 +33,14 @@ TINY = replace(
 )
 
 
-def _model() -> nn.Module:
+def _network(experiment: Experiment) -> Network:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)).eval()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)).eval()
+    return Network(model, "made up", experiment, load_dataset("digits"), torch.device("cpu"))
 
 
 def _rows(folder: Path, until: float = 0.9, said: list | None = None, experiment: Experiment = TINY) -> list[dict]:
-    path = StagedPath(experiment, _model(), load_dataset("digits"), torch.device("cpu"), 0, folder)
+    path = StagedPath(_network(experiment), 0, folder)
     return path.run(until, lambda record, accuracy: said.append((record.stage, accuracy)) if said is not None else None)
 
 
@@ -105,7 +106,7 @@ def test_tables_are_consistent() -> None:
         assert path == sorted(path)
         assert set(table.reported) <= set(path)
     with pytest.raises(OptionError, match="no table"):
-        StagedPath(get_experiment("digits-mlp"), _model(), load_dataset("digits"), torch.device("cpu"), 0, Path())
+        StagedPath(_network(get_experiment("digits-mlp")), 0, Path())
 
 
 def test_rows_that_cannot_be_read_or_written(tmp_path: Path) -> None:

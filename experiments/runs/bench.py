@@ -1,0 +1,214 @@
+"""From a trained network to pruned ones: gradients once per seed, then any solver, sparsity and update.
+
+`cbs_opt.prune` does all of it in one call. The rows of a run share gradients, and several updates share a mask, so a
+run takes the steps of `cbs_opt.Prepared` one by one; only stages, which share nothing, go through the whole engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+import cbs_opt
+import solvers
+from cbs_opt.engine.checks import check_plan
+from cbs_opt.engine.run import run
+from cbs_opt.prepared import prepare_setup
+from experiments.datasets.augmentation import CropAndFlip
+from experiments.networks.load import open_network
+from experiments.runs.options import RunOptions, Task
+from solvers import SelectionProblem, Solution
+from solvers.verify import certify
+
+#: Fewest training images of a calibration sample, where the training set has as many.
+CALIBRATION_SAMPLES = 5_000
+#: Images whose gradients a stage may want beyond those of one row each.
+STAGE_SAMPLES = 20_000
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told of what happens: a line of text, work begun and how far it is, a finished row and if it is new."""
+
+    say: Callable[[str], None] = lambda text: None
+    working: Callable[[str, int, int], None] = lambda what, done, total: None
+    finished: Callable[[Mapping[str, Any], bool], None] = lambda row, new: None
+
+
+class Bench:
+    """A trained network on which rows are measured, one after the other.
+
+    Parameters
+    ----------
+    options
+    folder
+        Gets masks and journals.
+    listener
+
+    Raises
+    ------
+    CBSError
+        Data, checkpoint or layers are missing or bad, or no row can be made as asked; nothing has been pruned by then.
+    """
+
+    def __init__(self, options: RunOptions, folder: Path, listener: Listener = Listener()) -> None:
+        self.options, self.folder, self.listener = options, folder, listener
+        listener.working("loading", 0, 0)
+        self.network = open_network(options.experiment, options.source, listener.say)
+        setup = options.setup(options.sweep.seed[0])
+        self.layers = cbs_opt.find_layers(self.network.model, include=setup.include, exclude=setup.exclude)
+        self.tasks = tuple(self._with_sparsity(task) for task in options.tasks)
+        self._check(setup)
+        listener.working("evaluating the dense network", 0, 0)
+        self.dense = self.network.accuracy()
+        self._prepared: tuple[int, cbs_opt.Prepared] | None = None
+        self._chosen: tuple[Task, SelectionProblem, Solution] | None = None
+        self._bounds: dict[tuple[int, int, str], float] = {}
+
+    def measure(self, task: Task, key: str) -> dict[str, Any]:
+        """The figures of a row, see `figures_of`; `key` names its files."""
+        result = self.prune(task, key)
+        if self.options.save_masks:
+            cbs_opt.save_masks(self.folder / "masks" / f"{key}.safetensors", result.masks)
+        report = result.report
+        has = report.curvature == "fisher"
+        return {
+            "n_weights": report.n,
+            "n_kept": report.n_kept,
+            "accuracy": self.network.accuracy(result.model.to(self.network.device).eval()),
+            "train_loss": report.loss_pruned,
+            "dense_accuracy": self.dense,
+            "objective": report.objective if has else None,
+            "refit_objective": report.refit_objective if has else None,
+            "bound": report.bound if has else None,
+            "gap": report.gap if has else None,
+            "status": report.status,
+            "seconds_gradients": report.seconds_gradients,
+            "seconds_solve": report.seconds_solve,
+            "seconds_update": report.seconds_update,
+            "repairs": report.repairs,
+        }
+
+    def prune(self, task: Task, key: str) -> cbs_opt.PruneResult:
+        """The pruned network of a row; consecutive rows which differ only in the update choose once."""
+        options, what = self.options, f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}"
+        if options.staged:
+            return run(
+                self.network.model,
+                self._data(task.seed),
+                F.cross_entropy,
+                options.setup(task.seed),
+                options.choice_of(task, self.layers.n),
+                self._stages(),
+                journal=self.journal(key),
+                progress=self._progress(f"{what}, stages"),
+            )
+        prepared = self.prepared(task.seed)
+        self.listener.working(what, 0, 0)
+        choice, mask = options.choice_of(task, prepared.n), replace(task, update="", update_scale=1.0)
+        if options.sweep.masks:
+            masks = cbs_opt.load_masks(task.solver)
+            return prepared.update_masks(
+                masks,
+                update=task.update,
+                scale=task.update_scale,
+                objective=choice.goal(),
+                judge=options.choice.refit,
+            )
+        if self._chosen is None or self._chosen[0] != mask:
+            judged = options.choice.refit and task.update != "combinatorial"
+            problem, solution = prepared.choose(choice, with_refit=judged)
+            if options.choice.bound is not None:
+                solution = self._certified(task.seed, problem, solution)
+            self._chosen = mask, problem, solution
+        _, problem, solution = self._chosen
+        result = prepared.one_shot(choice, (problem, solution), judge=options.choice.refit)
+        if result.solution is not None:
+            # The refit is known from the update now; the next update of this mask need not find out again.
+            self._chosen = mask, problem, result.solution
+        return result
+
+    def prepared(self, seed: int) -> cbs_opt.Prepared:
+        """The quadratic model of a seed; it can take gigabytes, so it is let go when another is asked for."""
+        if self._prepared is not None and self._prepared[0] == seed:
+            return self._prepared[1]
+        self._prepared = self._chosen = None
+        setup, folder, what = self.options.setup(seed), self.options.gradients(seed), f"gradients, seed {seed}"
+        model, data = self.network.model, self._data(seed)
+        if folder is not None and folder.is_dir():
+            prepared = cbs_opt.load_prepared(folder, model, data, F.cross_entropy, setup)
+            self.listener.say(f"{what}: those in {folder}")
+        else:
+            prepared = prepare_setup(model, data, F.cross_entropy, setup, progress=self._progress(what))
+            if setup.curvature != "none":
+                fisher, seconds = self.options.fisher, prepared.gradients.seconds
+                self.listener.say(
+                    f"{what}: {fisher.n_rows:,} of {fisher.batch_size} for {prepared.n:,} weights in {seconds:.1f} s"
+                )
+            if folder is not None:
+                prepared.save(folder)
+        self._prepared = seed, prepared
+        return prepared
+
+    def journal(self, key: str) -> Path:
+        """Where the stages of a row leave their states until it is finished."""
+        return self.folder / "journals" / key
+
+    def _with_sparsity(self, task: Task) -> Task:
+        """The row of a saved mask with the sparsity that the mask has."""
+        if not self.options.sweep.masks:
+            return task
+        return replace(task, sparsity=float(self.layers.pruned_by(cbs_opt.load_masks(task.solver)).mean()))
+
+    def _check(self, setup: cbs_opt.Setup) -> None:
+        """Refuse, before gradients are computed, what cannot be carried out."""
+        if self.options.sweep.masks:
+            return
+        for task in self.tasks:
+            choice = self.options.choice_of(task, self.layers.n)
+            check_plan(self.network.model, self.layers, setup, choice, self._plan(choice))
+
+    def _plan(self, choice: cbs_opt.Choice) -> cbs_opt.Plan:
+        n, n_kept = self.layers.n, choice.kept(self.layers.n)
+        if not self.options.staged:
+            return cbs_opt.Plan.one_shot(n_kept)
+        return cbs_opt.Plan.staged(self._stages(), n=n, n_kept=n_kept)
+
+    def _stages(self) -> cbs_opt.StageOptions:
+        """The experiment's, as many as asked for."""
+        train, experiment = self.network.dataset.train, self.options.experiment
+        usual = experiment.staged.options
+        return replace(
+            usual,
+            n_stages=self.options.choice.stages,
+            # On images as they are, the gradients of a network trained on cropped and flipped ones vanish.
+            augment=CropAndFlip.of(train) if experiment.recipe.augment else None,
+            held_out=min(usual.held_out, len(train) // 5),
+        )
+
+    def _data(self, seed: int) -> tuple[Tensor, Tensor]:
+        """A sample of the training set, drawn with the seed: normalised images and labels."""
+        fisher = self.options.fisher
+        count = max(CALIBRATION_SAMPLES, (fisher.n_rows or 0) * fisher.batch_size)
+        if self.options.staged:
+            # Every stage draws rows of its own.
+            count = max(count, STAGE_SAMPLES)
+        return self.network.dataset.train.sample(count, seed).batch(slice(None))
+
+    def _certified(self, seed: int, problem: SelectionProblem, solution: Solution) -> Solution:
+        """The solution with the better of its own bound and that of the options, which serves every solver."""
+        key = seed, problem.n_prune, problem.objective.value
+        if key not in self._bounds:
+            self._bounds[key] = solvers.bound(problem, method=str(self.options.choice.bound)).value
+        best = max(solution.bound, self._bounds[key])
+        bound, gap, status = certify(problem, solution.objective, best, solution.solver)
+        return replace(solution, bound=bound, gap=gap, status=status)
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        self.listener.working(what, 0, 0)
+        return lambda done, total: self.listener.working(what, done, total)
