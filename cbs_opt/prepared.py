@@ -31,7 +31,7 @@ from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.engine import gradient_files
-from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.measured import Measured, take_gradients
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update
@@ -105,7 +105,7 @@ class Prepared(Measured):
         choice = Choice(n_kept=self.n - int(pruned.sum()), update=update, update_scale=scale, objective=objective)
         problem = self.problem(n_kept=choice.n_kept, objective=objective)
         mask = self.blocks.partition.to_groups(pruned)
-        value = problem.value(mask) if self.has is Need.CURVATURE else math.nan
+        value = problem.value(mask) if self.has is Extent.CURVATURE else math.nan
         given = Solution(
             pruned=mask,
             objective=value,
@@ -213,7 +213,7 @@ def prepare_setup(
 ) -> Prepared:
     """`prepare` for a `Setup`."""
     workspace = open_workspace(model, data, loss_fn, setup)
-    need = Need.WEIGHTS if setup.curvature == "none" else Need.CURVATURE
+    need = Extent.WEIGHTS if setup.curvature == "none" else Extent.CURVATURE
     return Prepared(workspace, setup.options, take_gradients(workspace, need, progress))
 
 

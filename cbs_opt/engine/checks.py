@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.estimate import check_memory
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
@@ -20,6 +20,7 @@ from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.network.layers import PrunableLayers
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem
+from solvers.curvature import Curvature, LowRank, Unmeasured
 from solvers.errors import CapabilityError, OptionError
 from solvers.running import check_capabilities
 
@@ -43,8 +44,8 @@ def check_plan(
         The message says what to do instead.
     """
     fisher, stages = setup.options, plan.stages
-    need = choice.needs if stages is None else Need.CURVATURE
-    if setup.curvature == "none" and need is not Need.WEIGHTS:
+    need = choice.needs if stages is None else Extent.CURVATURE
+    if setup.curvature == "none" and need is not Extent.WEIGHTS:
         what = (
             "stages need" if stages is not None else f"{choice.solver.name!r} with update {choice.update.value!r} needs"
         )
@@ -66,13 +67,13 @@ def check_journal(plan: Plan, journal: Path | str | None) -> None:
         raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
 
 
-def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Need) -> None:
+def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Extent) -> None:
     if choice.update is Update.SEARCHED:
         if choice.update_scale != 1.0:
             raise OptionError(f"update 'searched' finds its own length; leave update_scale={choice.update_scale:g} out")
         if fisher.damping <= 0.0:
             raise OptionError("update 'searched' varies the damping; pass a positive one, e.g. damping=1e-3")
-    if choice.selects is Need.GRADIENT and need is Need.CURVATURE and not fisher.first_order:
+    if choice.selects is Extent.GRADIENT and need is Extent.CURVATURE and not fisher.first_order:
         raise OptionError(
             f"solver {choice.solver.name!r} needs the mean gradient; pass FisherOptions(first_order=True)"
         )
@@ -95,23 +96,24 @@ def _check_stages(choice: Choice, fisher: FisherOptions, stages: StageOptions) -
             f"stages rebuild the blocks as weights go, which {str(fisher.spec)!r} does not support; use 'one', "
             "'per_layer', 'per_row' or 'fixed:SIZE'"
         )
-    if choice.selects is Need.GRADIENT and stages.first_order is not True and not fisher.first_order:
+    if choice.selects is Extent.GRADIENT and stages.first_order is not True and not fisher.first_order:
         raise OptionError(f"solver {choice.solver.name!r} needs the gradient; pass StageOptions(first_order=True)")
 
 
 def _outline(
-    layers: PrunableLayers, fisher: FisherOptions, choice: Choice, stages: StageOptions | None, need: Need
+    layers: PrunableLayers, fisher: FisherOptions, choice: Choice, stages: StageOptions | None, need: Extent
 ) -> SelectionProblem:
     """A problem of the shape of the one to come, without its values: enough to check a solver's capabilities."""
     objective: Objective = choice.goal(staged=stages is not None)
     gradient = fisher.first_order if stages is None else Capability.LINEAR_TERM in choice.solver.capabilities
     blocks = []
-    if need is Need.CURVATURE:
+    if need is Extent.CURVATURE:
         sizes = contiguous_partition(layers, fisher.spec).sizes if fisher.spec.contiguous else (layers.n,)
     else:
-        sizes, gradient = tuple(layer.n for layer in layers), need is Need.GRADIENT
+        sizes, gradient = tuple(layer.n for layer in layers), need is Extent.GRADIENT
     for size in sizes:
         # Expanded, so that the outline of a large network takes no memory.
         zeros = torch.zeros(1).expand(size)
-        blocks.append(QuadraticBlock(zeros, zeros.unsqueeze(0), gradient=zeros if gradient else None))
+        outline: Curvature = LowRank(zeros.unsqueeze(0), 1.0) if need is Extent.CURVATURE else Unmeasured(size)
+        blocks.append(QuadraticBlock(zeros, curvature=outline, gradient=zeros if gradient else None))
     return SelectionProblem(blocks, layers.n - choice.kept(layers.n), objective)

@@ -14,12 +14,13 @@ from cbs_opt.network.layers import check_sparsity
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.errors import OptionError, UnknownNameError
+from solvers.solver import Need
 
 Mask = npt.NDArray[np.bool_]
 
 
-class Need(IntEnum):
-    """What has to be measured; each includes those before."""
+class Extent(IntEnum):
+    """How much has to be measured, or was; each includes those before."""
 
     WEIGHTS = 0
     GRADIENT = 1
@@ -27,10 +28,6 @@ class Need(IntEnum):
 
     def __str__(self) -> str:
         return ("weights", "mean gradient", "curvature")[self.value]
-
-
-#: Solvers that look at less than the curvature.
-_NEEDS = {"magnitude": Need.WEIGHTS, "random": Need.WEIGHTS, "gradient_magnitude": Need.GRADIENT}
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -124,16 +121,16 @@ class Choice:
         return self.n_kept
 
     @property
-    def selects(self) -> Need:
+    def selects(self) -> Extent:
         """What the solver and the allocation look at."""
-        if self.allocation in (None, "uniform", "magnitude"):
-            return _NEEDS.get(self.solver.name, Need.CURVATURE)
-        return Need.CURVATURE
+        if Need.CURVATURE in self.solver.needs or self.allocation not in (None, "uniform", "magnitude"):
+            return Extent.CURVATURE
+        return Extent.GRADIENT if Need.GRADIENT in self.solver.needs else Extent.WEIGHTS
 
     @property
-    def needs(self) -> Need:
+    def needs(self) -> Extent:
         """What the choice and the update look at."""
-        return self.selects if self.update is Update.NONE else Need.CURVATURE
+        return self.selects if self.update is Update.NONE else Extent.CURVATURE
 
     def goal(self, staged: bool = False) -> Objective:
         """The objective asked for; else selection where the solver supports it, in stages joint where it does."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update
@@ -64,11 +64,11 @@ def estimate_memory(
     model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
 ) -> Estimate:
     """Bytes that a plan takes; the arguments are those of `check_plan`."""
-    need = choice.needs if plan.stages is None else Need.CURVATURE
+    need = choice.needs if plan.stages is None else Extent.CURVATURE
     n, fisher = layers.n, setup.options
     network = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     memory = {"the pruned network and its masks": network + 3 * n}
-    if need is Need.CURVATURE:
+    if need is Extent.CURVATURE:
         rows = fisher.n_rows
         if rows is None:
             rows = DEFAULT_ROWS if n_samples is None else min(DEFAULT_ROWS, n_samples // fisher.batch_size)

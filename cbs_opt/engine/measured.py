@@ -1,7 +1,7 @@
 """A network with what was measured of it, and one shot: one choice of weights, one update.
 
-What is measured is no more than solver and update need (`Need`): nothing beyond the weights, the mean gradient, or the
-quadratic model.
+What is measured is no more than solver and update need (`Extent`): the weights alone, the mean gradient, or the quadratic
+model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cbs_opt.engine.choice import Choice, Need
+from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.update import Update, Updated, scaled, update_weights
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
@@ -29,11 +29,11 @@ Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
-def take_gradients(workspace: Workspace, need: Need, progress: Progress | None = None) -> GradientSample | None:
+def take_gradients(workspace: Workspace, need: Extent, progress: Progress | None = None) -> GradientSample | None:
     """Gradients of a network as it was given, as much of them as is needed."""
-    if need is Need.WEIGHTS:
+    if need is Extent.WEIGHTS:
         return None
-    keep = need is Need.CURVATURE
+    keep = need is Extent.CURVATURE
     return workspace.gradients(workspace.weights, workspace.setup.options, keep_rows=keep, progress=progress)
 
 
@@ -52,7 +52,7 @@ class Measured:
     Attributes
     ----------
     blocks : FisherBlocks
-    has : Need
+    has : Extent
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Measured:
         self._gradients, self._weights = gradients, weights
         self._updates: dict[tuple[bytes, Update], Updated] = {}
         if gradients is not None and len(gradients.factor):
-            self.has = Need.CURVATURE
+            self.has = Extent.CURVATURE
             seed = workspace.setup.seed
             self.blocks: FisherBlocks = build_blocks(gradients, self.weights, self.layers, fisher, seed)
         else:
-            self.has = Need.WEIGHTS if gradients is None else Need.GRADIENT
+            self.has = Extent.WEIGHTS if gradients is None else Extent.GRADIENT
             self.blocks = weight_blocks(self.layers, workspace.model, gradients)
 
     @property
@@ -152,7 +152,7 @@ class Measured:
         if how is Update.SEARCHED and scale != 1.0:
             raise OptionError(f"update 'searched' finds its own length; leave update_scale={scale:g} out")
         if (key, how) not in self._updates:
-            if how is not Update.NONE and self.has is not Need.CURVATURE:
+            if how is not Update.NONE and self.has is not Extent.CURVATURE:
                 raise CapabilityError(f"update {how.value!r} needs the curvature; prepare with curvature='fisher'")
             self._updates = {k: v for k, v in self._updates.items() if k[0] == key}
             to_network = self.blocks.partition.to_network
@@ -185,7 +185,7 @@ class Measured:
         problem, solution = chosen or self.choose(choice)
         weights: Array | None = None
         terms, repairs, seconds = None, solution.repairs, 0.0
-        if self.has is Need.CURVATURE:
+        if self.has is Extent.CURVATURE:
             updated = self.update(problem, solution.pruned, choice.update, choice.update_scale)
             weights, repairs, seconds = to_network(updated.weights), (*repairs, *updated.repairs), updated.seconds
             solution, more = self._judged(problem, solution, updated, judge)
@@ -201,7 +201,7 @@ class Measured:
             loss_before=loss_dense,
             loss_masked=math.nan,
             loss_after=math.nan,
-            damping=float(self.fisher.damping) if self.has is Need.CURVATURE else math.nan,
+            damping=float(self.fisher.damping) if self.has is Extent.CURVATURE else math.nan,
             step=choice.update_scale if choice.update in (Update.COMBINATORIAL, Update.SINGLE) else math.nan,
             evaluations=workspace.meter.calls - calls,
             n_regrown=0,
@@ -224,16 +224,19 @@ class Measured:
             "objective_kind": problem.objective.value,
             "refit_objective": solution.refit_objective,
             "gap": solution.gap,
-            "curvature": {Need.WEIGHTS: "none", Need.GRADIENT: "gradient", Need.CURVATURE: "fisher"}[self.has],
+            "curvature": {Extent.WEIGHTS: "none", Extent.GRADIENT: "gradient", Extent.CURVATURE: "fisher"}[self.has],
             "n_rows": 0 if sample is None else sample.n_rows,
             "batch_size": 0 if sample is None else sample.batch_size,
             "damping": record.damping,
-            "blocks": str(self.fisher.spec) if self.has is Need.CURVATURE else "per_layer",
+            "blocks": str(self.fisher.spec) if self.has is Extent.CURVATURE else "per_layer",
             "n_blocks": len(problem.blocks),
             "first_order": record.first_order,
             "statistics": dict(solution.statistics),
         }
         pruned = to_network(solution.pruned)
+        if own:
+            # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
+            del problem, chosen, self.blocks
         return conclude(workspace, choice, pruned, weights, (record,), about, terms=terms, solution=solution, own=own)
 
     def _judged(

@@ -20,6 +20,7 @@ from cbs_opt.measure.gradient_methods import GradientMethod, parse_method
 from cbs_opt.measure.gradients import GradientSample
 from cbs_opt.network.layers import PrunableLayers
 from solvers import QuadraticBlock
+from solvers.curvature import Unmeasured
 from solvers.errors import DataError, OptionError
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -181,8 +182,8 @@ def weight_blocks(layers: PrunableLayers, model: nn.Module, sample: GradientSamp
     for layer, weight in zip(layers, layers.parameters(model), strict=True):
         flat = weight.detach().reshape(-1)
         gradient = None if sample is None else sample.gradient[layer.slice]
-        nothing = torch.zeros(1, 1, device=flat.device).expand(1, layer.n)
-        blocks.append(QuadraticBlock(flat, nothing, gradient=gradient, name=layer.name))
+        nothing = Unmeasured(layer.n, flat.device)
+        blocks.append(QuadraticBlock(flat, curvature=nothing, gradient=gradient, name=layer.name))
     return FisherBlocks(tuple(blocks), Partition(layers.names, tuple(layer.n for layer in layers)))
 
 

@@ -247,11 +247,10 @@ def _sharing(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
-        names = set(module._parameters)
-        if parametrize.is_parametrized(module):
-            names |= set(_masks_of(module))
+        # Not by getattr, which computes what a parametrization gives.
+        names = {name for name, held in module._parameters.items() if held is not None} | set(_masks_of(module))
         for attribute in sorted(names):
-            if getattr(module, attribute, None) is not None and _stored(module, attribute) is parameter:
+            if _stored(module, attribute) is parameter:
                 found.append((module, attribute))
     return found
 
