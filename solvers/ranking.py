@@ -14,6 +14,10 @@ _CHUNK = 1 << 22
 _DIGIT = 16
 
 
+#: Up to this many scores are sorted: fewer calls than selecting by a threshold.
+_FEW = 1 << 14
+
+
 def prune_smallest(scores: Array, n_prune: int) -> Mask:
     """The mask that removes exactly the `n_prune` smallest scores; numpy bool (n,)."""
     pruned = np.zeros(scores.shape[0], dtype=bool)
@@ -25,6 +29,8 @@ def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """The same on the device of `scores` (n,): bool (n,)."""
     if count in (0, scores.numel()):
         return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
+    if scores.numel() <= _FEW and scores.device.type == "cpu":
+        return torch.from_numpy(prune_smallest(scores.numpy(), count))
     limit = scores.kthvalue(count).values
     below, ties = scores < limit, scores == limit
     wanted = count - below.sum()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from solvers.problem import SelectionProblem
-from solvers.ranking import prune_smallest_magnitudes
+from solvers.ranking import prune_smallest, prune_smallest_magnitudes
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Solver
 
@@ -22,4 +24,6 @@ class MagnitudeSolver(Solver):
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Ignores H and g altogether; declared for every problem because it is a baseline for every problem."""
+        if problem.measured:
+            return Proposal(prune_smallest(np.abs(problem.weights), problem.n_prune))
         return Proposal(prune_smallest_magnitudes([block.weights for block in problem.blocks], problem.n_prune))

@@ -90,6 +90,14 @@ class LowRank(Curvature):
         out[chosen, torch.arange(chosen.numel(), device=self.device)] += self.damping
         return out
 
+    def submatrix(self, rows: Index, columns: Index) -> torch.Tensor:
+        if rows is not columns:
+            return super().submatrix(rows, columns)
+        part = self.factor_columns(self.index_of(rows)).double()
+        out = part.T @ part
+        out.diagonal().add_(self.damping)
+        return out
+
     def with_damping(self, damping: float) -> LowRank:
         other = LowRank(self.factor, damping)
         if "gram" in self.__dict__:
