@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import ProblemError, QuadraticBlock, SelectionProblem
-from solvers.curvature import low_rank_restricted
+from solvers.curvature import low_rank
 from solvers.refit import refit
 from tests.conftest import random_block
 
@@ -67,7 +67,7 @@ def test_every_form_agrees(rows, fraction, expected, gradient, dtype):
 
 @pytest.mark.parametrize(("rows", "n_kept", "expected"), [(80, 60, "primal"), (40, 60, "woodbury")])
 def test_single_precision_preconditioner_reaches_double_accuracy(monkeypatch, rows, n_kept, expected):
-    monkeypatch.setattr(low_rank_restricted, "DOUBLE_LIMIT", 10)
+    monkeypatch.setattr(low_rank, "DOUBLE_LIMIT", 10)
     block = random_block(5, 100, rows, damping=1e-2, gradient=True)
     pruned = np.arange(100) >= n_kept
     result = refit(SelectionProblem([block], 0), pruned)
