@@ -151,9 +151,9 @@ class Measured:
         how, key = Update.parse(update), np.packbits(pruned).tobytes()
         if how is Update.SEARCHED and scale != 1.0:
             raise OptionError(f"update 'searched' finds its own length; leave update_scale={scale:g} out")
+        if how is not Update.NONE and self.has is not Extent.CURVATURE:
+            raise CapabilityError(f"update {how.value!r} needs the curvature; prepare with curvature='fisher'")
         if (key, how) not in self._updates:
-            if how is not Update.NONE and self.has is not Extent.CURVATURE:
-                raise CapabilityError(f"update {how.value!r} needs the curvature; prepare with curvature='fisher'")
             self._updates = {k: v for k, v in self._updates.items() if k[0] == key}
             to_network = self.blocks.partition.to_network
             self._updates[key, how] = update_weights(problem, pruned, how, loss=lambda w: self.loss(to_network(w)))
@@ -185,7 +185,7 @@ class Measured:
         problem, solution = chosen or self.choose(choice)
         weights: Array | None = None
         terms, repairs, seconds = None, solution.repairs, 0.0
-        if self.has is Extent.CURVATURE:
+        if self.has is Extent.CURVATURE or choice.update is not Update.NONE:
             updated = self.update(problem, solution.pruned, choice.update, choice.update_scale)
             weights, repairs, seconds = to_network(updated.weights), (*repairs, *updated.repairs), updated.seconds
             solution, more = self._judged(problem, solution, updated, judge)
