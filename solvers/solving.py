@@ -11,7 +11,7 @@ from solvers.registry import make_solver
 from solvers.running import check_capabilities, run_backend
 from solvers.solution import Proposal, Solution
 from solvers.solver import CalibrationLoss, Context, Deadline, Solver
-from solvers.verify import certify, check_support, evaluate
+from solvers.verify import evaluate, verified
 
 
 def solve(
@@ -79,23 +79,5 @@ def solve(
         proposal = solve_blockwise(problem, chosen, context, allocation, time_limit)
     else:
         proposal = run_backend(chosen, problem, context)
-    seconds = context.deadline.elapsed()
     name = chosen.spec if allocation is None else f"{chosen.spec}@{allocation}"
-    pruned = check_support(problem, proposal, name)
-    objective, refitted = evaluate(problem, pruned, with_refit)
-    bound, gap, status = certify(problem, objective, proposal.bound, name)
-    return Solution(
-        pruned=pruned,
-        objective=objective,
-        bound=bound,
-        gap=gap,
-        status=status,
-        reason=proposal.reason,
-        refit_objective=math.nan if refitted is None else refitted.value,
-        refit_weights=None if refitted is None else refitted.weights,
-        seconds=seconds,
-        solver=name,
-        trace=tuple(context.trace),
-        repairs=(*proposal.repairs, *(refitted.repairs if refitted else ())),
-        statistics=dict(proposal.statistics),
-    )
+    return verified(problem, proposal, context, name, with_refit)

@@ -13,7 +13,8 @@ import numpy as np
 from solvers.errors import BackendError
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.refit import Refit
-from solvers.solution import Proposal, Status
+from solvers.solution import Proposal, Solution, Status
+from solvers.solver import Context
 
 #: Relative gap at which a mask counts as proven optimal.
 OPTIMALITY_TOLERANCE = 1e-6
@@ -73,3 +74,28 @@ def certify(problem: SelectionProblem, objective: float, bound: float, solver: s
     gap = (objective - bound) / max(abs(objective), tiny) if math.isfinite(bound) else math.inf
     proven = math.isfinite(bound) and objective - bound <= tolerance
     return bound, gap, Status.OPTIMAL if proven else Status.FEASIBLE
+
+
+def verified(
+    problem: SelectionProblem, proposal: Proposal, context: Context, solver: str, with_refit: bool
+) -> Solution:
+    """The solution that a proposal makes; raises BackendError for what is not true."""
+    seconds = context.deadline.elapsed()
+    pruned = check_support(problem, proposal, solver)
+    objective, refitted = evaluate(problem, pruned, with_refit)
+    bound, gap, status = certify(problem, objective, proposal.bound, solver)
+    return Solution(
+        pruned=pruned,
+        objective=objective,
+        bound=bound,
+        gap=gap,
+        status=status,
+        reason=proposal.reason,
+        refit_objective=math.nan if refitted is None else refitted.value,
+        refit_weights=None if refitted is None else refitted.weights,
+        seconds=seconds,
+        solver=solver,
+        trace=tuple(context.trace),
+        repairs=(*proposal.repairs, *(refitted.repairs if refitted else ())),
+        statistics=dict(proposal.statistics),
+    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from solvers.errors import CBSError
 from solvers.registry import make_solver
 from solvers.solver import Solver
-from solvers.testing.checks import CHECKS, NotApplicable, Subject
+from solvers.testing import checks, declaration_checks
+from solvers.testing.subject import NotApplicable, Subject
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def check_solver(
     chosen = make_solver(solver)
     subject = Subject(chosen, seed, instances, min(largest, 14), time_limit)
     results = []
-    for check in CHECKS:
+    for check in (*declaration_checks.CHECKS, *checks.CHECKS):
         name = check.__name__.removeprefix("check_")
         try:
             check(subject)
