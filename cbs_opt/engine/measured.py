@@ -1,7 +1,7 @@
 """A network with what was measured of it, and one shot: one choice of weights, one update.
 
-What is measured is no more than solver and update need (`Extent`): the weights alone, the mean gradient, or the quadratic
-model.
+What is measured is no more than solver and update need (`Extent`): the weights alone, the mean gradient, or the
+quadratic model.
 """
 
 from __future__ import annotations

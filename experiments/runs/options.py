@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import cbs_opt
-from cbs_opt.engine.choice import Need
+from cbs_opt.engine.choice import Extent
 from cbs_opt.measure.fisher import DEFAULT_ROWS
 from experiments.networks import DEFAULT, EXPERIMENTS, Experiment, get_experiment
 from experiments.networks.load import Source
@@ -196,7 +196,7 @@ class RunOptions:
         """The model side of the rows of a seed; no more is measured than one of them needs."""
         return cbs_opt.Setup(
             fisher=self.fisher,
-            curvature="fisher" if self.need > Need.WEIGHTS else "none",
+            curvature="fisher" if self.need > Extent.WEIGHTS else "none",
             include=self.network.include or self.experiment.include or ("*",),
             exclude=self.network.exclude or self.experiment.exclude,
             device=self.source.device,
@@ -204,10 +204,10 @@ class RunOptions:
         )
 
     @cached_property
-    def need(self) -> Need:
+    def need(self) -> Extent:
         """What the rows need together."""
         if self.choice.refit or self.choice.bound or self.curvature.gradients or self.staged:
-            return Need.CURVATURE
+            return Extent.CURVATURE
         return max(self.choice_of(task).needs for task in self.tasks)
 
     def choice_of(self, task: Task, n: int | None = None) -> cbs_opt.Choice:
