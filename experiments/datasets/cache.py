@@ -7,13 +7,12 @@ time, not correctness, and is reported through ``warnings``.
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import platformdirs
+
+from cbs_opt.engine.journal import write_atomically
 
 VARIABLE = "CBS_OPT_CACHE"
 
@@ -28,8 +27,8 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("cbs_opt", appauthor=False))
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, and the folders above it, so that a reader or a crash sees the old one or the new one, whole.
 
     Raises
     ------
@@ -37,24 +36,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         The folder or the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes private files; a cache folder shared by a group should stay readable.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)
 
 
-def try_write(path: Path, write: Callable[[BinaryIO], object]) -> bool:
-    """Like `write_atomically`, but an unwritable cache only warns. Returns whether the file was written."""
+def try_write(path: Path, content: bytes) -> None:
+    """`write_file`, but an unwritable cache only warns."""
     try:
-        write_atomically(path, write)
+        write_file(path, content)
     except OSError as error:
         warnings.warn(
             f"cannot write the cache file {path} ({error}); going on without it. "
@@ -62,5 +50,3 @@ def try_write(path: Path, write: Callable[[BinaryIO], object]) -> bool:
             CacheWarning,
             stacklevel=2,
         )
-        return False
-    return True

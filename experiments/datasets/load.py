@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 import zipfile
 from pathlib import Path
@@ -80,5 +81,7 @@ def _cached(source: Source, split: str, files: list[Path]) -> tuple[np.ndarray, 
             f"the cache file {path} is damaged ({error}); decoding the images again", CacheWarning, stacklevel=2
         )
     images, labels = read_files(source, files)
-    try_write(path, lambda stream: np.savez(stream, images=images, labels=labels))
+    stream = io.BytesIO()
+    np.savez(stream, images=images, labels=labels)
+    try_write(path, stream.getvalue())
     return images, labels

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from experiments.datasets.cache import write_atomically
+from experiments.datasets.cache import write_file
 from solvers.errors import CheckpointError
 
 
@@ -43,22 +43,10 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     tensors = read_tensors(path)
     own = model.state_dict()
     name = type(model).__name__
-    missing = sorted(own.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - own.keys())
-    if missing or unknown:
-        parts = (
-            [f"lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")] if missing else []
-        )
-        parts += (
-            [
-                f"has {unknown[0]!r}"
-                + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-                + ", unknown to the network"
-            ]
-            if unknown
-            else []
-        )
-        raise CheckpointError(f"the checkpoint {path} is not one of {name}: it {', '.join(parts)}")
+    for names, fault in ((own.keys() - tensors.keys(), "lacks"), (tensors.keys() - own.keys(), "has an unknown")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"the checkpoint {path} is not one of {name}: it {fault} {min(names)!r}{more}")
     for key, tensor in tensors.items():
         if tensor.shape != own[key].shape:
             raise CheckpointError(
@@ -85,4 +73,4 @@ def save_checkpoint(model: nn.Module, path: Path | str, note: str = "") -> None:
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     blob = save(tensors, metadata={"note": note} if note else None)
-    write_atomically(Path(path), lambda stream: stream.write(blob))
+    write_file(Path(path), blob)

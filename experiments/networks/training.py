@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from experiments.datasets.cache import write_atomically
+from experiments.datasets.cache import write_file
 from experiments.datasets.images import ImageSet, crop_and_flip
 from experiments.networks.checkpoints import save_checkpoint
 from solvers.errors import CheckpointError
@@ -175,7 +175,7 @@ class _Progress:
         tensors |= {f"velocity.{k}": self.optimizer.state[p]["momentum_buffer"] for k, p in self._parameters()}
         metadata = {"recipe": self.signature, "epoch": str(epoch), "schedule": json.dumps(self.schedule.state_dict())}
         blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
-        write_atomically(path, lambda stream: stream.write(blob))
+        write_file(path, blob)
 
     def restore(self, path: Path) -> int:
         """Load a state in place; returns the number of epochs it has behind it."""

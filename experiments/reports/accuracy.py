@@ -71,12 +71,12 @@ def accuracy_table(
     for sparsity in sparsities:
         table.add_column(f"{sparsity:g}", justify="right", no_wrap=True)
     for line in (*series, *reference):
-        table.add_row(escape(line.label), *(_cell(line.points.get(s, ())) for s in sparsities))
+        table.add_row(escape(line.label), *(mean_cell(line.points.get(s, ())) for s in sparsities))
     quoted = quoted_series(experiment, sparsities)
     if quoted:
         table.add_section()
     for line in quoted:
-        table.add_row(escape(line.label), *(_cell(line.points.get(s, ())) for s in sparsities), style="dim")
+        table.add_row(escape(line.label), *(mean_cell(line.points.get(s, ())) for s in sparsities), style="dim")
     return table
 
 
@@ -90,7 +90,8 @@ def quoted_series(experiment: str, sparsities: Sequence[float]) -> list[Series]:
     return found
 
 
-def _cell(values: Sequence[float]) -> str:
+def mean_cell(values: Sequence[float]) -> str:
+    """Mean ± standard error, or nothing."""
     if not values:
         return ""
     mean, error = mean_and_error(values)

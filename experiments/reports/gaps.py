@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.reports.plots import COLOURS
+from experiments.reports.plots import COLOURS, drawn
 from experiments.runs.solves import gap_between
 from solvers.errors import OutputError
 
@@ -140,27 +140,14 @@ def write_plots(folder: Path, rows: Sequence[Row], best: Mapping[Instance, float
 
 
 def _plot(path: Path, title: str, rows: Sequence[Row], best: Mapping[Instance, float], draw: Any) -> None:
-    # The object interface needs no display and leaves the caller's pyplot state alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     total = len({instance_of(row) for row in rows})
-    for at, solver in enumerate(dict.fromkeys(row["solver"] for row in rows)):
-        style = {"color": COLOURS[at % len(COLOURS)], "linestyle": _LINES[at // len(COLOURS) % len(_LINES)]}
-        own = [row for row in rows if row["solver"] == solver]
-        taken = len({instance_of(row) for row in own})
-        style["label"] = solver if taken == total else f"{solver} ({taken} of {total})"
-        draw(axes, own, best, taken / total, style)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"cannot write the plot {path} ({error.strerror or error})") from error
+    with drawn(path, title) as axes:
+        for at, solver in enumerate(dict.fromkeys(row["solver"] for row in rows)):
+            style = {"color": COLOURS[at % len(COLOURS)], "linestyle": _LINES[at // len(COLOURS) % len(_LINES)]}
+            own = [row for row in rows if row["solver"] == solver]
+            taken = len({instance_of(row) for row in own})
+            style["label"] = solver if taken == total else f"{solver} ({taken} of {total})"
+            draw(axes, own, best, taken / total, style)
 
 
 def gap_over_time(row: Row, best: float, grid: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), error
 
 
+@contextmanager
+def drawn(path: Path, title: str) -> Iterator[Any]:
+    """Axes of a plot that is written as PNG at the end; raises OutputError."""
+    # The object interface needs no display and leaves the caller's pyplot state alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    yield axes
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"cannot write the plot {path} ({error.strerror or error})") from error
+
+
 def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float | None = None) -> None:
     """Draw the mean accuracy over seeds, with standard errors, against the sparsity.
 
@@ -67,53 +88,40 @@ def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float
     OutputError
         The file cannot be written.
     """
-    # The object interface needs no display and leaves the caller's pyplot state alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if dense is not None:
-        axes.axhline(dense, color="0.6", linewidth=0.8)
-        axes.annotate(
-            f"dense {dense:.2f}",
-            (0.99, dense),
-            xycoords=("axes fraction", "data"),
-            color="0.4",
-            fontsize=8,
-            ha="right",
-            va="bottom",
-        )
-    measured = [s for s in series if not s.quoted]
-    for i, line in enumerate(measured):
-        means, errors = zip(*(mean_and_error(v) for v in line.points.values()), strict=True)
-        axes.errorbar(
-            _steps(line.points),
-            means,
-            yerr=errors if any(errors) else None,
-            label=line.label,
-            capsize=2,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=4,
-            linewidth=1.4,
-        )
-    for i, line in enumerate(s for s in series if s.quoted):
-        quoted = [mean_and_error(v)[0] for v in line.points.values()]
-        colour = COLOURS[-1 - i % len(COLOURS)]
-        axes.plot(_steps(line.points), quoted, ":", color=colour, linewidth=1.1, label=line.label)
-    everything = sorted({s for line in series for s in line.points})
-    axes.set_xticks(_steps(everything), [f"{100 * s:g}" for s in everything])
-    axes.set_xlabel("sparsity (%), scaled by the logarithm of the weights kept")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"cannot write the plot {path} ({error.strerror or error})") from error
+    with drawn(path, title) as axes:
+        if dense is not None:
+            axes.axhline(dense, color="0.6", linewidth=0.8)
+            axes.annotate(
+                f"dense {dense:.2f}",
+                (0.99, dense),
+                xycoords=("axes fraction", "data"),
+                color="0.4",
+                fontsize=8,
+                ha="right",
+                va="bottom",
+            )
+        measured = [s for s in series if not s.quoted]
+        for i, line in enumerate(measured):
+            means, errors = zip(*(mean_and_error(v) for v in line.points.values()), strict=True)
+            axes.errorbar(
+                _steps(line.points),
+                means,
+                yerr=errors if any(errors) else None,
+                label=line.label,
+                capsize=2,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                linewidth=1.4,
+            )
+        for i, line in enumerate(s for s in series if s.quoted):
+            quoted = [mean_and_error(v)[0] for v in line.points.values()]
+            colour = COLOURS[-1 - i % len(COLOURS)]
+            axes.plot(_steps(line.points), quoted, ":", color=colour, linewidth=1.1, label=line.label)
+        everything = sorted({s for line in series for s in line.points})
+        axes.set_xticks(_steps(everything), [f"{100 * s:g}" for s in everything])
+        axes.set_xlabel("sparsity (%), scaled by the logarithm of the weights kept")
+        axes.set_ylabel("test accuracy (%)")
 
 
 def _steps(sparsities: Any) -> list[float]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cbs_opt import StageOptions
-from experiments.datasets.cache import write_atomically
+from experiments.datasets.cache import write_file
 from experiments.networks.experiment import Experiment
+from experiments.reports.accuracy import mean_cell, quoted_series
 from experiments.reports.literature import NAMES, columns
-from experiments.reports.plots import Series, mean_and_error, plot_accuracy, series_of
+from experiments.reports.plots import Series, plot_accuracy, series_of
 from solvers.errors import DataError, OptionError, OutputError
 
 OURS = "ours (staged)"
+_PARTS = ("gradients", "solve", "update")
 
 
 def write_table(
@@ -31,24 +33,18 @@ def write_table(
     if table is None:
         raise OptionError(f"{experiment.name} has no table; give another experiment")
     quoted = columns(experiment.name)
-    measured = [*series_of(others), Series(OURS, _points(rows))]
+    points = {s: [row["accuracy"] for row in rows if row["sparsity"] == s] for s in table.reported}
+    measured = [*series_of(others), Series(OURS, {s: values for s, values in points.items() if values})]
     text = [f"# {experiment.name}: test accuracy (%), no training", ""]
     heads = ["sparsity", *quoted, *(s.label for s in measured), "stages", "gradients + solve + update (s)"]
     text += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for sparsity in table.reported:
         cells = [f"{sparsity:g}"]
         cells += [f"{values[sparsity]:.2f}" if sparsity in values else "" for values in quoted.values()]
-        cells += [_cell(s.points.get(sparsity, ())) for s in measured]
+        cells += [mean_cell(s.points.get(sparsity, ())) for s in measured]
         here = [row for row in rows if row["sparsity"] == sparsity]
-        cells.append(f"{here[0]['stages']}" if here else "")
-        cells.append(
-            " + ".join(
-                f"{sum(row[f'seconds_{part}'] for row in here) / len(here):.0f}"
-                for part in ("gradients", "solve", "update")
-            )
-            if here
-            else ""
-        )
+        seconds = [sum(row[f"seconds_{part}"] for row in here) / max(len(here), 1) for part in _PARTS]
+        cells += [f"{here[0]['stages']}", " + ".join(f"{value:.0f}" for value in seconds)] if here else ["", ""]
         text.append("| " + " | ".join(cells) + " |")
     seeds = sorted({int(row["seed"]) for row in rows})
     notes = ", ".join(f"{key} = {NAMES[key]}" for key in quoted)
@@ -66,13 +62,8 @@ def write_table(
         "```",
         "",
     ]
-    try:
-        write_atomically(folder / "table.md", lambda stream: _ignore(stream.write("\n".join(text).encode())))
-    except OSError as error:
-        raise OutputError(f"cannot write {folder / 'table.md'}: {error}") from error
-    lines = [
-        Series(f"{name} (quoted)", {s: (v,) for s, v in values.items()}, quoted=True) for name, values in quoted.items()
-    ]
+    _write(folder / "table.md", "\n".join(text))
+    lines = quoted_series(experiment.name, table.reported)
     plot_accuracy(folder / "table.png", f"{experiment.name}: pruning without training", [*measured, *lines], dense)
 
 
@@ -102,26 +93,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """All rows as JSON lines; raises OutputError."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        write_atomically(path, lambda stream: _ignore(stream.write(text.encode())))
+        write_file(path, text.encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error
-
-
-def _points(rows: Sequence[Mapping[str, Any]]) -> dict[float, list[float]]:
-    points: dict[float, list[float]] = {}
-    for row in sorted(rows, key=lambda r: float(r["sparsity"])):
-        points.setdefault(float(row["sparsity"]), []).append(float(row["accuracy"]))
-    return points
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.2f} ± {error:.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
-def _ignore(_: object) -> None:
-    return None

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 
 from experiments.runs.parallel import Call, completed
-from experiments.runs.rows import ResultsFile, versions
+from experiments.runs.rows import ResultsFile, key_of, versions
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
 from solvers.errors import BackendError, CapabilityError, CBSError, OptionError, ProblemError
 from solvers.running import check_capabilities
@@ -45,7 +45,7 @@ class Task:
     @property
     def key(self) -> str:
         """Digest of all of it: rows of equal keys are the same measurement."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(asdict(self))
 
     @property
     def instance(self) -> tuple[str, int, str, bool]:
