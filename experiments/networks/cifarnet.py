@@ -39,6 +39,12 @@ class CIFARNet(nn.Module):
         return logits
 
 
+#: Sparsities on the way to nine tenths, and stages at each.
+_PATH = (
+    (0.3, 2), (0.4, 2), (0.5, 3), (0.6, 3), (0.65, 1), (0.7, 3), (0.75, 1), (0.8, 6), (0.82, 1),
+    (0.84, 1), (0.86, 1), (0.88, 2), (0.9, 8),
+)  # fmt: skip
+
 CIFARNET = Experiment(
     name="cifarnet-cifar10",
     summary="CIFARNet (3 convolutions of 5x5, 2 linear layers), CIFAR-10, 116,704 weights",
@@ -63,25 +69,7 @@ CIFARNET = Experiment(
         ),
     ),
     table=StagedTable(
-        phases=(
-            Phase(
-                (
-                    (0.3, 2),
-                    (0.4, 2),
-                    (0.5, 3),
-                    (0.6, 3),
-                    (0.65, 1),
-                    (0.7, 3),
-                    (0.75, 1),
-                    (0.8, 6),
-                    (0.82, 1),
-                    (0.84, 1),
-                    (0.86, 1),
-                    (0.88, 2),
-                    (0.9, 8),
-                )
-            ),
-        ),
+        phases=(Phase(_PATH),),
         reported=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         bfloat16=True,
     ),

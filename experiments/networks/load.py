@@ -63,14 +63,7 @@ def open_network(experiment: Experiment, source: Source, say: Say = lambda messa
         say(f"no --data-dir: asking the Hugging Face hub for {SOURCES[experiment.dataset].repository}")
     dataset = load_dataset(experiment.dataset, source.data_dir)
     say(f"data: {dataset.source}")
-    return load_network(
-        experiment,
-        dataset,
-        checkpoint=source.checkpoint,
-        data_dir=source.data_dir,
-        device=resolve_device(source.device),
-        say=say,
-    )
+    return load_network(experiment, dataset, source, say)
 
 
 def cached_checkpoint(experiment: Experiment) -> Path:
@@ -92,18 +85,15 @@ def find_checkpoint(experiment: Experiment, data_dir: Path | None) -> Path | Non
 def load_network(
     experiment: Experiment,
     dataset: Dataset,
-    *,
-    checkpoint: Path | None = None,
-    data_dir: Path | None = None,
-    device: torch.device | str = "cpu",
+    source: Source = Source(),
     say: Say = lambda message: None,
 ) -> Network:
     """Load, or train, the network of an experiment; stale batch-norm statistics are estimated anew.
 
     Parameters
     ----------
-    checkpoint
-        File to load; None looks beside ``data_dir`` and in the cache, then trains where that is quick.
+    source
+        Without a checkpoint, that beside the data or in the cache is taken, then one trained where that is quick.
     say
         Called with a line about whatever is done.
 
@@ -112,8 +102,8 @@ def load_network(
     CheckpointError
         A file is unreadable or not this network's, or there is none and training takes too long to start unasked.
     """
-    if checkpoint is None:
-        checkpoint = find_checkpoint(experiment, data_dir)
+    device = resolve_device(source.device)
+    checkpoint = source.checkpoint or find_checkpoint(experiment, source.data_dir)
     if checkpoint is None and not experiment.train_on_demand:
         raise CheckpointError(
             f"no checkpoint of {experiment.name}: give --checkpoint FILE, or put {experiment.checkpoint} into a "
@@ -131,7 +121,7 @@ def load_network(
     else:
         origin = train_experiment(experiment, model, dataset, device=device, say=say)
     model.eval()
-    return Network(model, origin, experiment, dataset, torch.device(device))
+    return Network(model, origin, experiment, dataset, device)
 
 
 def train_experiment(

@@ -34,6 +34,12 @@ class MLPNet(nn.Module):
         return logits
 
 
+#: Sparsities late on the path, and stages at each.
+_LATE = (
+    (0.9, 5), (0.92, 1), (0.935, 1), (0.95, 6), (0.96, 2), (0.967, 1), (0.975, 1), (0.98, 14),
+    (0.984, 2), (0.987, 2), (0.99, 14),
+)  # fmt: skip
+
 MLPNET = Experiment(
     name="mlpnet-mnist",
     summary="784-40-20-10 perceptron without biases, MNIST, 32,360 weights",
@@ -52,22 +58,7 @@ MLPNET = Experiment(
     table=StagedTable(
         phases=(
             Phase(((0.5, 6), (0.6, 3), (0.7, 3), (0.8, 3), (0.85, 2))),
-            Phase(
-                (
-                    (0.9, 5),
-                    (0.92, 1),
-                    (0.935, 1),
-                    (0.95, 6),
-                    (0.96, 2),
-                    (0.967, 1),
-                    (0.975, 1),
-                    (0.98, 14),
-                    (0.984, 2),
-                    (0.987, 2),
-                    (0.99, 14),
-                ),
-                regrow=0.3,
-            ),
+            Phase(_LATE, regrow=0.3),
         ),
         reported=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
     ),

@@ -66,6 +66,12 @@ class ResNet20(nn.Module):
         return logits
 
 
+#: Sparsities late on the path, and stages at each.
+_LATE = (
+    (0.675, 1), (0.7, 8), (0.73, 1), (0.76, 1), (0.78, 1), (0.8, 12), (0.82, 1), (0.84, 1),
+    (0.86, 1), (0.88, 2), (0.9, 10),
+)  # fmt: skip
+
 RESNET20 = Experiment(
     name="resnet20-cifar10",
     summary="ResNet20, CIFAR-10, 267,264 weights in 18 block convolutions",
@@ -96,21 +102,7 @@ RESNET20 = Experiment(
     table=StagedTable(
         phases=(
             Phase(((0.3, 2), (0.4, 3), (0.5, 4), (0.6, 4), (0.65, 1))),
-            Phase(
-                (
-                    (0.675, 1),
-                    (0.7, 8),
-                    (0.73, 1),
-                    (0.76, 1),
-                    (0.78, 1),
-                    (0.8, 12),
-                    (0.82, 1),
-                    (0.84, 1),
-                    (0.86, 1),
-                    (0.88, 2),
-                    (0.9, 10),
-                )
-            ),
+            Phase(_LATE),
         ),
         reported=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         bfloat16=True,

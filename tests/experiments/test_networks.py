@@ -13,7 +13,7 @@ from experiments.datasets.images import ImageSet
 from experiments.networks import DEFAULT, EXPERIMENTS, ResNet20, get_experiment
 from experiments.networks.checkpoints import save_checkpoint
 from experiments.networks.experiment import Experiment
-from experiments.networks.load import cached_checkpoint, find_checkpoint, load_network
+from experiments.networks.load import Source, cached_checkpoint, find_checkpoint, load_network
 from experiments.networks.training import train
 from experiments.reports.literature import columns
 from experiments.runs.options import published_kept
@@ -83,15 +83,15 @@ def test_stale_statistics_are_estimated_once_per_checkpoint(tmp_path: Path, own_
     path = tmp_path / "net.safetensors"
     save_checkpoint(ResNet20(), path)
     said: list[str] = []
-    first = load_network(experiment, dataset, checkpoint=path, say=said.append)
+    first = load_network(experiment, dataset, Source(checkpoint=path), said.append)
     assert "estimating" in said[-1]
     assert not torch.equal(first.model.bn1.running_mean, torch.zeros(16))
-    second = load_network(experiment, dataset, checkpoint=path, say=said.append)
+    second = load_network(experiment, dataset, Source(checkpoint=path), said.append)
     assert "estimated earlier" in said[-1]
     assert torch.equal(first.model.bn1.running_mean, second.model.bn1.running_mean)
     kept = next((own_cache / "batchnorm").iterdir())
     kept.write_bytes(b"damaged")
-    third = load_network(experiment, dataset, checkpoint=path, say=said.append)
+    third = load_network(experiment, dataset, Source(checkpoint=path), said.append)
     assert torch.equal(first.model.bn1.running_mean, third.model.bn1.running_mean)
 
 
