@@ -8,107 +8,60 @@ print(result.report)
 
 from __future__ import annotations
 
-from cbs_opt.data.calibration import CalibrationData, CalibrationOptions
-from cbs_opt.data.distillation import Distillation
-from cbs_opt.data.forward import Forward
-from cbs_opt.engine.choice import Choice
-from cbs_opt.engine.estimate import Estimate
-from cbs_opt.engine.plan import Plan, Polish, Prune
-from cbs_opt.engine.setup import Setup
-from cbs_opt.engine.stage_options import StageOptions
-from cbs_opt.engine.update import Update, Updated, update_weights
-from cbs_opt.engine.workspace import Workspace, open_workspace
-from cbs_opt.measure.blocks import BlockSpec, Partition, Structure
-from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks
-from cbs_opt.measure.gradient_methods import GradientMethod
-from cbs_opt.measure.gradients import GradientSample, sample_gradients
-from cbs_opt.network.devices import resolve_device
-from cbs_opt.network.layers import Layer, PrunableLayers, find_layers
-from cbs_opt.network.mask_files import load_masks, save_masks
-from cbs_opt.network.masks import (
-    PruningMask,
-    apply_masks,
-    from_torch_prune,
-    masks_from_zeros,
-    read_masks,
-    remove_masks,
-    to_torch_prune,
-)
-from cbs_opt.prepared import Prepared, load_prepared, prepare
-from cbs_opt.prune import prune
-from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import LayerReport, PruneReport
-from cbs_opt.report.result import PruneResult
-from solvers.errors import (
-    BackendError,
-    CapabilityError,
-    CBSError,
-    CheckpointError,
-    DataError,
-    ModelError,
-    OptionError,
-    OutputError,
-    ProblemError,
-    SingularHessianError,
-    UnknownNameError,
-)
-
-__all__ = [
-    "BackendError",
-    "BlockSpec",
-    "CBSError",
-    "CalibrationData",
-    "CalibrationOptions",
-    "CapabilityError",
-    "CheckpointError",
-    "Choice",
-    "DataError",
-    "Distillation",
-    "Estimate",
-    "FisherBlocks",
-    "FisherOptions",
-    "Forward",
-    "GradientMethod",
-    "GradientSample",
-    "Layer",
-    "LayerReport",
-    "ModelError",
-    "OptionError",
-    "OutputError",
-    "Partition",
-    "Plan",
-    "Polish",
-    "Prepared",
-    "ProblemError",
-    "PrunableLayers",
-    "Prune",
-    "PruneReport",
-    "PruneResult",
-    "PruningMask",
-    "Setup",
-    "SingularHessianError",
-    "StageOptions",
-    "StageRecord",
-    "Structure",
-    "UnknownNameError",
-    "Update",
-    "Updated",
-    "Workspace",
-    "apply_masks",
-    "build_blocks",
-    "find_layers",
-    "from_torch_prune",
-    "load_masks",
-    "load_prepared",
-    "masks_from_zeros",
-    "open_workspace",
-    "prepare",
-    "prune",
-    "read_masks",
-    "remove_masks",
-    "resolve_device",
-    "sample_gradients",
-    "save_masks",
-    "to_torch_prune",
-    "update_weights",
-]
+from cbs_opt.data.calibration import CalibrationData as CalibrationData
+from cbs_opt.data.calibration import CalibrationOptions as CalibrationOptions
+from cbs_opt.data.distillation import Distillation as Distillation
+from cbs_opt.data.forward import Forward as Forward
+from cbs_opt.engine.choice import Choice as Choice
+from cbs_opt.engine.estimate import Estimate as Estimate
+from cbs_opt.engine.plan import Plan as Plan
+from cbs_opt.engine.plan import Polish as Polish
+from cbs_opt.engine.plan import Prune as Prune
+from cbs_opt.engine.setup import Setup as Setup
+from cbs_opt.engine.setup import resolve_device as resolve_device
+from cbs_opt.engine.stage_options import StageOptions as StageOptions
+from cbs_opt.engine.update import Update as Update
+from cbs_opt.engine.update import Updated as Updated
+from cbs_opt.engine.update import update_weights as update_weights
+from cbs_opt.engine.workspace import Workspace as Workspace
+from cbs_opt.engine.workspace import open_workspace as open_workspace
+from cbs_opt.measure.blocks import BlockSpec as BlockSpec
+from cbs_opt.measure.blocks import Partition as Partition
+from cbs_opt.measure.blocks import Structure as Structure
+from cbs_opt.measure.fisher import FisherBlocks as FisherBlocks
+from cbs_opt.measure.fisher import FisherOptions as FisherOptions
+from cbs_opt.measure.fisher import build_blocks as build_blocks
+from cbs_opt.measure.gradient_methods import GradientMethod as GradientMethod
+from cbs_opt.measure.gradients import GradientSample as GradientSample
+from cbs_opt.measure.gradients import sample_gradients as sample_gradients
+from cbs_opt.network.layers import Layer as Layer
+from cbs_opt.network.layers import PrunableLayers as PrunableLayers
+from cbs_opt.network.layers import find_layers as find_layers
+from cbs_opt.network.mask_files import load_masks as load_masks
+from cbs_opt.network.mask_files import save_masks as save_masks
+from cbs_opt.network.masks import PruningMask as PruningMask
+from cbs_opt.network.masks import apply_masks as apply_masks
+from cbs_opt.network.masks import from_torch_prune as from_torch_prune
+from cbs_opt.network.masks import masks_from_zeros as masks_from_zeros
+from cbs_opt.network.masks import read_masks as read_masks
+from cbs_opt.network.masks import remove_masks as remove_masks
+from cbs_opt.network.masks import to_torch_prune as to_torch_prune
+from cbs_opt.prepared import Prepared as Prepared
+from cbs_opt.prepared import load_prepared as load_prepared
+from cbs_opt.prepared import prepare as prepare
+from cbs_opt.prune import prune as prune
+from cbs_opt.report.records import StageRecord as StageRecord
+from cbs_opt.report.report import LayerReport as LayerReport
+from cbs_opt.report.report import PruneReport as PruneReport
+from cbs_opt.report.report import PruneResult as PruneResult
+from solvers.errors import BackendError as BackendError
+from solvers.errors import CapabilityError as CapabilityError
+from solvers.errors import CBSError as CBSError
+from solvers.errors import CheckpointError as CheckpointError
+from solvers.errors import DataError as DataError
+from solvers.errors import ModelError as ModelError
+from solvers.errors import OptionError as OptionError
+from solvers.errors import OutputError as OutputError
+from solvers.errors import ProblemError as ProblemError
+from solvers.errors import SingularHessianError as SingularHessianError
+from solvers.errors import UnknownNameError as UnknownNameError

@@ -22,8 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -38,12 +36,10 @@ from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import open_workspace
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
-from cbs_opt.report.result import PruneResult
+from cbs_opt.report.report import PruneResult
 from solvers import Objective, Reason, Solution, Solver, Status
+from solvers.arrays import Array, Mask
 from solvers.errors import OptionError
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 
 class Prepared(Measured):

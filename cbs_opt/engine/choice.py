@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from cbs_opt.engine.update import Update, check_scale
 from cbs_opt.network.layers import check_sparsity
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
+from solvers.arrays import Mask
 from solvers.errors import OptionError, UnknownNameError
 from solvers.solver import Need
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Extent(IntEnum):

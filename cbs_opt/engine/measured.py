@@ -7,11 +7,9 @@ quadratic model.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.update import Update, Updated, scaled, update_weights
@@ -19,14 +17,11 @@ from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import LayerNorms, PruneReport, contributions
-from cbs_opt.report.result import PruneResult
+from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions
 from solvers import Capability, Objective, SelectionProblem, Solution, solve
+from solvers.arrays import Array, Mask
 from solvers.errors import CapabilityError, OptionError
 from solvers.refit import refit
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 
 def take_gradients(workspace: Workspace, need: Extent, progress: Progress | None = None) -> GradientSample | None:
@@ -192,6 +187,7 @@ class Measured:
             repairs = (*repairs, *more)
             terms = to_network(contributions(problem, solution.pruned, solution.refit_weights))
         sample = self._gradients
+        notes = () if sample is None else sample.notes
         record = StageRecord(
             stage=1,
             kind="prune",
@@ -206,38 +202,22 @@ class Measured:
             evaluations=workspace.meter.calls - calls,
             n_regrown=0,
             n_images=0 if sample is None else sample.n_rows * sample.batch_size,
-            solver=solution.solver,
-            objective=solution.objective,
             seconds_gradients=0.0 if sample is None else sample.seconds,
             seconds_solve=solution.seconds,
             seconds_update=seconds,
             seconds_batch_norm=0.0,
-            repairs=tuple(dict.fromkeys((*(() if sample is None else sample.notes), *repairs))),
+            repairs=tuple(dict.fromkeys((*notes, *repairs))),
             first_order=problem.has_gradient,
-            bound=solution.bound,
-            status=solution.status.value,
-            reason=solution.reason.value,
             method="" if sample is None else sample.method,
+            **StageRecord.of(solution),
         )
-        about = {
-            "update_scale": choice.update_scale,
-            "objective_kind": problem.objective.value,
-            "refit_objective": solution.refit_objective,
-            "gap": solution.gap,
-            "curvature": {Extent.WEIGHTS: "none", Extent.GRADIENT: "gradient", Extent.CURVATURE: "fisher"}[self.has],
-            "n_rows": 0 if sample is None else sample.n_rows,
-            "batch_size": 0 if sample is None else sample.batch_size,
-            "damping": record.damping,
-            "blocks": str(self.fisher.spec) if self.has is Extent.CURVATURE else "per_layer",
-            "n_blocks": len(problem.blocks),
-            "first_order": record.first_order,
-            "statistics": dict(solution.statistics),
-        }
-        pruned = to_network(solution.pruned)
+        outcome = Outcome(
+            to_network(solution.pruned), weights, (record,), self.has, len(problem.blocks), terms, solution
+        )
         if own:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
             del problem, chosen, self.blocks
-        return conclude(workspace, choice, pruned, weights, (record,), about, terms=terms, solution=solution, own=own)
+        return conclude(workspace, choice, outcome, self.fisher, own=own)
 
     def _judged(
         self, problem: SelectionProblem, solution: Solution, updated: Updated, judge: bool
@@ -251,52 +231,83 @@ class Measured:
         return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a plan made of a network.
+
+    Attributes
+    ----------
+    pruned : bool (n,)
+    weights : float64 (n,), optional
+        None where they stay as they are.
+    records : tuple of StageRecord
+    measured : Extent
+    n_blocks : int
+    terms : float64 (n,), optional
+        What each weight adds to the objective, in one shot with a curvature.
+    solution : Solution, optional
+        None in stages.
+    """
+
+    pruned: Mask
+    weights: Array | None
+    records: tuple[StageRecord, ...]
+    measured: Extent
+    n_blocks: int
+    terms: Array | None = None
+    solution: Solution | None = None
+
+
 def conclude(
-    workspace: Workspace,
-    choice: Choice,
-    pruned: Mask,
-    weights: Array | None,
-    records: tuple[StageRecord, ...],
-    about: dict[str, Any],
-    *,
-    terms: Array | None = None,
-    solution: Solution | None = None,
-    own: bool = False,
+    workspace: Workspace, choice: Choice, outcome: Outcome, fisher: FisherOptions, *, own: bool = False
 ) -> PruneResult:
-    """Put weights and masks (n,) into a network, and report; `about` holds the fields that depend on the plan."""
-    layers, setup = workspace.layers, workspace.setup
+    """Put an outcome into a network, the workspace's own or a copy, and report."""
+    layers, setup, pruned, records = workspace.layers, workspace.setup, outcome.pruned, outcome.records
     norms = LayerNorms(layers, workspace.dense_layers(), pruned)
     loss_dense = workspace.dense_loss
-    model, loss = workspace.network(weights, pruned, own=own)
-    rows = norms.reports(layers.parameters(model), terms)
+    model, loss = workspace.network(outcome.weights, pruned, own=own)
+    rows = norms.reports(layers.parameters(model), outcome.terms)
     masks = workspace.finish(model, pruned)
-    if len(records) == 1 and math.isnan(records[0].loss_after):
+    solution, staged = outcome.solution, outcome.solution is None
+    if not staged:
         records = (replace(records[0], loss_after=loss),)
-    last = next((record for record in reversed(records) if record.solver), None)
+    last = next((record for record in reversed(records) if record.solver), records[-1])
     n_kept = layers.n - int(np.count_nonzero(pruned))
-    values = {
-        "layers": rows,
-        "n": layers.n,
-        "n_kept": n_kept,
-        "sparsity": (layers.n - n_kept) / layers.n,
-        "sparsity_asked": (layers.n - choice.kept(layers.n)) / layers.n if choice.sparsity is None else choice.sparsity,
-        "solver": choice.solver.spec if last is None else last.solver,
-        "update": choice.update.value,
-        "objective": math.nan if last is None else last.objective,
-        "bound": -math.inf if last is None else last.bound,
-        "status": "" if last is None else last.status,
-        "reason": "" if last is None else last.reason,
-        "loss_dense": loss_dense,
-        "loss_pruned": loss,
-        "loss_samples": workspace.meter.n_samples,
-        "gradient_method": ", ".join(dict.fromkeys(record.method for record in records)),
-        "stages": len(records),
-        "seed": setup.seed if choice.seed is None else choice.seed,
-        "device": str(setup.place),
-        "seconds_gradients": float(sum(record.seconds_gradients for record in records)),
-        "seconds_solve": float(sum(record.seconds_solve for record in records)),
-        "seconds_update": float(sum(record.seconds_update + record.seconds_batch_norm for record in records)),
-        "repairs": tuple(dict.fromkeys(repair for record in records for repair in record.repairs)),
-    }
-    report = PruneReport(**{**values, **about})
+    graded, curved = outcome.measured is not Extent.WEIGHTS, outcome.measured is Extent.CURVATURE
+    report = PruneReport(
+        layers=rows,
+        n=layers.n,
+        n_kept=n_kept,
+        sparsity=(layers.n - n_kept) / layers.n,
+        sparsity_asked=(layers.n - n_kept) / layers.n if choice.sparsity is None else choice.sparsity,
+        solver=last.solver or choice.solver.spec,
+        update=choice.update.value,
+        update_scale=math.nan if staged else choice.update_scale,
+        objective_kind=choice.goal(staged).value,
+        objective=last.objective,
+        refit_objective=last.refit_objective,
+        bound=last.bound,
+        gap=last.gap,
+        status=last.status,
+        reason=last.reason,
+        loss_dense=loss_dense,
+        loss_pruned=loss,
+        loss_samples=workspace.meter.n_samples,
+        curvature=("none", "gradient", "fisher")[outcome.measured],
+        n_rows=fisher.rows_for(workspace.data) if graded else 0,
+        batch_size=fisher.batch_size if graded else 0,
+        damping=float(fisher.damping) if curved else math.nan,
+        blocks=str(fisher.spec) if curved else "per_layer",
+        n_blocks=outcome.n_blocks,
+        first_order=None if staged else last.first_order,
+        gradient_method=", ".join(dict.fromkeys(record.method for record in records)),
+        stages=len(records),
+        seed=setup.seed if choice.seed is None else choice.seed,
+        device=str(setup.place),
+        seconds_gradients=sum(record.seconds_gradients for record in records),
+        seconds_solve=sum(record.seconds_solve for record in records),
+        seconds_update=sum(record.seconds_update + record.seconds_batch_norm for record in records),
+        repairs=tuple(dict.fromkeys(repair for record in records for repair in record.repairs)),
+        statistics={} if solution is None else dict(solution.statistics),
+    )
     return PruneResult(model, masks, report, pruned, layers, solution, records)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,10 +11,10 @@ from torch import nn
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.engine.checks import check_journal, check_plan
-from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.estimate import announce
 from cbs_opt.engine.journal import StageState
-from cbs_opt.engine.measured import Measured, conclude, take_gradients
+from cbs_opt.engine.measured import Measured, Outcome, conclude, take_gradients
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
@@ -26,7 +25,7 @@ from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.result import PruneResult
+from cbs_opt.report.report import PruneResult
 
 
 def run(
@@ -92,24 +91,11 @@ def carry_out(
             progress(record.stage, max(total, record.stage))
 
     found = run_stages(workspace, choice, plan, journal=journal, progress=tick)
-    fisher, layers = workspace.setup.options, workspace.layers
-    records = found.records
-    about: dict[str, Any] = {
-        "update_scale": math.nan,
-        "objective_kind": choice.goal(staged=True).value,
-        "refit_objective": math.nan,
-        "gap": math.inf,
-        "curvature": "fisher",
-        "n_rows": fisher.rows_for(workspace.data),
-        "batch_size": fisher.batch_size,
-        "damping": float(fisher.damping),
-        "blocks": str(fisher.spec),
-        "n_blocks": len(contiguous_partition(layers, fisher.spec).sizes),
-        "first_order": None,
-        "statistics": {},
-    }
+    fisher, records, state = workspace.setup.options, found.records, found.state
     if found.n_resumed:
         note = f"{found.n_resumed} stages were read from the journal and not run again"
-        about["repairs"] = tuple(dict.fromkeys((note, *(repair for record in records for repair in record.repairs))))
-    weights = np.where(found.state.pruned, 0.0, found.state.weights.cpu().numpy())
-    return conclude(workspace, choice, found.state.pruned, weights, records, about, own=True)
+        records = (replace(records[0], repairs=(note, *records[0].repairs)), *records[1:])
+    weights = np.where(state.pruned, 0.0, state.weights.cpu().numpy())
+    n_blocks = len(contiguous_partition(workspace.layers, fisher.spec).sizes)
+    outcome = Outcome(state.pruned, weights, records, Extent.CURVATURE, n_blocks)
+    return conclude(workspace, choice, outcome, fisher, own=True)

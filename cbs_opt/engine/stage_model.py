@@ -9,9 +9,7 @@ import torch
 from cbs_opt.measure.blocks import Partition
 from cbs_opt.measure.gradients import GradientSample
 from solvers import Objective, QuadraticBlock, SelectionProblem
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
+from solvers.arrays import Array, Mask
 
 
 class StageModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import Enum
 from itertools import pairwise
 
 import numpy as np
@@ -12,14 +13,32 @@ import torch
 
 from cbs_opt.data.distillation import Distillation
 from cbs_opt.data.trees import Tree
-from cbs_opt.engine.schedules import Schedule
 from cbs_opt.network.layers import check_sparsity
-from solvers.errors import OptionError
+from solvers.errors import OptionError, UnknownNameError
 
 #: Fewest samples whose batch statistics a gradient is taken under.
 LEAST_BATCH = 16
 #: (inputs of a batch, generator) → inputs of the same shapes, e.g. randomly cropped and flipped.
 Augmentation = Callable[[Tree, torch.Generator], Tree]
+
+
+class Schedule(str, Enum):
+    """Shapes of schedules; see `cbs_opt.engine.plan`."""
+
+    EXPONENTIAL = "exponential"
+    POLYNOMIAL = "polynomial"
+    LINEAR = "linear"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, value: Schedule | str) -> Schedule:
+        """The schedule of that name; raises UnknownNameError."""
+        try:
+            return cls(value)
+        except ValueError:
+            raise UnknownNameError.of("schedule", str(value), [s.value for s in cls]) from None
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,7 @@ class StageOptions:
     n_polish : int
         Stages at the final sparsity that refit, and swap where it pays (`regrow`).
     schedule : str
-        ``exponential``, ``polynomial`` or ``linear`` (`cbs_opt.engine.schedules`).
+        ``exponential``, ``polynomial`` or ``linear`` (`cbs_opt.engine.plan`).
     first_sparsity : float, optional
         Sparsity of the first stage, from which the schedule then goes on.
     levels : tuple of float, optional

@@ -31,15 +31,12 @@ Alistarh, NeurIPS 2020 (gradual Fisher pruning); Marquardt, 1963 (damping).
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from cbs_opt.data.trees import leaves
@@ -56,9 +53,8 @@ from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
 from cbs_opt.report.records import StageRecord
 from solvers import Capability, Solution, solve
+from solvers.arrays import Array, Mask
 
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 StageProgress = Callable[[StageRecord, StageState], None]
 
 
@@ -235,7 +231,9 @@ class _Stager:
             seconds_update=seconds_update,
             seconds_batch_norm=seconds_norms,
             momentum=outcome.momentum,
-            **best.figures(self._repairs()),
+            first_order=best.first_order,
+            repairs=(*self._repairs(), *(best.solution.repairs if best.solution else ())),
+            **StageRecord.of(best.solution),
         )
         return new, record
 
@@ -335,21 +333,6 @@ class _Chosen:
     pruned: Mask
     solution: Solution | None = None
     first_order: bool = False
-
-    def figures(self, repairs: tuple[str, ...]) -> dict[str, Any]:
-        """What a record says of it."""
-        found = self.solution
-        if found is None:
-            return {"solver": "", "objective": math.nan, "repairs": repairs}
-        return {
-            "solver": found.solver,
-            "objective": found.objective,
-            "bound": found.bound,
-            "status": found.status.value,
-            "reason": found.reason.value,
-            "repairs": (*repairs, *found.repairs),
-            "first_order": self.first_order,
-        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from cbs_opt.engine.stage_options import StageOptions
-
-Array = npt.NDArray[np.float64]
+from solvers.arrays import Array
 
 #: Ratio of neighbouring dampings, and how far from the last one a search may go.
 DAMPING_FACTOR, DAMPING_REACH = 4.0, 300.0

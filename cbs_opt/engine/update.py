@@ -22,18 +22,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.step_search import search_step
 from solvers import QuadraticBlock, SelectionProblem
+from solvers.arrays import Array, Mask
 from solvers.errors import OptionError, UnknownNameError
 from solvers.refit import refit
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 
 class Update(str, Enum):

@@ -10,8 +10,6 @@ import copy
 from collections.abc import Callable
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +22,8 @@ from cbs_opt.measure.gradients import GradientSample, Progress, sample_gradients
 from cbs_opt.network.layers import PrunableLayers, find_layers
 from cbs_opt.network.masks import apply_masks, remove_masks
 from cbs_opt.network.modes import check_mode
+from solvers.arrays import Array, Mask
 from solvers.errors import ModelError, OptionError
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 
 class Workspace:

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from solvers import Solution
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -42,7 +44,7 @@ class StageRecord:
         Samples whose gradients were taken.
     solver : str
         Empty where nothing was to be chosen.
-    objective, bound : float
+    objective, refit_objective, bound, gap : float
     status, reason : str
         Of the solver's mask, as in `solvers.Solution`.
     seconds_gradients, seconds_solve, seconds_update, seconds_batch_norm : float
@@ -71,7 +73,9 @@ class StageRecord:
     repairs: tuple[str, ...] = ()
     momentum: float = 0.0
     first_order: bool = False
+    refit_objective: float = math.nan
     bound: float = -math.inf
+    gap: float = math.inf
     status: str = ""
     reason: str = ""
     method: str = ""
@@ -79,6 +83,15 @@ class StageRecord:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+    @staticmethod
+    def of(solution: Solution | None) -> dict[str, Any]:
+        """The fields that a solution fills, if a solver was asked."""
+        if solution is None:
+            return {"solver": "", "objective": math.nan}
+        names = ("solver", "objective", "refit_objective", "bound", "gap")
+        figures = {name: getattr(solution, name) for name in names}
+        return {**figures, "status": solution.status.value, "reason": solution.reason.value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StageRecord:

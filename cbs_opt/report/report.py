@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbs_opt.network.layers import PrunableLayers
-from solvers import Objective, SelectionProblem
+from cbs_opt.report.records import StageRecord
+from solvers import Objective, SelectionProblem, Solution
+from solvers.arrays import Array, Mask
 from solvers.errors import DataError, OutputError
-
-Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
 _VERSION = 2
 #: Weights looked at together.
@@ -220,6 +220,40 @@ class PruneReport:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} is not a report of a pruning: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """A pruned network.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy of the network given, with new weights under masks (see `cbs_opt.network.masks`).
+    masks : dict of str to bool tensor
+        By layer name, in the shape of the weight; True = kept.
+    report : PruneReport
+    pruned : bool (n,)
+        True = removed, in the order of the network.
+    layers : PrunableLayers
+    solution : Solution or None
+        What the solver did, in the order of the blocks; None where it was called in several stages.
+    stages : tuple of StageRecord
+        What each step of the plan did.
+    """
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    report: PruneReport
+    pruned: npt.NDArray[np.bool_]
+    layers: PrunableLayers
+    solution: Solution | None
+    stages: tuple[StageRecord, ...]
+
+    @cached_property
+    def weights(self) -> npt.NDArray[np.float64]:
+        """The prunable weights of `model` when first asked for, float64 (n,), zero where pruned."""
+        return self.layers.read(self.model).numpy()
 
 
 class LayerNorms:

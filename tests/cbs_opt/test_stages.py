@@ -18,8 +18,7 @@ from cbs_opt.engine.checks import check_plan
 from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.journal import Journal, StageState
-from cbs_opt.engine.plan import Plan
-from cbs_opt.engine.schedules import kept_after_stages
+from cbs_opt.engine.plan import Plan, kept_after_stages
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.stages import run_stages
