@@ -12,19 +12,21 @@ optimum for the convexified curves; Shoham and Gersho, 1988, for bit allocation)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
+from solvers.baselines.obd import diagonal_saliency
+from solvers.composites.nested import merged, run_parts
 from solvers.errors import UnknownNameError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
-from solvers.problem import Array, Mask, Objective, SelectionProblem
-from solvers.running import check_capabilities, run_backend
-from solvers.solution import Proposal, Reason
-from solvers.solver import Context, Deadline, Solver
+from solvers.problem import Array, Objective, SelectionProblem
+from solvers.ranking import prune_smallest
+from solvers.running import check_capabilities
+from solvers.solution import Proposal
+from solvers.solver import Context, Solver
 
 Counts = npt.NDArray[np.int64]
 
@@ -41,9 +43,7 @@ def uniform(problem: SelectionProblem) -> Counts:
 
 def _by_score(problem: SelectionProblem, score: Array) -> Counts:
     """As many per block as a global selection of the smallest scores would take."""
-    order = np.argsort(score, kind="stable")[: problem.n_prune]
-    chosen = np.zeros(problem.n, dtype=bool)
-    chosen[order] = True
+    chosen = prune_smallest(score, problem.n_prune)
     return np.array([int(chosen[where].sum()) for where in problem.slices], dtype=np.int64)
 
 
@@ -59,23 +59,18 @@ def by_saliency(problem: SelectionProblem) -> Counts:
 
 def by_marginal_cost(problem: SelectionProblem) -> Counts:
     """The split at which one more removal costs the same in every block, on convexified cost curves."""
-    slopes = []
+    # Beyond the whole budget no more can be asked of a block.
+    slopes = np.full(problem.n, np.inf)
     for block, where in zip(problem.blocks, problem.slices, strict=True):
-        alone = SelectionProblem([block], block.n, problem.objective)
-        slopes.append(convex_slopes(_marginal_costs(alone, min(block.n, problem.n_prune))))
-        if slopes[-1].size < where.stop - where.start:
-            # Beyond the whole budget no more can be asked of a block.
-            slopes[-1] = np.concatenate([slopes[-1], np.full(block.n - slopes[-1].size, np.inf)])
-    return _by_score(problem, np.concatenate(slopes))
+        alone, most = SelectionProblem([block], block.n, problem.objective), min(block.n, problem.n_prune)
+        slopes[where][:most] = convex_slopes(_marginal_costs(alone, most))
+    return _by_score(problem, slopes)
 
 
 def _marginal_costs(alone: SelectionProblem, count: int) -> Array:
     """What each of `count` removals adds in a problem of one block, float64 (count,)."""
     if alone.objective is Objective.SELECTION:
-        saliency = 0.5 * alone.diagonal * alone.weights**2
-        if alone.gradient is not None:
-            saliency = saliency - alone.gradient * alone.weights
-        return np.sort(saliency, kind="stable")[:count]
+        return np.sort(diagonal_saliency(alone))[:count]
     return elimination_costs(alone.with_n_prune(count), EliminationPlan(chunks=8, pool=0))
 
 
@@ -104,21 +99,13 @@ def solve_blockwise(
 ) -> Proposal:
     """Run `solver` on every block with its own budget; time is shared in proportion to what is left."""
     counts = allocate(problem, rule)
-    parts: list[Mask] = []
-    repairs: list[str] = []
-    reason = Reason.COMPLETED
+    parts = []
     for index, (block, where) in enumerate(zip(problem.blocks, problem.slices, strict=True)):
         alone = SelectionProblem([block], int(counts[index]), problem.objective)
-        start = None
-        if context.start is not None and int(context.start[where].sum()) == alone.n_prune:
-            start = context.start[where]
+        start = None if context.start is None else context.start[where]
+        if start is not None and alone.budget.violation(start):
+            start = None
         check_capabilities(solver, alone, time_limit, start)
-        remaining = context.deadline.remaining()
-        share = None if math.isinf(remaining) else max(remaining / (len(problem.blocks) - index), 1e-3)
-        inner = Context(seed=context.seed + index, deadline=Deadline(share), start=start)
-        proposal = run_backend(solver, alone, inner)
-        parts.append(proposal.pruned)
-        repairs.extend(proposal.repairs)
-        if proposal.reason is not Reason.COMPLETED:
-            reason = proposal.reason
-    return Proposal(np.concatenate(parts), reason=reason, repairs=tuple(repairs))
+        parts.append((alone, context.seed + index, start))
+    proposals = run_parts(solver, parts, context)
+    return merged(np.concatenate([proposal.pruned for proposal in proposals]), proposals, context)

@@ -195,7 +195,8 @@ def make_solver(spec: str | Solver) -> Solver:
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     options: dict[str, Any] = {}
-    for part in split_options(rest[:-1] if rest else ""):
+    body = rest[:-1].strip().removesuffix(",")
+    for part in split_outside_brackets(body, ",") if body else ():
         key, equals, text = (s.strip() for s in part.partition("="))
         if not equals:
             raise OptionError(f"solver {spec!r}: {part!r} must be option=value")
@@ -207,22 +208,21 @@ def make_solver(spec: str | Solver) -> Solver:
     return cls(**options)
 
 
-def split_options(text: str) -> Iterator[str]:
-    """Split at commas outside brackets."""
+def split_outside_brackets(text: str, separator: str) -> Iterator[str]:
+    """The parts of ``a=1,b=x[c=2,d=3]`` between separators outside brackets, stripped."""
     depth, current = 0, ""
     for character in text:
         depth += (character == "[") - (character == "]")
         if depth < 0:
-            raise OptionError(f"unbalanced brackets in {text!r}")
-        if character == "," and depth == 0:
-            yield current
+            break
+        if character == separator and depth == 0:
+            yield current.strip()
             current = ""
         else:
             current += character
     if depth:
         raise OptionError(f"unbalanced brackets in {text!r}")
-    if current.strip():
-        yield current
+    yield current.strip()
 
 
 def _convert(text: str, kind: Any, what: str) -> Any:

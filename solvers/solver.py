@@ -22,7 +22,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -60,6 +60,14 @@ class Capability(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+#: Any problem of several blocks with a gradient, by either objective or by one of them.
+ANY_PROBLEM = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+SELECTION_PROBLEM = ANY_PROBLEM - {Capability.JOINT}
+JOINT_PROBLEM = ANY_PROBLEM - {Capability.SELECTION}
+#: May be stopped at any time, and goes on from a given mask.
+ANYTIME = frozenset({Capability.WARM_START, Capability.TIME_LIMIT})
 
 
 class Need(str, Enum):
@@ -103,6 +111,11 @@ class Deadline:
     def expired(self) -> bool:
         """Whether the limit has passed."""
         return self.elapsed() >= self.limit
+
+    def shares(self, count: int) -> Iterator[float]:
+        """Seconds for each of `count` runs: what a quick one leaves goes to those that are left."""
+        for left in range(count, 0, -1):
+            yield self.remaining() / left
 
 
 @dataclass

@@ -14,7 +14,7 @@ from solvers.errors import ProblemError
 from solvers.problem import SelectionProblem
 from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Need, Solver
+from solvers.solver import ANY_PROBLEM, Context, Need, Solver
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GradientMagnitudeSolver(Solver):
     name = "gradient_magnitude"
     summary = "remove the weights with the smallest |g·w|"
     reference = "Molchanov et al., Pruning convolutional neural networks for resource efficient inference, ICLR 2017"
-    capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+    capabilities = ANY_PROBLEM
 
     needs = frozenset({Need.GRADIENT})
 

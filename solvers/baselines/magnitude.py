@@ -9,7 +9,7 @@ import numpy as np
 from solvers.problem import SelectionProblem
 from solvers.ranking import prune_smallest, prune_smallest_magnitudes
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MagnitudeSolver(Solver):
     name = "magnitude"
     summary = "remove the weights with the smallest |w|"
     reference = "Han et al., Learning both weights and connections, NeurIPS 2015"
-    capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+    capabilities = ANY_PROBLEM
     needs = frozenset()
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from solvers.problem import Array, SelectionProblem
 from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, Context, Solver
 
 
 def diagonal_saliency(problem: SelectionProblem) -> Array:
@@ -29,7 +29,7 @@ class OptimalBrainDamageSolver(Solver):
     name = "obd"
     summary = "remove the weights with the smallest ½ H_ii w² − g·w (without a gradient: H_ii w²)"
     reference = "LeCun, Denker and Solla, Optimal brain damage, NIPS 1990"
-    capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+    capabilities = ANY_PROBLEM
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by the diagonal saliency."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, Capability, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,7 @@ class RandomSolver(Solver):
 
     name = "random"
     summary = "remove weights at random"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.RANDOMISED,
-        }
-    )
+    capabilities = ANY_PROBLEM | {Capability.RANDOMISED}
 
     needs = frozenset()
 

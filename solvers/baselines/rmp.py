@@ -21,7 +21,7 @@ import numpy.typing as npt
 from solvers.curvature import LowRank
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, Capability, Context, Solver, option
 
 Ranks = npt.NDArray[np.int32]
 
@@ -145,17 +145,7 @@ class RandomisedMagnitudeSolver(Solver):
     name = "rmp"
     summary = "magnitude selection inside random groups, best of several draws"
     reference = "Yu et al., The Combinatorial Brain Surgeon, ICML 2022"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.RANDOMISED,
-            Capability.CALIBRATION,
-            Capability.TIME_LIMIT,
-        }
-    )
+    capabilities = ANY_PROBLEM | {Capability.RANDOMISED, Capability.CALIBRATION, Capability.TIME_LIMIT}
 
     draws: int = option(50, "masks drawn; the first is plain magnitude", minimum=1)
 

@@ -17,7 +17,7 @@ import torch
 from solvers.problem import Array, SelectionProblem
 from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, Context, Solver
 
 
 def single_removal_loss(problem: SelectionProblem) -> Array:
@@ -38,7 +38,7 @@ class WoodFisherSolver(Solver):
     name = "woodfisher"
     summary = "remove the weights with the smallest w²/(2[H⁻¹]_ii)"
     reference = "Singh and Alistarh, WoodFisher, NeurIPS 2020"
-    capabilities = frozenset({Capability.SELECTION, Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM})
+    capabilities = ANY_PROBLEM
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by the rise after the single update; raises SingularHessianError where H has no inverse."""

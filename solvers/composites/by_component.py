@@ -17,21 +17,23 @@ close to 0 or n leaves only few; a problem in one piece costs one run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import networkx as nx
 import numpy as np
 import torch
 
+from solvers.arrays import Index
+from solvers.baselines.obd import diagonal_saliency
 from solvers.block import QuadraticBlock
-from solvers.composites.nested import adopt, combined_reason, make_inner, run_inner
+from solvers.composites.nested import Composite, merged, run_inner, run_parts
 from solvers.curvature import Dense, Diagonal, LowRank
-from solvers.local_search.state import Index
 from solvers.problem import Array, Mask, Objective, SelectionProblem
+from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, Capability, Context, option
 
 
 def interaction_components(problem: SelectionProblem) -> list[Index]:
@@ -55,97 +57,64 @@ def interaction_components(problem: SelectionProblem) -> list[Index]:
 
 @dataclass(frozen=True, eq=False)
 class _Profile:
-    """f_c(k), a bound on it and the masks that attain it, for k from `low` on."""
+    """f_c(k), a bound on it and the mask that attains it, for k from `low` on."""
 
     index: Index
     low: int
     values: Array
     bounds: Array
-    masks: Sequence[Mask]
-
-
-class _Prefixes(Sequence[Mask]):
-    """The masks that remove the first low, low + 1, … of an order; made when asked for."""
-
-    def __init__(self, order: Index, low: int, high: int) -> None:
-        self._order, self._low, self._high = order, low, high
-
-    def __len__(self) -> int:
-        return self._high - self._low + 1
-
-    def __getitem__(self, offset: Any) -> Any:
-        mask = np.zeros(self._order.shape[0], dtype=bool)
-        mask[self._order[: self._low + offset]] = True
-        return mask
+    mask_of: Callable[[int], Mask]
 
 
 @dataclass(frozen=True)
-class ByComponentSolver(Solver):
+class ByComponentSolver(Composite):
     """Solve each connected component of the interaction graph for every budget and share the budget exactly."""
 
     name = "by_component"
     summary = "split into independent components, solve each alone, share the budget by dynamic programming"
     reference = "dynamic programming over connected components"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.RANDOMISED,
-            Capability.TIME_LIMIT,
-            Capability.BOUND,
-            Capability.EXACT,
-        }
-    )
-
+    adopted = ANY_PROBLEM - {Capability.GLOBAL_BUDGET} | {Capability.BOUND, Capability.EXACT}
+    capabilities = ANY_PROBLEM | adopted | {Capability.RANDOMISED, Capability.TIME_LIMIT}
+    hands_on_whole = False
     curvatures = (LowRank, Dense, Diagonal)
 
     solver: str = option("branch_bound", "the solver of one component, with its options")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inner = make_inner(self.solver, self.name)
-        wanted = [Capability.SELECTION, Capability.JOINT, Capability.LINEAR_TERM, Capability.BOUND, Capability.EXACT]
-        adopt(self, [inner], wanted)
+    @property
+    def member_specs(self) -> list[str]:
+        """The solver of one component."""
+        return [self.solver]
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Decompose, solve, merge."""
-        inner = make_inner(self.solver, self.name)
+        inner = self.members[0]
         components = interaction_components(problem)
         if len(components) == 1 or _unbounded_single(problem):
             seconds = context.deadline.remaining()
             return run_inner(inner, problem, context, seed=context.seed, seconds=seconds, start=context.start)
-        pieces = [c for c in components if c.shape[0] > 1]
         singles = np.array([int(c[0]) for c in components if c.shape[0] == 1], dtype=np.int64)
-        ranges = [_budget_range(problem, c.shape[0]) for c in pieces]
-        left = sum(high - low + 1 for low, high in ranges)
-        profiles, proposals = [], []
-        if singles.size:
-            profiles.append(_singles_profile(problem, singles))
-        for index, (low, high) in zip(pieces, ranges, strict=True):
-            values, bounds, masks = [], [], []
-            for k in range(low, high + 1):
-                part = component_problem(problem, index, k)
-                share = context.deadline.remaining() / left
-                left -= 1
-                proposal = run_inner(inner, part, context, seed=context.seed, seconds=share)
-                value = part.value(proposal.pruned)
-                trivial = k in (0, part.n)
-                proposals.append(proposal)
-                values.append(value)
-                bounds.append(value if trivial else min(proposal.bound, value))
-                masks.append(proposal.pruned)
-            profiles.append(_Profile(index, low, np.array(values), np.array(bounds), masks))
-        pruned = _share_budget(problem, profiles)
+        profiles = [_singles_profile(problem, singles)] if singles.size else []
+        pieces = [(c, component_problems(problem, c)) for c in components if c.shape[0] > 1]
+        proposals = run_parts(inner, [(part, context.seed, None) for _, parts in pieces for part in parts], context)
+        outcomes = iter(proposals)
+        profiles += [_profile(index, parts, list(islice(outcomes, len(parts)))) for index, parts in pieces]
         bound = _merge([(p.low, p.bounds) for p in profiles], problem.n_prune)[0]
-        return Proposal(
-            pruned,
+        return merged(
+            _share_budget(problem, profiles),
+            proposals,
+            context,
             bound=bound if math.isfinite(bound) else -math.inf,
-            reason=combined_reason(proposals, context.deadline.expired()),
-            repairs=tuple(repair for p in proposals for repair in p.repairs),
             statistics={"components": float(len(components)), "runs": float(len(proposals))},
         )
+
+
+def _profile(index: Index, parts: Sequence[SelectionProblem], proposals: Sequence[Proposal]) -> _Profile:
+    """What a component costs for every budget, from its solved problems."""
+    low = parts[0].n_prune
+    values = np.array([part.value(p.pruned) for part, p in zip(parts, proposals, strict=True)])
+    decided = [part.budget.only_mask(part.n) is not None for part in parts]
+    bounds = np.where(decided, values, np.minimum(values, [p.bound for p in proposals]))
+    return _Profile(index, low, values, bounds, lambda k: proposals[k - low].pruned)
 
 
 def _budget_range(problem: SelectionProblem, size: int) -> tuple[int, int]:
@@ -153,8 +122,8 @@ def _budget_range(problem: SelectionProblem, size: int) -> tuple[int, int]:
     return max(0, problem.n_prune - (problem.n - size)), min(size, problem.n_prune)
 
 
-def component_problem(problem: SelectionProblem, index: Index, n_prune: int) -> SelectionProblem:
-    """The problem of one component, which lies within one block; rows that are zero on it are left out."""
+def component_problems(problem: SelectionProblem, index: Index) -> list[SelectionProblem]:
+    """The problems of one component, which lies within one block, for all budgets; rows zero on it are left out."""
     number = next(b for b, where in enumerate(problem.slices) if where.start <= index[0] < where.stop)
     block, where = problem.blocks[number], problem.slices[number]
     local = index - where.start
@@ -163,7 +132,8 @@ def component_problem(problem: SelectionProblem, index: Index, n_prune: int) -> 
         rows = (part.factor != 0.0).any(1)
         factor = part.factor[rows].double() if bool(rows.any()) else part.factor[:1].double()
         part = QuadraticBlock(part.weights, factor, part.damping, part.gradient, part.name)
-    return SelectionProblem(part, n_prune, problem.objective)
+    low, high = _budget_range(problem, part.n)
+    return [SelectionProblem(part, k, problem.objective) for k in range(low, high + 1)]
 
 
 def _unbounded_single(problem: SelectionProblem) -> bool:
@@ -176,18 +146,14 @@ def _unbounded_single(problem: SelectionProblem) -> bool:
 def _singles_profile(problem: SelectionProblem, singles: Index) -> _Profile:
     """All components of one weight at once: the cheapest k of them, for every k that is possible."""
     low, high = _budget_range(problem, singles.shape[0])
-    removal = 0.5 * problem.diagonal[singles] * problem.weights[singles] ** 2
-    gradient = np.zeros(singles.shape[0]) if problem.gradient is None else problem.gradient[singles]
-    removal -= gradient * problem.weights[singles]
-    base = 0.0
-    if problem.objective is Objective.JOINT:
+    removal, base = diagonal_saliency(problem)[singles], 0.0
+    if problem.objective is Objective.JOINT and problem.gradient is not None:
+        gradient = problem.gradient[singles]
         curvature = problem.diagonal[singles]
         kept = -0.5 * gradient**2 / np.where(gradient == 0.0, 1.0, curvature)
         base, removal = float(kept.sum()), removal - kept
-    order = np.argsort(removal, kind="stable")
-    sums = base + np.concatenate([[0.0], np.cumsum(removal[order])])
-    values = sums[low : high + 1]
-    return _Profile(singles, low, values, values, _Prefixes(order, low, high))
+    values = (base + np.concatenate([[0.0], np.cumsum(np.sort(removal))]))[low : high + 1]
+    return _Profile(singles, low, values, values, lambda k: prune_smallest(removal, k))
 
 
 def _merge(profiles: list[tuple[int, Array]], n_prune: int) -> tuple[float, list[Index]]:
@@ -220,6 +186,6 @@ def _share_budget(problem: SelectionProblem, profiles: list[_Profile]) -> Mask:
     total = problem.n_prune
     for profile, choice in zip(reversed(profiles), reversed(choices), strict=True):
         k = int(choice[total])
-        pruned[profile.index] = profile.masks[k - profile.low]
+        pruned[profile.index] = profile.mask_of(k)
         total -= k
     return pruned

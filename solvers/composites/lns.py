@@ -8,17 +8,19 @@ cheap to move; the problem that is left for them is again a selection or joint p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from solvers.composites.nested import adopt, make_inner, run_inner
+from solvers.arrays import Index, Mask
+from solvers.composites.nested import Composite, run_inner
 from solvers.composites.subproblem import subproblem
 from solvers.errors import OptionError
-from solvers.local_search.state import Index, SwapState
-from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.local_search.state import SwapState
+from solvers.local_search.working_set import best_of_sides
+from solvers.problem import Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, ANYTIME, Capability, Context, option
 
 #: An improvement smaller than this, relative to the problem's scale, may be rounding.
 _TOLERANCE = 1e-13
@@ -27,7 +29,7 @@ _NOISE = (0.5, 1.5, 5.0)
 
 
 @dataclass(frozen=True)
-class LargeNeighbourhoodSolver(Solver):
+class LargeNeighbourhoodSolver(Composite):
     """LNS over an exact backend, for both objectives.
 
     A bound is passed on only when one round could free every weight, that is for n ≤ size.
@@ -36,18 +38,9 @@ class LargeNeighbourhoodSolver(Solver):
     name = "lns"
     summary = "free a few weights at a time and decide them with an exact backend"
     reference = "Pisinger and Ropke, Large neighborhood search, Handbook of Metaheuristics 2010"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.RANDOMISED,
-            Capability.WARM_START,
-            Capability.TIME_LIMIT,
-            Capability.BOUND,
-        }
-    )
+    capabilities = ANY_PROBLEM | ANYTIME | {Capability.RANDOMISED, Capability.BOUND}
+    adopted = frozenset({Capability.GLOBAL_BUDGET, Capability.BOUND})
+    hands_on_whole = False
 
     backend: str = option("branch_bound", "the exact solver of the sub-problems, with its options")
     start: str = option("auto", "solver of the first mask; auto is tabu, or obs for the joint objective")
@@ -56,22 +49,26 @@ class LargeNeighbourhoodSolver(Solver):
     patience: int = option(30, "rounds without a better mask that end the search", minimum=1)
     round_seconds: float = option(5.0, "time limit of one sub-problem", minimum=1e-3)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        backend = make_inner(self.backend, self.name)
+    @property
+    def member_specs(self) -> list[str]:
+        """The backend."""
+        return [self.backend]
+
+    def lacking(self) -> frozenset[Capability]:
+        """What the backend cannot do; raises OptionError where nothing is left."""
         # Sub-problems of the selection objective always carry a gradient.
         needed = {
             Capability.SELECTION: {Capability.SELECTION, Capability.LINEAR_TERM},
             Capability.JOINT: {Capability.JOINT},
         }
-        missing = {kind for kind, wanted in needed.items() if not wanted <= backend.capabilities}
+        missing = {kind for kind, wanted in needed.items() if not wanted <= self.members[0].capabilities}
         if len(missing) == len(needed):
             raise OptionError(f"lns: backend {self.backend!r} solves no sub-problem; name an exact solver")
-        adopt(self, [backend], [*missing, Capability.GLOBAL_BUDGET, Capability.BOUND])
+        return super().lacking() | missing
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Start, free, decide, keep."""
-        backend = make_inner(self.backend, self.name)
+        backend = self.members[0]
         pruned = self._first_mask(problem, context)
         context.record(problem.value(pruned))
         rng = context.rng()
@@ -93,9 +90,8 @@ class LargeNeighbourhoodSolver(Solver):
                 current = pruned[part.free]
                 # One that frees everything is the problem itself, and may use all the time there is.
                 limit = seconds if everything else min(seconds, self.round_seconds)
-                proposal = run_inner(
-                    backend, part.problem, context, seed=context.seed + done, seconds=limit, start=current
-                )
+                seed, alone = context.seed + done, replace(context, calibration_loss=None)
+                proposal = run_inner(backend, part.problem, alone, seed=seed, seconds=limit, start=current)
                 gain = part.problem.value(current) - part.problem.value(proposal.pruned)
                 idle += 1
                 if gain > tolerance:
@@ -119,7 +115,7 @@ class LargeNeighbourhoodSolver(Solver):
         if spec == "auto":
             spec = "obs" if problem.objective is Objective.JOINT else "tabu"
         seconds = 0.5 * context.deadline.remaining()
-        return run_inner(make_inner(spec, self.name), problem, context, seed=context.seed, seconds=seconds).pruned
+        return run_inner(self.make_inner(spec), problem, context, seed=context.seed, seconds=seconds).pruned
 
 
 def choose_free(problem: SelectionProblem, pruned: Mask, size: int, rng: np.random.Generator) -> Index:
@@ -130,12 +126,9 @@ def choose_free(problem: SelectionProblem, pruned: Mask, size: int, rng: np.rand
     are the saliencies c alone. Scores are perturbed, in some rounds slightly and in some wildly.
     """
     state = SwapState(problem, pruned)
-    inside, outside = np.flatnonzero(pruned), np.flatnonzero(~pruned)
+    inside, drops, outside, rises = state.sides(state.forces())
     if problem.objective is Objective.JOINT:
         drops, rises = state.curvature[inside], state.curvature[outside]
-    else:
-        forces = state.forces()
-        drops, rises = forces[inside] - state.curvature[inside], forces[outside] + state.curvature[outside]
     seed = int(rng.integers(problem.n))
     linked = np.abs(state.interaction(seed))
     tiny = max(problem.scale, np.finfo(np.float64).tiny) * 1e-9 / problem.n
@@ -144,8 +137,4 @@ def choose_free(problem: SelectionProblem, pruned: Mask, size: int, rng: np.rand
     score_out = (linked[outside] + state.curvature[outside] + tiny) / np.maximum(rises, tiny)
     rank_in = np.log(score_in) + noise * rng.normal(size=inside.shape[0])
     rank_out = np.log(score_out) + noise * rng.normal(size=outside.shape[0])
-    from_inside = min(inside.shape[0], max(size // 2, size - outside.shape[0]))
-    chosen_in = inside[np.argsort(-rank_in, kind="stable")[:from_inside]]
-    chosen_out = outside[np.argsort(-rank_out, kind="stable")[: size - from_inside]]
-    free: Index = np.sort(np.concatenate([chosen_in, chosen_out]))
-    return free
+    return best_of_sides(inside, rank_in, outside, rank_out, size)

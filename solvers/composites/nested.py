@@ -1,9 +1,13 @@
-"""Running a solver inside a solver: specs, capabilities, time and bounds."""
+"""Running solvers inside a solver: specs, capabilities, shares of the time, bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
 
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
@@ -13,50 +17,47 @@ from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Deadline, Solver
 
 
-def make_inner(spec: str, outer: str) -> Solver:
-    """The solver named by an option of `outer`; raises OptionError where it would nest itself endlessly."""
-    inner = make_solver(spec)
-    if inner.name == outer:
-        raise OptionError(f"{outer}: the inner solver {spec!r} is {outer} again; name another one")
-    return inner
+@dataclass(frozen=True)
+class Composite(Solver):
+    """A solver around other solvers.
 
-
-def adopt(outer: Solver, members: Sequence[Solver], from_members: Iterable[Capability]) -> None:
-    """Narrow what `outer` declares to what all its `members` can do, for the capabilities in `from_members`.
-
-    The class declares what a composite can do at best; an instance knows its members, and so is refused with a
-    CapabilityError before work starts where one of them would be.
+    The class declares what it can do at best; an instance knows its members, and so is refused with a CapabilityError
+    before work starts where one of them would be.
     """
-    lacking = {c for c in from_members if any(c not in member.capabilities for member in members)}
-    # The instance's value hides the class's; the dataclass is frozen, hence this way of setting it.
-    object.__setattr__(outer, "capabilities", type(outer).capabilities - lacking)
 
+    adopted: ClassVar[frozenset[Capability]]
+    """What it can do only if all its members can."""
+    hands_on_whole: ClassVar[bool] = True
+    """Members get the whole problem, which therefore must not be larger than each of them takes."""
 
-def adopt_limit(outer: Solver, members: Sequence[Solver]) -> None:
-    """Let `outer`, which hands whole problems to its `members`, take no more weights than each of them."""
-    limits = [member.max_weights for member in members if member.max_weights is not None]
-    object.__setattr__(outer, "max_weights", min(limits, default=None))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The instance's value hides the class's; the dataclass is frozen, hence this way of setting it.
+        object.__setattr__(self, "capabilities", type(self).capabilities - self.lacking())
+        limits = [member.max_weights for member in self.members if member.max_weights is not None]
+        if self.hands_on_whole:
+            object.__setattr__(self, "max_weights", min(limits, default=None))
 
+    @property
+    @abstractmethod
+    def member_specs(self) -> Sequence[str]:
+        """The members, as the registry parses them."""
 
-PROBLEM_CAPABILITIES = (
-    Capability.SELECTION,
-    Capability.JOINT,
-    Capability.GLOBAL_BUDGET,
-    Capability.LINEAR_TERM,
-)
+    @cached_property
+    def members(self) -> list[Solver]:
+        """The solvers inside."""
+        return [self.make_inner(spec) for spec in self.member_specs]
 
+    def lacking(self) -> frozenset[Capability]:
+        """What is declared by the class and taken back by the instance."""
+        return frozenset(c for c in self.adopted if any(c not in member.capabilities for member in self.members))
 
-def split_plus(text: str) -> Iterator[str]:
-    """Split ``a+b[x=1]+c`` at the plus signs outside brackets."""
-    depth, current = 0, ""
-    for character in text:
-        depth += (character == "[") - (character == "]")
-        if character == "+" and depth == 0:
-            yield current.strip()
-            current = ""
-        else:
-            current += character
-    yield current.strip()
+    def make_inner(self, spec: str) -> Solver:
+        """The solver named by an option; raises OptionError where it would nest itself endlessly."""
+        inner = make_solver(spec)
+        if inner.name == self.name:
+            raise OptionError(f"{self.name}: the inner solver {spec!r} is {self.name} again; name another one")
+        return inner
 
 
 def run_inner(
@@ -69,12 +70,77 @@ def run_inner(
     """
     warm = start if Capability.WARM_START in inner.capabilities else None
     check_capabilities(inner, problem, None, warm)
-    limit = None if seconds == float("inf") else max(seconds, 1e-3)
+    limit = None if math.isinf(seconds) else max(seconds, 1e-3)
     return run_backend(inner, problem, replace(context, seed=seed, deadline=Deadline(limit), start=warm, trace=[]))
 
 
-def combined_reason(proposals: Iterable[Proposal], expired: bool) -> Reason:
-    """TIME_LIMIT where the time ran out, else the first reason that is not COMPLETED."""
-    if expired:
-        return Reason.TIME_LIMIT
-    return next((p.reason for p in proposals if p.reason is not Reason.COMPLETED), Reason.COMPLETED)
+def run_parts(
+    inner: Solver, parts: Sequence[tuple[SelectionProblem, int, Mask | None]], context: Context
+) -> list[Proposal]:
+    """Run `inner` on sub-problems, (problem, seed, start) each, in shares of the time.
+
+    The calibration loss is one of masks of the whole problem, and plays no part.
+    """
+    alone = replace(context, calibration_loss=None)
+    return [
+        run_inner(inner, part, alone, seed=seed, seconds=seconds, start=start)
+        for (part, seed, start), seconds in zip(parts, context.deadline.shares(len(parts)), strict=True)
+    ]
+
+
+def best_of(
+    problem: SelectionProblem,
+    context: Context,
+    runs: Sequence[tuple[Solver, int]],
+    start_of: Callable[[int, Mask | None], Mask | None],
+) -> Proposal:
+    """Run solvers one after another in shares of the time, and keep the best mask.
+
+    It is the one of lowest objective, or of lowest calibration loss where a callback is given; a given start takes
+    part. A lower bound proven by any run holds for the problem, so the largest is passed on.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+    context : Context
+    runs : sequence of (solver, seed)
+    start_of : callable
+        (number of the run, best mask so far) → the mask it starts from.
+    """
+    judge = context.calibration_loss or problem.value
+    best, winner = context.start, -1
+    best_score = math.inf if best is None else judge(best)
+    proposals: list[Proposal] = []
+    for number, seconds in enumerate(context.deadline.shares(len(runs))):
+        if best is not None and context.deadline.expired():
+            break
+        solver, seed = runs[number]
+        start = start_of(number, best)
+        proposals.append(run_inner(solver, problem, context, seed=seed, seconds=seconds, start=start))
+        score = judge(proposals[-1].pruned)
+        if best is None or score < best_score:
+            best, best_score, winner = proposals[-1].pruned, score, number
+            context.record(problem.value(best), proposals[-1].bound)
+    assert best is not None
+    bound = max((p.bound for p in proposals), default=-math.inf)
+    statistics = {"runs": float(len(proposals)), "winner": float(winner)}
+    return merged(best, proposals, context, bound=bound, statistics=statistics)
+
+
+def merged(
+    pruned: Mask,
+    proposals: Iterable[Proposal],
+    context: Context,
+    *,
+    bound: float = -math.inf,
+    statistics: Mapping[str, float] | None = None,
+) -> Proposal:
+    """A proposal made of several: all their repairs, and the first reason to stop that is not completion."""
+    reasons = [p.reason for p in proposals if p.reason is not Reason.COMPLETED]
+    return Proposal(
+        pruned,
+        bound=bound,
+        reason=Reason.TIME_LIMIT if context.deadline.expired() else next(iter(reasons), Reason.COMPLETED),
+        repairs=tuple(dict.fromkeys(repair for p in proposals for repair in p.repairs)),
+        statistics=statistics or {},
+    )

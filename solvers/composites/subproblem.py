@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from solvers.arrays import Index
 from solvers.block import QuadraticBlock
 from solvers.curvature import Curvature, Dense, Diagonal, LowRank
 from solvers.curvature.low_rank import RELATIVE_DAMPING_FLOOR
 from solvers.linalg import cholesky
-from solvers.local_search.state import Index
 from solvers.problem import Mask, Objective, SelectionProblem
 
 

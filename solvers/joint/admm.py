@@ -22,7 +22,7 @@ from solvers.joint.support import METRICS, keep_largest, metric_of, search_probl
 from solvers.linalg import Apply, named
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import ANYTIME, JOINT_PROBLEM, Context, Solver, option
 from solvers.tensors import ProblemTensors
 
 #: Iterations between changes of ρ.
@@ -36,15 +36,7 @@ class AdmmSolver(Solver):
     name = "admm"
     summary = "alternating direction method with a growing penalty, then refit (ALPS family)"
     reference = "Meng et al., ALPS, NeurIPS 2024"
-    capabilities = frozenset(
-        {
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.TIME_LIMIT,
-            Capability.WARM_START,
-        }
-    )
+    capabilities = JOINT_PROBLEM | ANYTIME
 
     iterations: int = option(300, "iterations at most", minimum=1)
     penalty: float = option(0.1, "first ρ, in units of the metric", minimum=1e-12)

@@ -23,7 +23,7 @@ import torch
 from solvers.joint.support import METRICS, keep_largest, metric_of, refine, search_problem
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import ANYTIME, JOINT_PROBLEM, Context, Solver, option
 from solvers.tensors import ProblemTensors
 
 
@@ -34,15 +34,7 @@ class HardThresholdingSolver(Solver):
     name = "iht"
     summary = "iterative hard thresholding with line search, active sets and refit (CHITA family)"
     reference = "Benbaki et al., Fast as CHITA, ICML 2023"
-    capabilities = frozenset(
-        {
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.TIME_LIMIT,
-            Capability.WARM_START,
-        }
-    )
+    capabilities = JOINT_PROBLEM | ANYTIME
 
     iterations: int = option(50, "thresholding steps at most", minimum=1)
     active_steps: int = option(10, "conjugate-gradient steps on each support", minimum=1)

@@ -32,7 +32,7 @@ from solvers.ranking import prune_smallest
 from solvers.registry import make_solver
 from solvers.running import run_backend, with_remaining_time
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import ANYTIME, JOINT_PROBLEM, Capability, Context, Solver, option
 from solvers.tensors import ProblemTensors
 
 
@@ -43,16 +43,7 @@ class JointLocalSearchSolver(Solver):
     name = "joint_ls"
     summary = "local search by swaps judged by the joint objective, every swap with refit"
     reference = "this package; Miller, Subset Selection in Regression; Yu et al., ICML 2022"
-    capabilities = frozenset(
-        {
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.TIME_LIMIT,
-            Capability.WARM_START,
-            Capability.RANDOMISED,
-        }
-    )
+    capabilities = JOINT_PROBLEM | ANYTIME | {Capability.RANDOMISED}
 
     curvatures = KEPT_SYSTEMS
 

@@ -20,7 +20,7 @@ from solvers.joint.elimination import EliminationPlan, eliminate
 from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import JOINT_PROBLEM, Capability, Context, Solver, option
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class OptimalBrainSurgeonSolver(Solver):
     name = "obs"
     summary = "backward elimination that refits while it removes (optimal brain surgeon at scale)"
     reference = "Hassibi and Stork, NeurIPS 1993; Frantar et al., Optimal Brain Compression, NeurIPS 2022"
-    capabilities = frozenset(
-        {Capability.JOINT, Capability.GLOBAL_BUDGET, Capability.LINEAR_TERM, Capability.TIME_LIMIT}
-    )
+    capabilities = JOINT_PROBLEM | {Capability.TIME_LIMIT}
 
     curvatures = KEPT_SYSTEMS
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from solvers.local_search.state import Index, SwapState
+from solvers.arrays import Index
+from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, rounding_gain, settle
 from solvers.problem import Array
 from solvers.solver import Deadline
@@ -116,8 +117,7 @@ class _TiledDescent:
         """(P by α descending, its α, S by β ascending, its β, forces)."""
         state = self.state
         forces = state.forces()
-        inside, outside = np.flatnonzero(state.pruned), np.flatnonzero(~state.pruned)
-        drops, rises = forces[inside] - state.curvature[inside], forces[outside] + state.curvature[outside]
+        inside, drops, outside, rises = state.sides(forces)
         by_drop, by_rise = np.argsort(-drops, kind="stable"), np.argsort(rises, kind="stable")
         return inside[by_drop], drops[by_drop], outside[by_rise], rises[by_rise], forces
 

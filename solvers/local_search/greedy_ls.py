@@ -30,12 +30,12 @@ from typing import Literal
 
 import numpy as np
 
-from solvers.local_search.descent import descend
-from solvers.local_search.state import Index, SwapState
-from solvers.moves.starts import STARTS, starting_mask
-from solvers.problem import Array, SelectionProblem
+from solvers.arrays import Array, Index
+from solvers.local_search.state import SwapState
+from solvers.local_search.swap_search import SwapSearch, settled
+from solvers.moves.starts import STARTS
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Deadline, Solver, option
+from solvers.solver import Context, Deadline, option
 
 _FIRST_GATHER, _LARGEST_GATHER = 64, 1024
 _REFRESH_EVERY = 20
@@ -77,12 +77,9 @@ def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int
     deadline : Deadline
         Looked at every few candidates.
     """
-    forces = state.forces()
-    inside, outside = np.flatnonzero(state.pruned), np.flatnonzero(~state.pruned)
-    drops = forces[inside] - state.curvature[inside]
+    inside, drops, outside, rises = state.sides(state.forces())
     inside = inside[np.argsort(-drops, kind="stable")]
-    rises = forces[outside] + state.curvature[outside] - state.interaction(int(inside[0]))[outside]
-    outside = outside[np.argsort(rises, kind="stable")]
+    outside = outside[np.argsort(rises - state.interaction(int(inside[0]))[outside], kind="stable")]
 
     weights, owner = state.weights, state.component_of
     single = state.n_components == 1
@@ -124,7 +121,7 @@ def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int
 
 
 @dataclass(frozen=True)
-class GreedyLocalSearchSolver(Solver):
+class GreedyLocalSearchSolver(SwapSearch):
     """RMP + LS with exact cardinality, one global budget and a block-diagonal H that is never formed.
 
     ``min_gain`` (absolute, on the objective with its ½) wins over ``relative_gain``, the default, which is
@@ -136,23 +133,12 @@ class GreedyLocalSearchSolver(Solver):
     name = "greedy_ls"
     summary = "the paper's local search: passes of greedy swaps from randomised magnitude pruning"
     reference = "Yu et al., The Combinatorial Brain Surgeon, ICML 2022"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.RANDOMISED,
-            Capability.CALIBRATION,
-            Capability.WARM_START,
-            Capability.TIME_LIMIT,
-        }
-    )
 
-    rule: Literal["paper", "best"] = option(
-        "paper", "paper: passes of greedy swaps; best: best swaps to a true 1-swap optimum", choices=("paper", "best")
-    )
     start: Literal["rmp", "magnitude", "obd", "woodfisher", "random"] = option(
         "rmp", "where the search starts unless a mask is given", choices=STARTS
+    )
+    rule: Literal["paper", "best"] = option(
+        "paper", "paper: passes of greedy swaps; best: best swaps to a true 1-swap optimum", choices=("paper", "best")
     )
     draws: int = option(50, "masks drawn by the start 'rmp'", minimum=1)
     min_gain: float | None = option(None, "ε: least gain of a swap, absolute; none = relative_gain", minimum=0.0)
@@ -162,17 +148,17 @@ class GreedyLocalSearchSolver(Solver):
     passes: int = option(100, "largest number of passes", minimum=0)
     patience: int = option(5, "passes without a lower calibration loss that end the search", minimum=1)
 
-    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
-        """Start, sweep, return the best iterate."""
-        state = SwapState(problem, starting_mask(problem, self.start, self.draws, context))
-        context.record(state.value)
-        min_gain = self._min_gain(state)
+    @property
+    def start_draws(self) -> int:
+        """Masks drawn by the start 'rmp'."""
+        return self.draws
+
+    def search(self, state: SwapState, context: Context) -> Proposal:
+        """Sweep, return the best iterate."""
         if self.rule == "best":
             # relative_gain belongs to the paper's rule; here 0 (to rounding) makes the optimum a true one.
-            made, settled = descend(state, self.min_gain or 0.0, context.deadline)
-            context.record(state.value)
-            reason = Reason.COMPLETED if settled else Reason.TIME_LIMIT
-            return Proposal(state.pruned, reason=reason, statistics={"swaps": float(made)})
+            return settled(state, self.min_gain or 0.0, context)
+        min_gain = self._min_gain(state)
         loss = context.calibration_loss
         best = state.pruned.copy()
         best_loss = math.inf if loss is None else loss(best)

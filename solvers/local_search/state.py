@@ -17,12 +17,10 @@ numbering and have γ = 0 across each other. (DESIGN's symbols; Yu et al., *The 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from solvers.problem import Array, Mask, SelectionProblem
-
-Index = npt.NDArray[np.int64]
+from solvers.arrays import Array, Index, Mask
+from solvers.problem import SelectionProblem
 
 
 class SwapState:
@@ -89,6 +87,11 @@ class SwapState:
             weights = self.weights[where]
             out[where] = weights * (pulled + self.ridge[where] * np.where(self.pruned[where], weights, 0.0))
         return out - self.linear
+
+    def sides(self, forces: Array) -> tuple[Index, Array, Index, Array]:
+        """(P, its α, S, its β), P and S ascending."""
+        inside, outside = np.flatnonzero(self.pruned), np.flatnonzero(~self.pruned)
+        return inside, forces[inside] - self.curvature[inside], outside, forces[outside] + self.curvature[outside]
 
     def interaction(self, i: int) -> Array:
         """γ(i, ·) = w_i H_ij w_j within the block of `i` and 0 elsewhere, float64 (n,); the entry of `i` is 2 c_i."""

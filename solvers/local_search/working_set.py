@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from solvers.local_search.state import Index, SwapState
+from solvers.arrays import Index
+from solvers.local_search.state import SwapState
 from solvers.moves import selection_swaps
 from solvers.problem import Array, Mask
 from solvers.solver import Deadline
@@ -37,6 +38,15 @@ class WorkingSet:
         np.fill_diagonal(self.table, 2.0 * state.curvature[index])
         self.forces = forces[index].copy()
         self.pruned: Mask = state.pruned[index].copy()
+
+    def move(self, target: Mask) -> float:
+        """Set the mask of the table to `target`; the change of the objective."""
+        moved = target.astype(np.float64) - self.pruned
+        pull = moved @ self.table
+        change = float(moved @ self.forces + 0.5 * moved @ pull)
+        self.forces += pull
+        self.pruned[:] = target
+        return change
 
     def commit(self, change: float) -> None:
         """Carry the swaps made on `pruned` over to the state; `change` is their total change of the objective."""
@@ -84,16 +94,16 @@ def settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int,
 
 
 def promising(state: SwapState, forces: Array, size: int) -> Index:
-    """About `size` weights that swaps are likeliest to move: the largest α of P, the smallest β of S; sorted.
-
-    Half from each side, or all of the smaller side and more of the other.
-    """
-    inside, outside = np.flatnonzero(state.pruned), np.flatnonzero(~state.pruned)
+    """About `size` weights that swaps are likeliest to move: the largest α of P, the smallest β of S; sorted."""
     if size >= state.problem.n:
         return np.arange(state.problem.n)
+    inside, drops, outside, rises = state.sides(forces)
+    return best_of_sides(inside, drops, outside, -rises, size)
+
+
+def best_of_sides(inside: Index, scores_inside: Array, outside: Index, scores_outside: Array, size: int) -> Index:
+    """Those of highest score, half of `size` from each side or all of a smaller one and more of the other; sorted."""
     from_inside = min(inside.shape[0], max(size // 2, size - outside.shape[0]))
-    from_outside = min(outside.shape[0], size - from_inside)
-    drops, rises = forces[inside] - state.curvature[inside], forces[outside] + state.curvature[outside]
-    chosen_inside = inside[np.argsort(-drops, kind="stable")[:from_inside]]
-    chosen_outside = outside[np.argsort(rises, kind="stable")[:from_outside]]
-    return np.sort(np.concatenate([chosen_inside, chosen_outside]))
+    first = inside[np.argsort(-scores_inside, kind="stable")[:from_inside]]
+    second = outside[np.argsort(-scores_outside, kind="stable")[: size - from_inside]]
+    return np.sort(np.concatenate([first, second]))

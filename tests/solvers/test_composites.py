@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import solvers
 from solvers import CapabilityError, OptionError, QuadraticBlock, SelectionProblem, Status, UnknownNameError
 from solvers.composites.by_component import interaction_components
-from solvers.composites.nested import split_plus
 from solvers.composites.subproblem import subproblem
+from solvers.registry import split_outside_brackets
 from tests.conftest import random_block, random_problem
 from tests.solvers.test_greedy_ls import random_mask
 
@@ -149,7 +149,7 @@ def test_the_portfolio_hands_its_best_mask_on() -> None:
 
 
 def test_plus_signs_inside_brackets_do_not_split() -> None:
-    assert list(split_plus("obd + greedy_ls[min_gain=1e+2]+restarts[solver=rmp[draws=2]]")) == [
+    assert list(split_outside_brackets("obd + greedy_ls[min_gain=1e+2]+restarts[solver=rmp[draws=2]]", "+")) == [
         "obd",
         "greedy_ls[min_gain=1e+2]",
         "restarts[solver=rmp[draws=2]]",

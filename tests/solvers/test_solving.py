@@ -20,7 +20,7 @@ from solvers import (
     UnknownNameError,
     option,
 )
-from solvers.registry import make_solver, split_options
+from solvers.registry import make_solver, split_outside_brackets
 from tests.conftest import random_problem
 
 EVERYTHING = frozenset(Capability)
@@ -148,7 +148,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 
 def test_option_grammar():
-    assert list(split_options("a=1,b=x[c=2,d=3],e=4")) == ["a=1", "b=x[c=2,d=3]", "e=4"]
+    assert list(split_outside_brackets("a=1,b=x[c=2,d=3],e=4", ",")) == ["a=1", "b=x[c=2,d=3]", "e=4"]
     for text in ("magnitude[a=1", "rmp[draws=1]]", "rmp[draws]", "rmp[draws=1,draws=2]", "rmp[draws=many]"):
         with pytest.raises((OptionError, UnknownNameError)):
             make_solver(text)

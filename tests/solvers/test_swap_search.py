@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import solvers
 from solvers import QuadraticBlock, Reason, SelectionProblem
-from solvers.local_search import annealing, descent, tabu
+from solvers.local_search import descent, swap_search, tabu
 from solvers.local_search.descent import descend
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import WorkingSet
@@ -89,11 +89,10 @@ def test_the_tiled_descent_of_large_problems_ends_in_a_true_local_optimum(
 
 @pytest.mark.parametrize("spec", ["tabu[iterations=3000]", "annealing[sweeps=20]"])
 def test_large_problems_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    for module in (descent, tabu, annealing):
+    for module in (descent, swap_search):
         monkeypatch.setattr(module, "DENSE_LIMIT", 20)
-    monkeypatch.setattr(tabu, "_WORKING_SET", 24)
+    monkeypatch.setattr(swap_search, "WORKING_SET", 24)
     monkeypatch.setattr(tabu, "_MOVES_PER_ROUND", 500)
-    monkeypatch.setattr(annealing, "_WORKING_SET", 24)
     problem = random_problem(1, (40, 50), 60, gradient=True)
     descended = solvers.solve(problem, "best_swap").objective
     solution = solvers.solve(problem, spec)

@@ -1,0 +1,109 @@
+"""What the searches in the swap neighbourhood share: where they start, and rounds on dense tables.
+
+A problem of more weights than a dense table holds is worked on in rounds: each takes the weights with the largest α and
+the smallest β of the current mask, searches their table, and carries the best mask over.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from solvers.arrays import Index
+from solvers.local_search.descent import descend
+from solvers.local_search.state import SwapState
+from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
+from solvers.moves import selection_swaps
+from solvers.moves.starts import STARTS, starting_mask
+from solvers.problem import Array, Mask, SelectionProblem
+from solvers.solution import Proposal, Reason
+from solvers.solver import ANYTIME, SELECTION_PROBLEM, Capability, Context, Solver, option
+
+#: Weights of one round.
+WORKING_SET = 2000
+
+selection_swaps.compile_kernel("steepest_descent")
+
+
+@dataclass(frozen=True)
+class SwapSearch(Solver):
+    """A search from one mask; the same seed gives the same mask unless the time limit cuts it short."""
+
+    capabilities = SELECTION_PROBLEM | ANYTIME | {Capability.RANDOMISED, Capability.CALIBRATION}
+
+    start: Literal["rmp", "magnitude", "obd", "woodfisher", "random"] = option(
+        "obd", "where the search starts unless a mask is given", choices=STARTS
+    )
+
+    def run(self, problem: SelectionProblem, context: Context) -> Proposal:
+        """Start, search."""
+        state = SwapState(problem, starting_mask(problem, self.start, self.start_draws, context))
+        context.record(state.value)
+        return self.search(state, context)
+
+    @property
+    def start_draws(self) -> int:
+        """Masks drawn by the start 'rmp'."""
+        return 50
+
+    @abstractmethod
+    def search(self, state: SwapState, context: Context) -> Proposal:
+        """The best mask found from `state`, which is changed in place."""
+
+
+def settled(state: SwapState, min_gain: float, context: Context) -> Proposal:
+    """Descent to a 1-swap local optimum as the whole of a search."""
+    swaps, proven = descend(state, min_gain, context.deadline)
+    context.record(state.value)
+    reason = Reason.COMPLETED if proven else Reason.TIME_LIMIT
+    return Proposal(state.pruned, reason=reason, statistics={"swaps": float(swaps)})
+
+
+class TableSearch(SwapSearch):
+    """A search past local optima on dense tables, between two descents."""
+
+    counted: ClassVar[str]
+    """What `explore` counts."""
+
+    @abstractmethod
+    def rounds(self, whole: bool) -> int:
+        """How many rounds to make; `whole`: the problem is one table."""
+
+    @abstractmethod
+    def explore(
+        self, piece: WorkingSet, state: SwapState, number: int, rng: np.random.Generator, context: Context
+    ) -> tuple[Mask, float, int]:
+        """Search one table in round `number`, counted from 0; (best mask, its objective, steps made)."""
+
+    def choose(self, state: SwapState, forces: Array, size: int, idle: int, rng: np.random.Generator) -> Index:
+        """The weights of a round after `idle` rounds without a better mask."""
+        return promising(state, forces, size)
+
+    def search(self, state: SwapState, context: Context) -> Proposal:
+        """Descend, search, descend."""
+        whole = state.problem.n <= DENSE_LIMIT
+        size = state.problem.n if whole else WORKING_SET
+        descend(state, 0.0, context.deadline)
+        context.record(state.value)
+        rng, steps, idle = context.rng(), 0, 0
+        for number in range(self.rounds(whole)):
+            if context.deadline.expired():
+                break
+            forces, before = state.forces(), state.value
+            index = self.choose(state, forces, size, idle, rng)
+            if 0 < int(state.pruned[index].sum()) < index.shape[0]:
+                piece = WorkingSet(state, index, forces)
+                best, value, made = self.explore(piece, state, number, rng, context)
+                piece.pruned[:] = best
+                piece.commit(value - before)
+                state.refresh()
+                steps += made
+            context.record(state.value)
+            idle = 0 if state.value < before else idle + 1
+        descend(state, 0.0, context.deadline)
+        context.record(state.value)
+        reason = Reason.TIME_LIMIT if context.deadline.expired() else Reason.ITERATION_LIMIT
+        return Proposal(state.pruned, reason=reason, statistics={self.counted: float(steps)})
