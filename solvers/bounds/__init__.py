@@ -7,13 +7,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from solvers.bounds.certificate import Bound, Certificate
+from solvers.bounds.frank_wolfe import frank_wolfe_bound
+from solvers.bounds.lagrangian import lagrangian_bound
+from solvers.bounds.perspective import perspective_bound
+from solvers.bounds.qcr import qcr_bound
 from solvers.errors import CapabilityError, OptionError, UnknownNameError
 from solvers.problem import Objective, SelectionProblem
 
-METHODS = ("auto", "frank_wolfe", "qcr", "lagrangian")
+_SELECTION: dict[str, Callable[..., Bound]] = {
+    "frank_wolfe": frank_wolfe_bound,
+    "qcr": qcr_bound,
+    "lagrangian": lagrangian_bound,
+}
+METHODS = ("auto", *_SELECTION)
 _AUTO_QCR = 400
 _AUTO_BLOCK = 300
 
@@ -62,14 +73,10 @@ def bound(
     OptionError
         For a tolerance or time limit that is not positive.
     """
-    from solvers.bounds.frank_wolfe import frank_wolfe_bound
-    from solvers.bounds.lagrangian import lagrangian_bound
-    from solvers.bounds.perspective import perspective_bound
-    from solvers.bounds.qcr import qcr_bound
-
     if method not in METHODS:
         raise UnknownNameError.of("bound method", method, METHODS)
-    for name, value in (("tolerance", tolerance), ("time_limit", time_limit)):
+    limits = {"tolerance": tolerance, "time_limit": time_limit}
+    for name, value in limits.items():
         if value is not None and not value > 0:
             raise OptionError(f"{name} must be positive, not {value!r}")
     if problem.n_prune in (0, problem.n):
@@ -89,10 +96,7 @@ def bound(
             f"method={method!r} bounds the selection objective only; use method='frank_wolfe', or the bound of the "
             "solver 'branch_bound', for the joint one"
         )
-    if joint:
-        return perspective_bound(problem, tolerance=tolerance or 1e-3, time_limit=time_limit)
     if method == "qcr":
-        return qcr_bound(problem, tolerance=tolerance or 1e-6)
-    if method == "lagrangian":
-        return lagrangian_bound(problem, tolerance=tolerance or 1e-4, time_limit=time_limit)
-    return frank_wolfe_bound(problem, tolerance=tolerance or 1e-3, time_limit=time_limit)
+        del limits["time_limit"]
+    search: Callable[..., Bound] = perspective_bound if joint else _SELECTION[method]
+    return search(problem, **{name: value for name, value in limits.items() if value is not None})

@@ -7,6 +7,7 @@ bad the search, gives a valid bound.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -58,16 +59,22 @@ class Bound:
             If the certificate proves less than `value`, rounding apart.
         """
         proven = self.certificate.value(problem)
-        slack = 1e-9 * abs(self.value) + 1e-12 * problem.scale
-        if not proven >= self.value - slack:
+        if not proven >= self.value - 1e-9 * abs(self.value):
             raise BackendError(
                 f"{self.method} claims the lower bound {self.value!r}, its certificate proves {proven!r}"
             )
         return proven
 
-    def gap(self, objective: float, problem: SelectionProblem) -> float:
-        """(objective − bound) / max(|objective|, 1e-12 of the problem's scale)."""
-        return (objective - self.value) / max(abs(objective), 1e-12 * problem.scale, float(np.finfo(np.float64).tiny))
+    def gap(self, objective: float) -> float:
+        """The relative gap of a mask's objective."""
+        return relative_gap(objective, self.value)
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """(objective − bound)/|objective|; 0 where they are equal, inf where only the objective is 0."""
+    if objective == bound:
+        return 0.0
+    return (objective - bound) / abs(objective) if objective else math.inf
 
 
 def smallest_sum(costs: Array, count: int) -> float:

@@ -1,6 +1,7 @@
 """The convex relaxation of a selection problem of any size, matrix-free, with a dual certificate.
 
-With B = A diag(w), z ∈ {0, 1}ⁿ the removed weights and z_i² = z_i, CBS-S is
+With B = F diag(w), F the factor of the factored view (`solvers.curvature.base`; A for a low-rank block) and λ its
+ridge, z ∈ {0, 1}ⁿ the removed weights and z_i² = z_i, CBS-S is
 
     min ½ ‖Bz‖² + qᵀz,   1ᵀz = n_prune,      q_i = ½ λ w_i² − g_i w_i :
 
@@ -11,7 +12,8 @@ the damping, being diagonal, becomes linear and costs nothing in the relaxation 
 
 and u, r numbers, is the whole certificate. It is maximised by a proximal-point method, z⁺ minimising ½‖Bz‖² + qᵀz +
 ‖z − z_t‖²/(2σ), whose dual in u is smooth; semismooth Newton steps on it solve the r × r system
-I + σ B_F (I − 11ᵀ/|F|) B_Fᵀ, F the weights strictly between their bounds. One step costs r²|F| and two products with A.
+I + σ B_F (I − 11ᵀ/|F|) B_Fᵀ, F the weights strictly between their bounds, one system per component and the mean over
+F by Sherman–Morrison. One step costs r²|F| and two products with A.
 
 With r ≪ n and many weights to remove, convex combinations cancel one another nearly perfectly: the relaxation is then
 close to Σ q and says little. That is the relaxation's weakness, not the solver's.
@@ -25,15 +27,14 @@ solving lasso problems", SIAM J. Optim. 28(1).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
+import scipy.optimize
 
-from solvers.bounds.certificate import EPS, Bound, Certificate, smallest_sum
-from solvers.errors import CapabilityError
+from solvers.bounds.certificate import EPS, Bound, smallest_sum
+from solvers.bounds.factored import FactoredProblem, ImageCertificate
 from solvers.problem import Array, SelectionProblem
 from solvers.solver import Deadline
 
@@ -42,35 +43,20 @@ _COLUMNS = 4096
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class ResidualCertificate(Certificate):
-    """u, one vector per block, for the selection objective.
-
-    Attributes
-    ----------
-    residuals : tuple of float64 (r_b,)
-    """
-
-    residuals: tuple[Array, ...]
+class ResidualCertificate(ImageCertificate):
+    """u, for the selection objective."""
 
     def value(self, problem: SelectionProblem) -> float:
-        """−½ ‖u‖² + the sum of the n_prune smallest entries of diag(w) Aᵀu + ½ λ w² − g·w, less a rounding margin."""
+        """−½ ‖u‖² + the sum of the n_prune smallest entries of Bᵀu + q, less a rounding margin."""
         total, costs, size = 0.0, [], 0.0
-        for block, u in zip(problem.blocks, self.residuals, strict=True):
-            weights = block.weights.cpu().numpy()
-            correlations = block.curvature.back_project(block.tensor_of(u)).cpu().numpy()
-            cost = weights * correlations + 0.5 * block.curvature.ridge.cpu().numpy() * weights**2
-            if block.gradient is not None:
-                cost = cost - block.gradient.cpu().numpy() * weights
+        for u, pulled, weights, gradient, ridge, norms in self.terms(problem):
             square = 0.5 * float(u @ u)
             # |a_i·u| is computed to within a few units in the last place of ‖a_i‖‖u‖ (pairwise sums).
-            norms = np.sqrt(block.diagonal.cpu().numpy())
             worst = np.partition(np.abs(weights) * norms, max(0, weights.size - problem.n_prune))
             size += 16.0 * float(worst[-problem.n_prune :].sum()) * math.sqrt(2.0 * square) + square * u.size
-            costs.append(cost)
+            costs.append(weights * pulled + 0.5 * ridge * weights**2 - gradient * weights)
             total -= square
-        everything = np.concatenate(costs)
-        least = smallest_sum(everything, problem.n_prune)
+        least = smallest_sum(np.concatenate(costs), problem.n_prune)
         return total + least - EPS * (size + 64.0 * abs(least))
 
 
@@ -94,17 +80,11 @@ def frank_wolfe_bound(
     -------
     Bound
     """
-    for block in problem.blocks:
-        if block.curvature.n_components > 1:
-            raise CapabilityError(
-                f"the bound 'frank_wolfe' does not take the {type(block.curvature).__name__} curvature of block "
-                f"{block.name!r}; bound its rows one by one"
-            )
     deadline = Deadline(time_limit)
     relaxation = _Relaxation(problem)
     diagonal = (problem.diagonal - relaxation.ridge) * problem.weights**2
     z = np.full(problem.n, problem.n_prune / problem.n)
-    u = relaxation.project(z)
+    u = relaxation.image(z)
     # u = 0 proves the sum of the smallest q, positive without a gradient.
     best_u = np.zeros_like(u)
     best = relaxation.dual(best_u)
@@ -113,13 +93,13 @@ def frank_wolfe_bound(
     while iterations < max_iterations and not deadline.expired():
         iterations += 1
         z, u = relaxation.proximal_step(z, u, sigma, deadline)
-        image = relaxation.project(z)
+        image = relaxation.image(z)
         primal = 0.5 * float(image @ image) + float(relaxation.linear @ z)
         for candidate in (u, image):
             value = relaxation.dual(candidate)
             if value > best:
                 best_u, best = candidate, value
-        if primal - best <= tolerance * abs(primal) + 1e-12 * problem.scale:
+        if primal - best <= tolerance * abs(primal):
             converged = True
             break
         sigma *= 4.0
@@ -127,46 +107,30 @@ def frank_wolfe_bound(
     return Bound(certificate.value(problem), "frank_wolfe", deadline.elapsed(), iterations, certificate, converged)
 
 
-class _Relaxation:
-    """min ½‖Bz‖² + qᵀz over the capped simplex, B block-diagonal."""
+class _Relaxation(FactoredProblem):
+    """min ½‖Bz‖² + qᵀz over the capped simplex."""
 
     def __init__(self, problem: SelectionProblem) -> None:
-        self.problem = problem
-        self.count = problem.n_prune
-        self.ends = np.cumsum([0, *(block.curvature.rank for block in problem.blocks)])
-        weights = problem.weights
-        self.ridge: Array = np.concatenate([block.curvature.ridge.cpu().numpy() for block in problem.blocks])
-        self.linear: Array = 0.5 * self.ridge * weights**2
-        if problem.gradient is not None:
-            self.linear = self.linear - problem.gradient * weights
+        super().__init__(problem)
+        self.linear: Array = 0.5 * self.ridge * self.weights**2 - self.gradient * self.weights
 
-    def split(self, u: Array) -> tuple[Array, ...]:
-        """u by blocks."""
-        return tuple(u[a:b].copy() for a, b in pairwise(self.ends))
-
-    def project(self, z: Array) -> Array:
+    def image(self, z: Array) -> Array:
         """B z."""
-        blocks, slices = self.problem.blocks, self.problem.slices
-        pairs = zip(blocks, slices, strict=True)
-        return np.concatenate([b.curvature.project(b.weights * b.tensor_of(z[s])).cpu().numpy() for b, s in pairs])
+        return self.project(self.weights * z)
 
-    def back_project(self, u: Array) -> Array:
+    def pull(self, u: Array) -> Array:
         """Bᵀ u."""
-        parts = [
-            (b.weights * b.curvature.back_project(b.tensor_of(part))).cpu().numpy()
-            for b, part in zip(self.problem.blocks, self.split(u), strict=True)
-        ]
-        return np.concatenate(parts)
+        return self.weights * self.back_project(u)
 
     def dual(self, u: Array) -> float:
         """bound(u)."""
-        return -0.5 * float(u @ u) + smallest_sum(self.back_project(u) + self.linear, self.count)
+        return -0.5 * float(u @ u) + smallest_sum(self.pull(u) + self.linear, self.count)
 
     def proximal_step(self, anchor: Array, u: Array, sigma: float, deadline: Deadline) -> tuple[Array, Array]:
         """argmin ½‖Bz‖² + qᵀz + ‖z − anchor‖²/(2σ) and its dual point, by semismooth Newton."""
         smooth, z = self._smooth_dual(u, anchor, sigma)
         for _ in range(_NEWTON_STEPS):
-            residual = self.project(z) - u
+            residual = self.image(z) - u
             if float(np.linalg.norm(residual)) <= 1e-6 * (float(np.linalg.norm(u)) + 1e-300) or deadline.expired():
                 break
             direction = self._newton(residual, np.flatnonzero((z > 0.0) & (z < 1.0)), sigma)
@@ -182,7 +146,7 @@ class _Relaxation:
         return z, u
 
     def _smooth_dual(self, u: Array, anchor: Array, sigma: float) -> tuple[float, Array]:
-        slope = self.back_project(u) + self.linear
+        slope = self.pull(u) + self.linear
         z = project_capped_simplex(anchor - sigma * slope, self.count)
         return -0.5 * float(u @ u) + float(slope @ z) + 0.5 / sigma * float((z - anchor) @ (z - anchor)), z
 
@@ -190,23 +154,21 @@ class _Relaxation:
         """[I + σ B_F (I − 11ᵀ/|F|) B_Fᵀ]⁻¹ residual."""
         if free.size < 2:
             return residual
-        solved, solved_sum, sums = [], [], []
-        parts = self.split(residual)
-        for block, where, part in zip(self.problem.blocks, self.problem.slices, parts, strict=True):
-            inside = free[(free >= where.start) & (free < where.stop)] - where.start
-            kernel, total = np.eye(part.size), np.zeros(part.size)
-            for start in range(0, inside.size, _COLUMNS):
-                index = inside[start : start + _COLUMNS]
-                chosen = block.tensor_of(index)
+        x, y, b = residual.copy(), np.zeros(self.size), np.zeros(self.size)
+        for number, where, image in self.components:
+            inside = free[slice(*np.searchsorted(free, (where.start, where.stop)))]
+            if inside.size == 0:
+                continue
+            block = self.problem.blocks[number]
+            kernel = np.eye(image.stop - image.start)
+            for index in np.split(inside, range(_COLUMNS, inside.size, _COLUMNS)):
+                chosen = block.tensor_of(index - self.problem.slices[number].start)
                 columns = block.curvature.factor_columns(chosen).double() * block.weights[chosen]
                 kernel += sigma * (columns @ columns.T).cpu().numpy()
-                total += columns.sum(1).cpu().numpy()
+                b[image] += columns.sum(1).cpu().numpy()
             factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
-            solved.append(scipy.linalg.cho_solve(factor, part))
-            solved_sum.append(scipy.linalg.cho_solve(factor, total))
-            sums.append(total)
-        x, y, b = np.concatenate(solved), np.concatenate(solved_sum), np.concatenate(sums)
-        # Sherman–Morrison for the mean over F, which couples the blocks.
+            x[image], y[image] = (scipy.linalg.cho_solve(factor, part[image]) for part in (residual, b))
+        # Sherman–Morrison for the mean over F, which couples the components.
         ratio = sigma / free.size
         bottom = 1.0 - ratio * float(b @ y)
         return x if bottom <= 1e-12 else x + y * (ratio * float(b @ x) / bottom)
@@ -214,19 +176,12 @@ class _Relaxation:
 
 def project_capped_simplex(x: Array, count: int) -> Array:
     """The nearest point with 0 ≤ z ≤ 1 and 1ᵀz = count; x float64 (n,), exact up to rounding."""
-    low, high = float(x.min()) - 1.0, float(x.max())
-    # Σ clip(x − t, 0, 1) falls from n to 0 on [low, high]: bisect, then solve on the last piece.
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        if float(np.clip(x - middle, 0.0, 1.0).sum()) > count:
-            low = middle
-        else:
-            high = middle
-        if high - low <= 1e-14 * max(1.0, abs(low)):
-            break
-    z = np.clip(x - 0.5 * (low + high), 0.0, 1.0)
+    # Σ clip(x − t, 0, 1) falls from n to 0 in between; what is missing is spread over the last piece.
+    low, high = float(x.min() - max(1.0, 4.0 * np.spacing(np.abs(x).max()))), float(x.max())
+    t = scipy.optimize.brentq(
+        lambda t: float(np.clip(x - t, 0.0, 1.0).sum()) - count, low, high, xtol=1e-14, maxiter=200, disp=False
+    )
+    z = np.clip(x - t, 0.0, 1.0)
     inside = (z > 0.0) & (z < 1.0)
     if inside.any():
         z[inside] = np.clip(z[inside] + (count - z.sum()) / inside.sum(), 0.0, 1.0)

@@ -22,12 +22,11 @@ Hazimeh, Mazumder & Saab (2022), "Sparse regression at scale".
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from solvers.bounds.certificate import EPS, Bound, Certificate, smallest_sum
+from solvers.bounds.certificate import EPS, Bound, smallest_sum
+from solvers.bounds.factored import FactoredProblem, ImageCertificate
 from solvers.errors import CapabilityError
 from solvers.problem import Array, SelectionProblem
 from solvers.solver import Deadline
@@ -35,37 +34,24 @@ from solvers.solver import Deadline
 _CONJUGATE_STEPS = 30
 
 
-@dataclass(frozen=True, eq=False)
-class PerspectiveCertificate(Certificate):
-    """y, one vector per block, for the joint objective.
-
-    Attributes
-    ----------
-    residuals : tuple of float64 (r_b,)
-    """
-
-    residuals: tuple[Array, ...]
+class PerspectiveCertificate(ImageCertificate):
+    """y, for the joint objective."""
 
     def value(self, problem: SelectionProblem) -> float:
         """bound(y), less a rounding margin."""
-        total, costs, size = 0.0, [], 0.0
-        for block, y in zip(problem.blocks, self.residuals, strict=True):
-            slope = block.curvature.back_project(block.tensor_of(y)).cpu().numpy()
-            if block.gradient is not None:
-                slope = slope + block.gradient.cpu().numpy()
-            weights = block.weights.cpu().numpy()
+        total, costs = 0.0, []
+        for y, pulled, weights, gradient, ridge, norms in self.terms(problem):
+            slope = pulled + gradient
             # Rounding of s_i: a few units in the last place of ‖a_i‖‖y‖.
-            error = 16.0 * EPS * (np.sqrt(block.diagonal.cpu().numpy()) * float(np.linalg.norm(y)) + np.abs(slope))
-            ridge = block.curvature.ridge.cpu().numpy()
+            error = 16.0 * EPS * (norms * float(np.linalg.norm(y)) + np.abs(slope))
             half = 0.5 / ridge
             kept = half * (np.abs(slope) + error) ** 2
             distance = np.abs(ridge * weights - slope)
             removed = half * np.maximum(0.0, distance - error - EPS * ridge * np.abs(weights)) ** 2
             total -= 0.5 * float(y @ y) + float(kept.sum())
-            size += 0.5 * float(y @ y) + float(kept.sum())
             costs.append(removed)
         least = smallest_sum(np.concatenate(costs), problem.n_prune)
-        return total + least - 64.0 * EPS * (size + least)
+        return total + least - 64.0 * EPS * (least - total)
 
 
 def perspective_bound(
@@ -78,44 +64,31 @@ def perspective_bound(
     CapabilityError
         If a block has no damping: the relaxation then bounds nothing.
     """
-    damping = np.concatenate([block.curvature.ridge.cpu().numpy() for block in problem.blocks])
+    view = FactoredProblem(problem)
+    damping, gradient, weights = view.ridge, view.gradient, view.weights
     if not damping.all():
         raise CapabilityError(
             "the bound of the joint objective comes from the damping, and a block has damping=0; pass a positive one"
         )
     deadline = Deadline(time_limit)
-    ends = np.cumsum([0, *(block.curvature.n_components * block.curvature.rank for block in problem.blocks)])
-    gradient = np.zeros(problem.n) if problem.gradient is None else problem.gradient
-    weights = problem.weights
-
-    def split(y: Array) -> tuple[Array, ...]:
-        return tuple(y[a:b] for a, b in pairwise(ends))
-
-    def project(x: Array) -> Array:
-        pairs = zip(problem.blocks, problem.slices, strict=True)
-        return np.concatenate([b.curvature.project(b.tensor_of(x[s])).cpu().numpy() for b, s in pairs])
-
-    def back_project(y: Array) -> Array:
-        pairs = zip(problem.blocks, split(y), strict=True)
-        return np.concatenate([b.curvature.back_project(b.tensor_of(part)).cpu().numpy() for b, part in pairs])
 
     def dual(y: Array) -> tuple[float, Array]:
-        slope = gradient + back_project(y)
+        slope = gradient + view.back_project(y)
         costs = 0.5 * (damping * weights - slope) ** 2 / damping
         value = -0.5 * float(y @ y) - float((0.5 * slope**2 / damping).sum())
         return value + smallest_sum(costs, problem.n_prune), costs
 
     z = np.full(problem.n, problem.n_prune / problem.n)
-    y = np.zeros(int(ends[-1]))
+    y = np.zeros(view.size)
     best_y, (best, costs) = y, dual(y)
     iterations, converged = 0, False
     while iterations < max_iterations and not deadline.expired():
         iterations += 1
         scaling = (1.0 - z) / damping
-        right = -project(scaling * gradient + z * weights)
+        right = -view.project(scaling * gradient + z * weights)
 
         def system(x: Array, by: Array = scaling) -> Array:
-            return x + project(by * back_project(x))
+            return x + view.project(by * view.back_project(x))
 
         y = _conjugate_gradients(system, right, y, deadline)
         value, costs = dual(y)
@@ -128,7 +101,7 @@ def perspective_bound(
             converged = True
             break
         z = z + (2.0 / (iterations + 2.0)) * (vertex - z)
-    certificate = PerspectiveCertificate(tuple(part.copy() for part in split(best_y)))
+    certificate = PerspectiveCertificate(view.split(best_y))
     return Bound(certificate.value(problem), "frank_wolfe", deadline.elapsed(), iterations, certificate, converged)
 
 

@@ -6,10 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solvers
+from solvers.bounds.certificate import relative_gap
 from solvers.bounds.frank_wolfe import ResidualCertificate, frank_wolfe_bound, project_capped_simplex
 from solvers.bounds.lagrangian import LagrangianCertificate
 from solvers.bounds.perspective import PerspectiveCertificate
@@ -91,6 +93,45 @@ def test_frank_wolfe_reaches_the_optimum_of_the_relaxation() -> None:
     reference = 0.5 * z @ curvature @ z + cost @ z
     assert found.converged
     assert found.value == pytest.approx(reference, rel=1e-4)
+
+
+def kronecker_problem(seed: int, n_prune: int) -> solvers.SelectionProblem:
+    """A Kronecker block of several components beside one of low rank."""
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((3, 4))
+    curvature = solvers.Kronecker(torch.tensor(rng.uniform(0.1, 3.0, 2)), torch.tensor(root.T @ root), 0.05)
+    blocks = [
+        solvers.QuadraticBlock(rng.standard_normal(8), curvature=curvature),
+        solvers.QuadraticBlock(rng.standard_normal(5), rng.standard_normal((3, 5)), 0.1),
+        solvers.QuadraticBlock(rng.standard_normal(2), curvature=solvers.Diagonal(torch.tensor([0.5, 2.0]))),
+    ]
+    return solvers.SelectionProblem(blocks, n_prune)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_curvatures_of_several_components_are_bounded(seed: int) -> None:
+    problem = kronecker_problem(seed, 4 + seed)
+    found = frank_wolfe_bound(problem, tolerance=1e-6)
+    assert found.converged
+    assert found.verify(problem) <= optimum(problem)
+    # The same relaxation, written with one factor per component.
+    hessian = problem.arrays().hessian
+    pieces = [np.arange(4), np.arange(4, 8), np.arange(8, 13)]
+    ridge = problem.arrays().damping
+    blocks = []
+    for piece in pieces:
+        values, vectors = np.linalg.eigh(hessian[np.ix_(piece, piece)] - np.diag(ridge[piece]))
+        factor = (vectors * np.sqrt(values.clip(0.0))).T
+        blocks.append(solvers.QuadraticBlock(problem.weights[piece], factor, float(ridge[piece][0])))
+    twin = frank_wolfe_bound(solvers.SelectionProblem([*blocks, problem.blocks[2]], problem.n_prune), tolerance=1e-6)
+    assert found.value == pytest.approx(twin.value, rel=1e-5, abs=1e-9)
+
+
+def test_a_gap_is_relative_to_the_objective_itself() -> None:
+    assert relative_gap(2.0, 1.5) == 0.25
+    assert relative_gap(0.0, 0.0) == 0.0
+    assert relative_gap(0.0, -1e-30) == np.inf
+    assert relative_gap(-2.0, -3.0) == 0.5
 
 
 def test_qcr_is_tighter_than_frank_wolfe() -> None:
