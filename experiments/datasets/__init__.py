@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.datasets.images import Batches, Dataset, ImageSet
+from experiments.datasets.images import Dataset, ImageSet
 from experiments.datasets.load import DATASETS, load_dataset
 
-__all__ = ["DATASETS", "Batches", "Dataset", "ImageSet", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "ImageSet", "load_dataset"]

@@ -53,28 +53,10 @@ class ImageSet:
         generator = torch.Generator().manual_seed(seed)
         return self.subset(torch.randperm(len(self), generator=generator)[:count])
 
-    def batches(self, size: int) -> Batches:
-        """The samples in order, ``size`` at a time."""
-        return Batches(self, size)
-
-
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """Iterable of ``(x, y)``; every pass gives the same batches."""
-
-    samples: ImageSet
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {self.size}")
-
-    def __len__(self) -> int:
-        return -(-len(self.samples) // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.samples), self.size):
-            yield self.samples.batch(slice(start, start + self.size))
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples in order, normalised, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size))
 
 
 @dataclass(frozen=True, eq=False)

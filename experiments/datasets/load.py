@@ -72,14 +72,9 @@ def _cached(source: Source, split: str, files: list[Path]) -> tuple[np.ndarray, 
         raise ValueError(f"unexpected arrays {images.dtype} {images.shape}")
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except PermissionError as error:
-        warnings.warn(
-            f"cannot read the cache file {path} ({error}); decoding the images again", CacheWarning, stacklevel=2
-        )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        warnings.warn(
-            f"the cache file {path} is damaged ({error}); decoding the images again", CacheWarning, stacklevel=2
-        )
+        what = "cannot be read" if isinstance(error, PermissionError) else "is damaged"
+        warnings.warn(f"the cache file {path} {what} ({error}); decoding the images again", CacheWarning, stacklevel=2)
     images, labels = read_files(source, files)
     stream = io.BytesIO()
     np.savez(stream, images=images, labels=labels)

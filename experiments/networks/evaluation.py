@@ -13,11 +13,10 @@ from experiments.datasets.images import ImageSet
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy in percent, mean cross-entropy in nats, and the number of samples."""
+    """Accuracy in percent and mean cross-entropy in nats."""
 
     accuracy: float
     loss: float
-    n_samples: int
 
 
 def evaluate(
@@ -49,4 +48,4 @@ def evaluate(
                 loss += float(F.cross_entropy(logits.double(), y, reduction="sum"))
     finally:
         model.train(training)
-    return Evaluation(100.0 * correct / len(samples), loss / len(samples), len(samples))
+    return Evaluation(100.0 * correct / len(samples), loss / len(samples))

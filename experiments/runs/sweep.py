@@ -61,10 +61,11 @@ class Sweep:
         Parameters
         ----------
         workers
-            None makes them here, one after the other. Otherwise masks are made in child processes, so many at a time,
-            see `completed`: a child that dies or hangs costs the rows of its mask, which say so.
+            Masks at a time, each made in a child process, see `completed`: a child that dies or hangs costs the rows of
+            its mask, which say so. None is what ``joblib.parallel_config`` says; where that is one, all is done here.
         """
-        made = self._here if workers is None else lambda masks: self._elsewhere(masks, workers)
+        here = workers is None and joblib.effective_n_jobs(None) == 1
+        made = self._here if here else lambda masks: self._elsewhere(masks, workers)
         masks = []
         for _, tasks in groupby(self.bench.tasks, lambda task: (task.seed, task.solver, task.sparsity)):
             missing = []
@@ -159,12 +160,12 @@ class Sweep:
                 shutil.rmtree(self.bench.journal(key_of(self.settings(task))), ignore_errors=True)
             yield task, _measured(self.bench, task, key_of(self.settings(task)))
 
-    def _elsewhere(self, masks: Sequence[Sequence[Task]], workers: int) -> Iterator[tuple[Task, dict[str, Any]]]:
+    def _elsewhere(self, masks: Sequence[Sequence[Task]], workers: int | None) -> Iterator[tuple[Task, dict[str, Any]]]:
         options, folder = self.options, self.results.folder.resolve()
         if options.curvature.gradients is not None:
             # Kept on disk before the children want them.
             self.measure()
-        threads = max(joblib.cpu_count() // (joblib.cpu_count() if workers < 0 else workers), 1)
+        threads = max(joblib.cpu_count() // joblib.effective_n_jobs(workers), 1)
         limit = None if options.choice.time_limit is None else 3.0 * options.choice.time_limit + _BESIDE
         calls = []
         for tasks in masks:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,10 @@ from experiments.networks import EXPERIMENTS, DigitsMLP, get_experiment
 from experiments.networks.checkpoints import save_checkpoint
 from experiments.networks.evaluation import evaluate
 from experiments.networks.load import load_network
-from experiments.runs.bench import Bench
-from experiments.runs.options import Task
+from experiments.runs.bench import Bench, Listener
+from experiments.runs.options import RunOptions, SweepOptions, Task
+from experiments.runs.rows import ResultsFile
+from experiments.runs.sweep import Sweep
 from solvers import registry
 from tests.experiments.test_results import REQUIRED
 
@@ -411,6 +414,14 @@ def test_masks_are_made_in_children_and_one_that_fails_costs_its_rows(finished: 
     run("--solver", "obd", *sweep, "--output-dir", tmp_path, "--workers", "2", "--no-reference")
     assert len(rows_of(tmp_path)) == 8
     assert {path.stem for path in (tmp_path / "masks").iterdir()} == {r["key"] for r in rows if r["error"] is None}
+
+
+def test_a_sweep_goes_where_joblib_is_told(tmp_path: Path) -> None:
+    options = RunOptions(sweep=SweepOptions(solver=("magnitude", "obd"), sparsity=(0.5,)))
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        rows = list(Sweep(options, ResultsFile(tmp_path), Listener()).run())
+    assert {row["solver"] for row in rows} == {"magnitude", "obd"} and all(row["error"] is None for row in rows)
+    assert len(rows_of(tmp_path)) == 2
 
 
 def test_measuring_choosing_and_updating_apart_gives_the_rows_of_one_run(tmp_path: Path) -> None:
