@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from solvers.block import QuadraticBlock
 from solvers.bounds import Bound, bound
-from solvers.budget import Budget, Cardinality
+from solvers.budget import Budget, Cardinality, Partitioned
 from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import (
     BackendError,
@@ -47,6 +47,7 @@ __all__ = [
     "Need",
     "Objective",
     "OptionError",
+    "Partitioned",
     "ProblemArrays",
     "ProblemError",
     "Proposal",

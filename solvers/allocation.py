@@ -19,14 +19,11 @@ import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
 from solvers.baselines.obd import diagonal_saliency
-from solvers.composites.nested import merged, run_parts
-from solvers.errors import UnknownNameError
+from solvers.budget import Cardinality, Partitioned
+from solvers.errors import CapabilityError, UnknownNameError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
 from solvers.problem import Array, Objective, SelectionProblem
 from solvers.ranking import prune_smallest
-from solvers.running import check_capabilities
-from solvers.solution import Proposal
-from solvers.solver import Context, Solver
 
 Counts = npt.NDArray[np.int64]
 
@@ -94,18 +91,11 @@ def allocate(problem: SelectionProblem, rule: str) -> Counts:
     return ALLOCATIONS[rule](problem)
 
 
-def solve_blockwise(
-    problem: SelectionProblem, solver: Solver, context: Context, rule: str, time_limit: float | None
-) -> Proposal:
-    """Run `solver` on every block with its own budget; time is shared in proportion to what is left."""
-    counts = allocate(problem, rule)
-    parts = []
-    for index, (block, where) in enumerate(zip(problem.blocks, problem.slices, strict=True)):
-        alone = SelectionProblem([block], int(counts[index]), problem.objective)
-        start = None if context.start is None else context.start[where]
-        if start is not None and alone.budget.violation(start):
-            start = None
-        check_capabilities(solver, alone, time_limit, start)
-        parts.append((alone, context.seed + index, start))
-    proposals = run_parts(solver, parts, context)
-    return merged(np.concatenate([proposal.pruned for proposal in proposals]), proposals, context)
+def allocated(problem: SelectionProblem, rule: str) -> SelectionProblem:
+    """The problem whose blocks each have their own budget under `rule`; raises UnknownNameError, CapabilityError."""
+    if not isinstance(problem.budget, Cardinality):
+        raise CapabilityError(
+            f"allocation={rule!r} shares out a number of weights; a {type(problem.budget).__name__} budget has done so"
+        )
+    sizes = tuple(block.n for block in problem.blocks)
+    return problem.with_budget(Partitioned(sizes, tuple(allocate(problem, rule).tolist())))

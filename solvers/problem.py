@@ -179,7 +179,11 @@ class SelectionProblem:
 
     def with_n_prune(self, n_prune: int) -> SelectionProblem:
         """The same blocks (and what is cached on them), exactly `n_prune` weights to be removed."""
-        return SelectionProblem(self.blocks, n_prune, self.objective)
+        return self.with_budget(Cardinality(n_prune))
+
+    def with_budget(self, budget: Budget) -> SelectionProblem:
+        """The same blocks (and what is cached on them) under another budget."""
+        return SelectionProblem(self.blocks, budget, self.objective)
 
     def with_objective(self, objective: Objective | str) -> SelectionProblem:
         """The same blocks and budget under the other objective."""
@@ -200,6 +204,11 @@ class SelectionProblem:
         if violation:
             raise ProblemError(f"the mask does not keep the budget: {violation}")
         return mask
+
+    def change(self, weights: Array) -> float:
+        """gᵀ(v − w) + ½ (v − w)ᵀH(v − w) of other weights v (n,), float64."""
+        parts = zip(self.blocks, self.slices, strict=True)
+        return sum(block.change(block.tensor_of(weights[where]) - block.weights) for block, where in parts)
 
     def selection_value(self, pruned: Mask) -> float:
         """CBS-S of a mask, float64; the mask may remove any number of weights."""

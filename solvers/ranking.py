@@ -31,10 +31,33 @@ def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
         return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
     if scores.numel() <= _FEW and scores.device.type == "cpu":
         return torch.from_numpy(prune_smallest(scores.numpy(), count))
-    limit = scores.kthvalue(count).values
-    below, ties = scores < limit, scores == limit
-    wanted = count - below.sum()
-    return below | (ties & (ties.cumsum(0) <= wanted))
+    return smallest_of_rows(scores.unsqueeze(0), torch.tensor([count], device=scores.device)).squeeze(0)
+
+
+def smallest_of_rows(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """In each row of `scores` (g, m) the `counts` (g,) smallest: bool (g, m); ties to the lower index."""
+    limit = torch.where(counts > 0, _ranked(scores, (counts - 1).clamp_min(0)), -torch.inf).unsqueeze(1)
+    chosen = scores <= limit
+    crowded = (chosen.sum(1) > counts).nonzero().squeeze(1)
+    if crowded.numel():
+        some, edge = scores[crowded], limit[crowded]
+        below, ties = some < edge, some == edge
+        wanted = counts[crowded] - below.sum(1)
+        chosen[crowded] = below | (ties & (ties.cumsum(1) <= wanted.unsqueeze(1)))
+    return chosen
+
+
+def _ranked(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The entry of each row (g, m) that would stand at `places` (g,) if it were sorted, (g,)."""
+    first, last = int(places.min()), int(places.max())
+    if scores.device.type == "cpu":
+        # numpy partitions and sorts several times faster than torch.
+        table = scores.numpy()
+        table = np.partition(table, first, axis=1) if first == last else np.sort(table, axis=1)
+        return torch.from_numpy(table[np.arange(table.shape[0]), places.numpy()])
+    if first == last:
+        return scores.kthvalue(first + 1, dim=1).values
+    return scores.sort(dim=1).values.gather(1, places.unsqueeze(1)).squeeze(1)
 
 
 def prune_smallest_magnitudes(parts: Sequence[torch.Tensor], n_prune: int) -> Mask:

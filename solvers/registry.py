@@ -41,6 +41,7 @@ _BUILT_IN = {
     "annealing": "solvers.local_search.annealing:AnnealingSolver",
     "obs": "solvers.joint.obs:OptimalBrainSurgeonSolver",
     "joint_ls": "solvers.joint.joint_ls:JointLocalSearchSolver",
+    "sweep": "solvers.joint.sweep:SweepSolver",
     "iht": "solvers.joint.iht:HardThresholdingSolver",
     "admm": "solvers.joint.admm:AdmmSolver",
     "brute_force": "solvers.exact.brute_force:BruteForceSolver",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from solvers.budget import Partitioned
 from solvers.errors import BackendError, CapabilityError, CBSError
 from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.separate import parts_for
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Deadline, Need, Solver
 
@@ -27,7 +29,15 @@ def run_backend(solver: Solver, problem: SelectionProblem, context: Context) -> 
 
 
 def check_capabilities(solver: Solver, problem: SelectionProblem, time_limit: float | None, start: Mask | None) -> None:
-    """Raise CapabilityError, with the remedy, for what the solver does not declare to support."""
+    """Raise CapabilityError, with the remedy, for what the solver does not declare to support.
+
+    A problem that falls apart (`solvers.separate`) is supported if its parts are.
+    """
+    parts = parts_for(solver, problem)
+    if parts != [problem]:
+        for part in parts:
+            check_capabilities(solver, part, time_limit, start)
+        return
     can, name = solver.capabilities, solver.name
     wanted = Capability(problem.objective.value)
     if wanted not in can:
@@ -74,8 +84,11 @@ def _check_kinds(solver: Solver, problem: SelectionProblem) -> None:
             )
     if not isinstance(problem.budget, solver.budgets):
         takes = ", ".join(kind.__name__ for kind in solver.budgets)
+        why = "; its groups cut blocks, or rows of layers, so they cannot be solved one by one" * isinstance(
+            problem.budget, Partitioned
+        )
         raise CapabilityError(
-            f"solver {solver.name!r} does not keep a {type(problem.budget).__name__} budget; it takes {takes}"
+            f"solver {solver.name!r} does not keep a {type(problem.budget).__name__} budget; it takes {takes}{why}"
         )
 
 

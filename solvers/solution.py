@@ -59,6 +59,9 @@ class Proposal:
         Numerical repairs made on the way, in words; never silent.
     statistics : mapping of str to float
         Whatever counts are of interest (passes, nodes, swaps).
+    weights : numpy float64 (n,), optional
+        The backend's own values of the kept weights, zero where pruned, for users who want no refit. They are part of
+        the proposal only where a method has them anyway and they are worth having.
     """
 
     pruned: Mask
@@ -66,6 +69,7 @@ class Proposal:
     reason: Reason = Reason.COMPLETED
     repairs: tuple[str, ...] = ()
     statistics: Mapping[str, float] = field(default_factory=dict)
+    weights: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,10 @@ class Solution:
         The joint objective after the combinatorial update of this mask; nan if it was not asked for.
     refit_weights : numpy float64 (n,) or None
         The updated weights that attain it.
+    own_weights : numpy float64 (n,) or None
+        The backend's own values of the kept weights, where it proposes any; zero where pruned, as is verified.
+    own_objective : float
+        gᵀ(v − w) + ½ (v − w)ᵀH(v − w) of them, never below `refit_objective` but for rounding; nan without them.
     seconds : float
         Wall time of the backend alone.
     solver : str
@@ -110,6 +118,8 @@ class Solution:
     trace: tuple[TracePoint, ...] = ()
     repairs: tuple[str, ...] = ()
     statistics: Mapping[str, float] = field(default_factory=dict)
+    own_weights: Array | None = None
+    own_objective: float = math.nan
 
     @property
     def n_pruned(self) -> int:

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from solvers.budget import Budget, Cardinality
+from solvers.budget import Budget, Cardinality, Partitioned
 from solvers.curvature import Curvature
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
@@ -68,6 +68,10 @@ SELECTION_PROBLEM = ANY_PROBLEM - {Capability.JOINT}
 JOINT_PROBLEM = ANY_PROBLEM - {Capability.SELECTION}
 #: May be stopped at any time, and goes on from a given mask.
 ANYTIME = frozenset({Capability.WARM_START, Capability.TIME_LIMIT})
+
+
+#: What a solver takes that ranks single weights.
+RANKED: tuple[type[Budget], ...] = (Cardinality, Partitioned)
 
 
 class Need(str, Enum):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from solvers.allocation import solve_blockwise
+import numpy as np
+
+from solvers.allocation import allocated
+from solvers.composites.nested import merged, run_parts
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
 from solvers.running import check_capabilities, run_backend
+from solvers.separate import parts_for
 from solvers.solution import Proposal, Solution
 from solvers.solver import CalibrationLoss, Context, Deadline, Solver
 from solvers.verify import evaluate, verified
@@ -45,7 +50,8 @@ def solve(
         How to split the budget over the blocks for a solver that cannot share one: see
         `solvers.allocation.ALLOCATIONS`. With it, any solver is run block by block.
     with_refit : bool
-        Also judge a selection problem's mask by the joint objective.
+        Also judge a selection problem's mask by the joint objective. Without it, the objective of a joint problem whose
+        solver proposes weights of its own (`sweep`) is that of those weights.
 
     Returns
     -------
@@ -68,16 +74,45 @@ def solve(
         raise OptionError(f"time_limit must be positive and finite seconds, not {time_limit!r}; None means no limit")
     if start is not None:
         start = problem.check_mask(start)
-    if allocation is None:
-        check_capabilities(chosen, problem, time_limit, start)
+    given = problem if allocation is None else allocated(problem, allocation)
+    check_capabilities(
+        chosen, given, time_limit, None if start is not None and given.budget.violation(start) else start
+    )
     context = Context(seed=seed, deadline=Deadline(time_limit), start=start, calibration_loss=calibration_loss)
     only = problem.budget.only_mask(problem.n)
     if only is not None:
         value, _ = evaluate(problem, only, with_refit=False)
         proposal = Proposal(only, bound=-math.inf if math.isnan(value) else value)
-    elif allocation is not None:
-        proposal = solve_blockwise(problem, chosen, context, allocation, time_limit)
     else:
-        proposal = run_backend(chosen, problem, context)
+        proposal = _run(chosen, given, context)
+        if given is not problem:
+            # What is proven for these shares is not proven for others.
+            proposal = replace(proposal, bound=-math.inf)
     name = chosen.spec if allocation is None else f"{chosen.spec}@{allocation}"
     return verified(problem, proposal, context, name, with_refit)
+
+
+def _run(solver: Solver, problem: SelectionProblem, context: Context) -> Proposal:
+    """Run a backend on the problem, or on the parts it falls into; a start plays no part where it does not fit one."""
+    parts = parts_for(solver, problem)
+    if parts == [problem]:
+        return run_backend(solver, problem, context)
+    ends = np.cumsum([part.n for part in parts])[:-1]
+    starts = [None] * len(parts) if context.start is None else np.split(context.start, ends)
+    jobs = [
+        (part, context.seed + index, None if start is None or part.budget.violation(start) else start)
+        for index, (part, start) in enumerate(zip(parts, starts, strict=True))
+    ]
+    proposals = run_parts(solver, jobs, context)
+    weights = None
+    if any(proposal.weights is not None for proposal in proposals):
+        # A part of which nothing or all goes never reaches the solver.
+        weights = np.concatenate(
+            [
+                np.where(proposal.pruned, 0.0, part.weights) if proposal.weights is None else proposal.weights
+                for part, proposal in zip(parts, proposals, strict=True)
+            ]
+        )
+    found = np.concatenate([proposal.pruned for proposal in proposals])
+    merge = merged(found, proposals, context, bound=sum(proposal.bound for proposal in proposals))
+    return replace(merge, weights=weights)

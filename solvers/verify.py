@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from solvers.errors import BackendError
-from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.refit import Refit
 from solvers.solution import Proposal, Solution, Status
 from solvers.solver import Context
@@ -37,6 +37,20 @@ def check_support(problem: SelectionProblem, proposal: Proposal, solver: str) ->
     own = pruned.copy()
     own.flags.writeable = False
     return own
+
+
+def check_weights(problem: SelectionProblem, proposal: Proposal, solver: str) -> tuple[Array | None, float]:
+    """(the backend's own weights, made read-only, their objective); raises BackendError if they do not fit the mask."""
+    weights = proposal.weights
+    if weights is None:
+        return None, math.nan
+    if not isinstance(weights, np.ndarray) or weights.dtype != np.float64 or weights.shape != (problem.n,):
+        raise BackendError(f"solver {solver!r} returned weights that are not numpy float64 of shape ({problem.n},)")
+    if not np.isfinite(weights).all() or weights[proposal.pruned].any():
+        raise BackendError(f"solver {solver!r} returned weights that are not finite, or not zero where it prunes")
+    own = weights.copy()
+    own.flags.writeable = False
+    return own, problem.change(own) if problem.measured else math.nan
 
 
 def evaluate(problem: SelectionProblem, pruned: Mask, with_refit: bool) -> tuple[float, Refit | None]:
@@ -82,7 +96,11 @@ def verified(
     """The solution that a proposal makes; raises BackendError for what is not true."""
     seconds = context.deadline.elapsed()
     pruned = check_support(problem, proposal, solver)
-    objective, refitted = evaluate(problem, pruned, with_refit)
+    own_weights, own_objective = check_weights(problem, proposal, solver)
+    if with_refit or own_weights is None or problem.objective is Objective.SELECTION:
+        objective, refitted = evaluate(problem, pruned, with_refit)
+    else:
+        objective, refitted = own_objective, None
     bound, gap, status = certify(problem, objective, proposal.bound, solver)
     return Solution(
         pruned=pruned,
@@ -98,4 +116,6 @@ def verified(
         trace=tuple(context.trace),
         repairs=(*proposal.repairs, *(refitted.repairs if refitted else ())),
         statistics=dict(proposal.statistics),
+        own_weights=own_weights,
+        own_objective=own_objective,
     )

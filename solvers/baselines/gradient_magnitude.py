@@ -12,9 +12,8 @@ import numpy as np
 
 from solvers.errors import ProblemError
 from solvers.problem import SelectionProblem
-from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, Context, Need, Solver
+from solvers.solver import ANY_PROBLEM, RANKED, Context, Need, Solver
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class GradientMagnitudeSolver(Solver):
     summary = "remove the weights with the smallest |g·w|"
     reference = "Molchanov et al., Pruning convolutional neural networks for resource efficient inference, ICLR 2017"
     capabilities = ANY_PROBLEM
+    budgets = RANKED
 
     needs = frozenset({Need.GRADIENT})
 
@@ -37,4 +37,4 @@ class GradientMagnitudeSolver(Solver):
                     "with its mean gradient (QuadraticBlock(..., gradient=g)) or use 'magnitude' or 'obd'"
                 )
         assert problem.gradient is not None
-        return Proposal(prune_smallest(np.abs(problem.gradient * problem.weights), problem.n_prune))
+        return Proposal(problem.budget.cheapest_of(np.abs(problem.gradient * problem.weights)))

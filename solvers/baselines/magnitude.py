@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from solvers.budget import Partitioned
 from solvers.problem import SelectionProblem
-from solvers.ranking import prune_smallest, prune_smallest_magnitudes
+from solvers.ranking import prune_smallest_magnitudes
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, Context, Solver
+from solvers.solver import ANY_PROBLEM, RANKED, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,14 @@ class MagnitudeSolver(Solver):
     summary = "remove the weights with the smallest |w|"
     reference = "Han et al., Learning both weights and connections, NeurIPS 2015"
     capabilities = ANY_PROBLEM
+    budgets = RANKED
     needs = frozenset()
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Ignores H and g altogether; declared for every problem because it is a baseline for every problem."""
         if problem.measured:
-            return Proposal(prune_smallest(np.abs(problem.weights), problem.n_prune))
-        return Proposal(prune_smallest_magnitudes([block.weights for block in problem.blocks], problem.n_prune))
+            return Proposal(problem.budget.cheapest_of(np.abs(problem.weights)))
+        parts = [block.weights for block in problem.blocks]
+        if isinstance(problem.budget, Partitioned):
+            return Proposal(problem.budget.cheapest(torch.cat([part.abs() for part in parts])).cpu().numpy())
+        return Proposal(prune_smallest_magnitudes(parts, problem.n_prune))

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from solvers.problem import Array, SelectionProblem
-from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, Context, Solver
+from solvers.solver import ANY_PROBLEM, RANKED, Context, Solver
 
 
 def diagonal_saliency(problem: SelectionProblem) -> Array:
@@ -30,7 +29,8 @@ class OptimalBrainDamageSolver(Solver):
     summary = "remove the weights with the smallest ½ H_ii w² − g·w (without a gradient: H_ii w²)"
     reference = "LeCun, Denker and Solla, Optimal brain damage, NIPS 1990"
     capabilities = ANY_PROBLEM
+    budgets = RANKED
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by the diagonal saliency."""
-        return Proposal(prune_smallest(diagonal_saliency(problem), problem.n_prune))
+        return Proposal(problem.budget.cheapest_of(diagonal_saliency(problem)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, RANKED, Capability, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,12 @@ class RandomSolver(Solver):
     name = "random"
     summary = "remove weights at random"
     capabilities = ANY_PROBLEM | {Capability.RANDOMISED}
+    budgets = RANKED
 
     needs = frozenset()
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Ignores everything but the budget and the seed."""
-        pruned = np.zeros(problem.n, dtype=bool)
-        pruned[context.rng().permutation(problem.n)[: problem.n_prune]] = True
-        return Proposal(pruned)
+        place = np.empty(problem.n)
+        place[context.rng().permutation(problem.n)] = np.arange(problem.n)
+        return Proposal(problem.budget.cheapest_of(place))

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from solvers.problem import Array, SelectionProblem
-from solvers.ranking import prune_smallest
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, Context, Solver
+from solvers.solver import ANY_PROBLEM, RANKED, Context, Solver
 
 
 def single_removal_loss(problem: SelectionProblem) -> Array:
@@ -39,7 +38,8 @@ class WoodFisherSolver(Solver):
     summary = "remove the weights with the smallest w²/(2[H⁻¹]_ii)"
     reference = "Singh and Alistarh, WoodFisher, NeurIPS 2020"
     capabilities = ANY_PROBLEM
+    budgets = RANKED
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by the rise after the single update; raises SingularHessianError where H has no inverse."""
-        return Proposal(prune_smallest(single_removal_loss(problem), problem.n_prune))
+        return Proposal(problem.budget.cheapest_of(single_removal_loss(problem)))

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from solvers.budget.base import Budget
 from solvers.budget.cardinality import Cardinality
+from solvers.budget.partitioned import Partitioned
 
-__all__ = ["Budget", "Cardinality"]
+__all__ = ["Budget", "Cardinality", "Partitioned"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import numpy as np
+import torch
 
-from solvers.arrays import Mask
+from solvers.arrays import Array, Mask
 
 
 class Budget(ABC):
@@ -32,3 +33,17 @@ class Budget(ABC):
     def only_mask(self, n: int) -> Mask | None:
         """The feasible mask if there is just one, (n,), so that nothing is to be chosen; else None."""
         return np.full(n, self.n_prune > 0) if self.n_prune in (0, n) else None
+
+    def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
+        """The feasible mask with the least sum of scores (n,), bool (n,) on their device; ties to the lower index.
+
+        Raises
+        ------
+        NotImplementedError
+            By a kind for which this is not easy; solvers that rank do not take it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not rank single weights")
+
+    def cheapest_of(self, scores: Array) -> Mask:
+        """The same for a numpy array."""
+        return np.asarray(self.cheapest(torch.from_numpy(scores)).numpy())

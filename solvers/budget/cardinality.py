@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from solvers.arrays import Mask
 from solvers.budget.base import Budget
 from solvers.errors import ProblemError
+from solvers.ranking import smallest
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,6 @@ class Cardinality(Budget):
     def violation(self, pruned: Mask) -> str:
         count = int(pruned.sum())
         return "" if count == self.k else f"it removes {count} weights, where exactly {self.k} are to go"
+
+    def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
+        return smallest(scores, self.k)
