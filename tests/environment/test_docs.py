@@ -1,0 +1,37 @@
+"""What the documents say about the repository is there: files, and options of commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from experiments.commands import compare, run, tables, train
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [
+    path.relative_to(ROOT).as_posix()
+    for top in ("solvers", "cbs_opt", "experiments")
+    for path in (ROOT / top).rglob("*")
+]
+COMMANDS = {"run": run, "compare": compare, "tables": tables, "train": train}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_folders_that_are_named_exist(document: Path) -> None:
+    text = document.read_text()
+    named = re.findall(r"`((?:solvers|cbs_opt|experiments)/[\w/]*|[\w/]+\.py)`", text)
+    missing = [name for name in named if not any(f"/{file}".endswith(f"/{name.rstrip('/')}") for file in FILES)]
+    links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (document.parent / link).exists()]
+    assert not missing and not links
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_in_commands_exist(document: Path) -> None:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL)).replace("\\\n", " ")
+    for name, arguments in re.findall(r"python -m experiments\.(\w+)(.*)", blocks):
+        known = {opt for p in typer.main.get_command(COMMANDS[name].app).params for opt in (*p.opts, *p.secondary_opts)}
+        assert set(re.findall(r"(?<= )--[\w-]+", arguments)) <= known
