@@ -14,7 +14,7 @@ import numpy as np
 
 from solvers.arrays import Index, Mask
 from solvers.composites.nested import Composite, run_inner
-from solvers.composites.subproblem import subproblem
+from solvers.composites.subproblem import Subproblem, subproblem
 from solvers.errors import OptionError
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import best_of_sides
@@ -22,8 +22,8 @@ from solvers.problem import Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import ANY_PROBLEM, ANYTIME, Capability, Context, option
 
-#: An improvement smaller than this, relative to the problem's scale, may be rounding.
-_TOLERANCE = 1e-13
+#: An improvement smaller than this, relative to the sub-problem's objective, may be rounding.
+_TOLERANCE = 1e-12
 #: Standard deviations of the perturbation of log scores, one drawn per round.
 _NOISE = (0.5, 1.5, 5.0)
 
@@ -73,7 +73,6 @@ class LargeNeighbourhoodSolver(Composite):
         context.record(problem.value(pruned))
         rng = context.rng()
         size = self.size or (24 if problem.objective is Objective.JOINT else 60)
-        tolerance = _TOLERANCE * problem.scale
         bound, improved, idle, done = -math.inf, 0, 0, 0
         reason = Reason.ITERATION_LIMIT
         for done in range(1, self.rounds + 1):
@@ -82,7 +81,8 @@ class LargeNeighbourhoodSolver(Composite):
                 break
             everything = problem.n <= size
             free = np.arange(problem.n) if everything else choose_free(problem, pruned, size, rng)
-            part = subproblem(problem, pruned, free)
+            # Where everything is free it is the problem itself, without the rounding of a derived one.
+            part = Subproblem(problem, 0.0, free) if everything else subproblem(problem, pruned, free)
             if part is None or part.problem.n_prune in (0, part.problem.n):
                 idle += 1
             else:
@@ -92,9 +92,10 @@ class LargeNeighbourhoodSolver(Composite):
                 limit = seconds if everything else min(seconds, self.round_seconds)
                 seed, alone = context.seed + done, replace(context, calibration_loss=None)
                 proposal = run_inner(backend, part.problem, alone, seed=seed, seconds=limit, start=current)
-                gain = part.problem.value(current) - part.problem.value(proposal.pruned)
+                before = part.problem.value(current)
+                gain = before - part.problem.value(proposal.pruned)
                 idle += 1
-                if gain > tolerance:
+                if gain > _TOLERANCE * abs(before):
                     pruned, idle = part.widen(pruned, proposal.pruned), 0
                     improved += 1
                     context.record(problem.value(pruned))

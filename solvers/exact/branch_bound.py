@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.arrays import ProblemArrays
+from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import Objective, SelectionProblem
-from solvers.solution import Proposal
+from solvers.solution import Proposal, Reason
 from solvers.solver import Capability, Context, Solver, option
+
+#: A bound this close to its mask's value, relative to it, proves it.
+_PROVEN = 5e-7
 
 
 @dataclass(frozen=True)
@@ -44,39 +49,51 @@ class BranchBoundSolver(Solver):
     node_limit: int | None = option(None, "stop after this many nodes", minimum=1)
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
-        """The best mask found and the bound proven."""
+        """The best mask found and the bound proven; few weights are enumerated where float64 proves nothing."""
         arrays = problem.arrays()
-        if problem.objective is Objective.JOINT:
-            from solvers.exact.joint_tree import solve_joint_tree
-
-            joint = solve_joint_tree(
-                arrays.weights,
-                arrays.factor,
-                arrays.damping,
-                problem.gradient,
-                problem.n_prune,
-                deadline=context.deadline,
-                seed=context.seed,
-                incumbent=context.start,
-                n_threads=self.threads,
-                node_limit=self.node_limit,
-            )
-            context.record(problem.value(joint.pruned), joint.bound)
-            return Proposal(joint.pruned, joint.bound, joint.reason, statistics=joint.statistics)
-        from solvers.exact.selection_tree import solve_selection_tree
-
-        scaled = arrays.factor * arrays.weights
-        quadratic = scaled.T @ scaled
-        quadratic[np.diag_indices(problem.n)] += arrays.damping * arrays.weights**2
-        result = solve_selection_tree(
-            quadratic,
-            None if problem.gradient is None else problem.gradient * arrays.weights,
-            problem.n_prune,
-            deadline=context.deadline,
-            seed=context.seed,
-            incumbent=context.start,
-            n_threads=self.threads,
-            node_limit=self.node_limit,
-        )
+        grow = _joint if problem.objective is Objective.JOINT else _selection
+        result = grow(self, arrays, problem.n_prune, context)
+        proven = result.bound >= result.statistics["objective"] - _PROVEN * abs(result.statistics["objective"])
+        if problem.n <= MOST_WEIGHTS and not proven and result.reason is Reason.COMPLETED:
+            # Scales too far apart, or too much cancellation: double-double and rational arithmetic decide.
+            best = best_mask(arrays, problem.objective, problem.n_prune)
+            result = Proposal(best.pruned, best.bound, statistics={**result.statistics, "rational": float(best.exact)})
         context.record(problem.value(result.pruned), result.bound)
-        return Proposal(result.pruned, result.bound, result.reason, statistics=result.statistics)
+        return result
+
+
+def _joint(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, context: Context) -> Proposal:
+    from solvers.exact.joint_tree import solve_joint_tree
+
+    found = solve_joint_tree(
+        arrays.weights,
+        arrays.factor,
+        arrays.damping,
+        arrays.gradient,
+        n_prune,
+        deadline=context.deadline,
+        seed=context.seed,
+        incumbent=context.start,
+        n_threads=solver.threads,
+        node_limit=solver.node_limit,
+    )
+    return Proposal(found.pruned, found.bound, found.reason, statistics=found.statistics)
+
+
+def _selection(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, context: Context) -> Proposal:
+    from solvers.exact.selection_tree import solve_selection_tree
+
+    scaled = arrays.factor * arrays.weights
+    quadratic = scaled.T @ scaled
+    quadratic[np.diag_indices(arrays.weights.size)] += arrays.damping * arrays.weights**2
+    found = solve_selection_tree(
+        quadratic,
+        arrays.gradient * arrays.weights,
+        n_prune,
+        deadline=context.deadline,
+        seed=context.seed,
+        incumbent=context.start,
+        n_threads=solver.threads,
+        node_limit=solver.node_limit,
+    )
+    return Proposal(found.pruned, found.bound, found.reason, statistics=found.statistics)

@@ -28,11 +28,12 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from solvers.errors import BackendError, ProblemError
+from solvers.errors import BackendError
 from solvers.exact.completion import Completed, complete_square, hessian_root
 from solvers.exact.incumbent import local_optimum
+from solvers.exact.joint_square import Square, prepare
 from solvers.exact.splitting import optimal_diagonal
-from solvers.problem import Array, Mask, Objective, ProblemArrays, SelectionProblem
+from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import Context, Deadline
 
@@ -66,9 +67,9 @@ class Model:
     change_limit : (n,)
         |p_i| ≤ change_limit_i in every mask that is as good as the incumbent; inf where none is known.
     scale : float
-        Solver units per unit of the objective.
-    constant : float
-        objective = solver value / scale + constant
+        Solver units per unit of the objective (less its constant).
+    square : Square or None
+        Of the joint model, whose objective is solver value / scale + square.constant: it knows what rounding hides.
     incumbent : numpy bool (n,)
         A good mask, and
     incumbent_value : float
@@ -84,7 +85,7 @@ class Model:
     curvature: Array
     change_limit: Array
     scale: float
-    constant: float
+    square: Square | None
     incumbent: Mask
     incumbent_value: float
 
@@ -108,7 +109,7 @@ class Model:
             return self.proposal(None, -math.inf, Reason.TIME_LIMIT, context)
         bound = self.incumbent_value
         if not self._worthless:
-            bound -= _slack(self.problem, self.incumbent_value)
+            bound -= _slack(self.incumbent_value)
         context.record(self.incumbent_value, bound)
         return Proposal(self.incumbent, bound=bound, statistics={"nodes": 0.0})
 
@@ -157,7 +158,10 @@ class Model:
         """A lower bound on the objective from a dual bound in solver units; −inf stays −inf."""
         if not math.isfinite(claimed):
             return -math.inf if claimed < 0 or math.isnan(claimed) else self.incumbent_value
-        return (claimed - self.margin()) / self.scale + self.constant
+        height = (claimed - self.margin()) / self.scale
+        if self.square is None:
+            return height
+        return self.square.safe(height, self.incumbent_value - self.square.constant)
 
     def proposal(
         self, x: npt.ArrayLike | None, claimed: float, reason: Reason, context: Context, **statistics: float
@@ -227,26 +231,25 @@ def build(problem: SelectionProblem, context: Context) -> Model:
     """
     arrays = problem.arrays()
     joint = problem.objective is Objective.JOINT
+    scaled = prepare(arrays.weights, arrays.factor, arrays.damping, arrays.gradient) if joint else None
     square = complete_square(arrays)
-    if joint and square is None:
-        raise ProblemError(
-            "the joint objective is unbounded below: H is singular and the gradient leaves its range; use a damping > 0"
-        )
     incumbent = local_optimum(problem, arrays, context)
     value = problem.value(incumbent)
     context.record(value)
     root = hessian_root(arrays)
     inverse = _inverse_diagonal(root)
-    constant = square.constant if joint and square is not None else 0.0
+    constant = 0.0 if scaled is None else scaled.constant
     free = np.arange(problem.n)
     if square is not None:
         # ½ c_i²/(H⁻¹)_ii + constant bounds every mask that removes i, under either objective.
-        least = 0.5 * square.centre**2 / inverse + square.constant
+        least = 0.5 * square.centre**2 / inverse
         # No mask worse than the incumbent is of interest; the slack covers the rounding of `least` alone.
-        free = np.flatnonzero((least <= value + _slack(problem, value)) | incumbent)
+        slack = _slack(value) + 1e-12 * (least + abs(square.constant))
+        free = np.flatnonzero((least + square.constant <= value + slack) | incumbent)
     centre = square.centre if joint and square is not None else arrays.weights
     height = value - constant
-    unit = _unit(problem, height, arrays, joint)
+    gains = np.zeros(0) if joint else (arrays.gradient * arrays.weights)[free]
+    unit = _unit(height, gains, 0.5 * (np.square(root).sum(0) * centre**2)[free], problem.n_prune)
     # A third of what is left: beyond a few hundred weights the splitting takes a while.
     remaining = context.deadline.remaining()
     share = None if math.isinf(remaining) else Deadline(remaining / 3)
@@ -279,24 +282,26 @@ def build(problem: SelectionProblem, context: Context) -> Model:
         curvature=curvature,
         change_limit=limit,
         scale=scale,
-        constant=constant,
+        square=scaled,
         incumbent=incumbent,
         incumbent_value=value,
     )
 
 
-def _slack(problem: SelectionProblem, value: float) -> float:
+def _slack(value: float) -> float:
     """More than the rounding of a value and of the costs of single removals."""
-    return 1e-9 * abs(value) + 1e-13 * problem.scale
+    return 1e-9 * abs(value)
 
 
-def _unit(problem: SelectionProblem, height: float, arrays: ProblemArrays, joint: bool) -> float:
-    """The size of the optimum that tolerances should be relative to; never below 1e-10 of the problem's scale."""
-    size = abs(height)
-    if not joint:
-        # With a linear term the value may vanish by cancellation; its parts do not.
-        size = max(size, 1e-3 * float(np.sort(np.abs(arrays.gradient * arrays.weights))[: problem.n_prune].sum()))
-    return max(size, 1e-10 * problem.scale, 1e-290)
+def _unit(height: float, gains: Array, costs: Array, n_prune: int) -> float:
+    """The size of the optimum that tolerances should be relative to.
+
+    `gains` (f,) and `costs` (f,) are the linear and quadratic terms of the weights that may be removed. Never below
+    1e-10 of their costs, where float64 knows nothing; what must stay does not count.
+    """
+    # With a linear term the value may vanish by cancellation; its parts do not.
+    size = max(abs(height), 1e-3 * float(np.sort(np.abs(gains))[:n_prune].sum()))
+    return max(size, 1e-10 * float(costs.sum()), 1e-290)
 
 
 def _inverse_diagonal(root: Array) -> Array:

@@ -10,7 +10,7 @@ so that tolerances are relative and any scale of weights and gradients is the sa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from solvers.problem import Array, Mask, ProblemArrays
 #: A correlation matrix with a smaller eigenvalue than this is treated as singular and gets `RIDGE` on its diagonal.
 SINGULAR = 3e-12
 RIDGE = 1e-11
+_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class Square:
     smallest: float
     """Least eigenvalue of the Hessian, as float64 sees it, before a ridge."""
     ridge: float
+    slope_error: float = 0.0
+    """Norm of the gradient that is left at the computed centre, in the units of the scaled problem."""
 
     @property
     def linear(self) -> Array:
@@ -64,7 +67,20 @@ class Square:
     @property
     def error(self) -> float:
         """Relative error of any value because H is rounded: n ε / λ_min, as dᵀEd ≤ ‖E‖/λ_min · dᵀHd for all d."""
-        return min(1.0, 4.0 * self.centre.size * float(np.finfo(np.float64).eps) / max(self.smallest, 1e-300))
+        if self.ridge > 0.0:
+            return 1.0
+        return min(1.0, 4.0 * self.centre.size * _EPS / max(self.smallest, 1e-300))
+
+    def safe(self, height: float, upper: float) -> float:
+        """A bound on the objective from a bound `height` above the unconstrained minimum, and masks of value `upper`.
+
+        Both are heights in units of the objective. The gradient q that rounding leaves at the centre changes a mask's
+        value by qᵀd, and ‖d‖ ≤ √(2 height/λ_min). Where H is singular to float64 nothing is left of the bound.
+        """
+        slope = self.slope_error * math.sqrt(2.0 * max(upper, 0.0) / self.smallest) if self.ridge == 0.0 else 0.0
+        if self.ridge > 0.0 and self.constant != 0.0:
+            return -math.inf
+        return max(height * (1.0 - self.error), 0.0) - slope - 8.0 * _EPS * abs(self.constant) + self.constant
 
     def keeping(self, stays: Mask) -> Square:
         """The problem of the other weights when the weights in `stays` (n,) are kept and refitted freely."""
@@ -91,7 +107,12 @@ def prepare(weights: Array, factor: Array, damping: float | Array, gradient: Arr
         raise ProblemError(
             "the joint objective is unbounded below: H is singular and the gradient leaves its range; use a damping > 0"
         )
-    return _scaled(square.root, square.centre, square.constant)
+    scaled = _scaled(square.root, square.centre, square.constant)
+    if not arrays.gradient.any():
+        return scaled
+    left = arrays.gradient + square.root.T @ (square.root @ (square.centre - weights))
+    noise = 8.0 * _EPS * math.sqrt(n) * float(np.linalg.norm(arrays.gradient / scaled.norms))
+    return replace(scaled, slope_error=float(np.linalg.norm(left / scaled.norms)) + noise)
 
 
 def _scaled(root: Array, exact_centre: Array, constant: float) -> Square:
@@ -118,15 +139,3 @@ def _scaled(root: Array, exact_centre: Array, constant: float) -> Square:
 def first_diagonal(square: Square) -> Array:
     """A D to start from: half the smallest eigenvalue everywhere."""
     return np.full(square.centre.size, 0.5 * max(square.smallest, SINGULAR))
-
-
-def ridge_cost(square: Square, mask: Mask) -> float:
-    """½ ε ‖d‖² of the refit of a mask, in units of `square.unit`: what the ridge may have raised the bound by."""
-    if square.ridge == 0.0:
-        return 0.0
-    kept = ~mask
-    change = np.where(mask, -square.centre, 0.0)
-    if kept.any():
-        block = square.hessian[np.ix_(kept, kept)]
-        change[kept] = np.linalg.solve(block, square.hessian[np.ix_(kept, mask)] @ square.centre[mask])
-    return square.ridge * float(change @ change)

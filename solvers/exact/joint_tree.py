@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from solvers.exact import joint_nodes, symmetry
 from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
 from solvers.exact.joint_bound import bound_node
-from solvers.exact.joint_square import Square, first_diagonal, prepare, ridge_cost
+from solvers.exact.joint_square import Square, first_diagonal, prepare
 from solvers.exact.joint_start import ZERO, find_incumbent, improved, must_stay
 from solvers.problem import Array, Mask
 from solvers.solution import Reason
@@ -212,8 +212,8 @@ def solve_joint_tree(
 
     Notes
     -----
-    Where the correlation matrix of H is singular (λ = 0), the tree works on H + `RIDGE`·diag(H). Its bound is lowered
-    by the cost of the ridge at the incumbent before it is returned; `statistics["ridge"]` says that this was done.
+    Where the correlation matrix of H is singular to float64 (λ = 0), the tree works on H + `RIDGE`·diag(H), and nothing
+    is left of its bound, as a mask may be better without the ridge; `statistics["ridge"]` says that this was done.
     """
     deadline = Deadline() if deadline is None else deadline
     square = prepare(weights, factor, damping, gradient)
@@ -237,13 +237,15 @@ def solve_joint_tree(
     mask = np.zeros(n, dtype=bool)
     mask[inside[best.pruned]] = True
     value = whole.value(mask)
-    bound = max(0.0, bound - ridge_cost(square, best.pruned))
+    unit = square.unit * (1.0 - square.error)
     statistics["objective"] = value
     if "root_bound" in statistics:
-        statistics["root_bound"] = min(statistics["root_bound"] * square.unit + square.constant, value)
+        root_bound = whole.safe(statistics["root_bound"] * unit, value - whole.constant)
+        statistics["root_bound"] = min(root_bound, value)
     if square.ridge > 0.0:
         statistics["ridge"] = square.ridge
-    return JointTreeResult(mask, min(bound * square.unit + square.constant, value), reason, statistics)
+    bound = min(whole.safe(bound * unit, value - whole.constant), value)
+    return JointTreeResult(mask, bound, reason, statistics)
 
 
 def joint_root_bound(
@@ -282,6 +284,6 @@ def joint_root_bound(
             n_steps,
             2.0 * max(best.value, ZERO),
         )
-    bound = max(0.0, bound - ridge_cost(square, best.pruned))
-    value = min(bound * square.unit + square.constant, square.value(best.pruned))
+    value = square.value(best.pruned)
+    value = min(square.safe(bound * square.unit, value - square.constant), value)
     return JointRootBound(value, diagonal * square.norms**2, share)

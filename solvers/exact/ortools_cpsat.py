@@ -84,7 +84,10 @@ class OrtoolsCpSatSolver(Solver):
         error = _worst(single * scale - rounded_single, problem.n_prune)
         error += _worst(paired * scale - rounded_paired, problem.n_prune * (problem.n_prune - 1) // 2)
 
-        rounding = 8 * problem.n * float(np.finfo(float).eps) * problem.scale
+        # An entry of Q is off by a few units in the last place of √Q_ii √Q_jj; what must stay does not count.
+        roots = np.sort(np.sqrt(np.diag(pairs)))[-problem.n_prune :]
+        slopes = np.sort(np.abs((arrays.gradient * arrays.weights)[model.free]))[-problem.n_prune :]
+        rounding = 16 * float(np.finfo(float).eps) * float(roots.sum() ** 2 + slopes.sum())
         program = cp_model.CpModel()
         x = [program.new_bool_var(f"x{i}") for i in range(model.free.size)]
         program.add(sum(x) == problem.n_prune)

@@ -26,7 +26,7 @@ def model_value(model: Model, pruned: np.ndarray) -> float:
         value += float(model.curvature[kept] @ change**2)
         assert (np.abs(change) <= model.change_limit[kept]).all() or value > TARGET
         image = image + model.changes[:, kept] @ change
-    return (value + float(image @ image)) / model.scale + model.constant
+    return (value + float(image @ image)) / model.scale + (0.0 if model.square is None else model.square.constant)
 
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
