@@ -171,12 +171,22 @@ class Model:
         Where the claimed bound exceeds the value of the best mask (as it may within the tolerances), the bound is that
         value less the margin. Fixing weights removed only masks worse than the incumbent, so the bound holds for all.
         """
-        masks = [self.incumbent] if x is None else [self.mask(x), self.incumbent]
-        values = [self.problem.value(mask) for mask in masks]
-        best = int(np.argmin(values))
-        bound = min(max(self.safe_bound(claimed), self.least), values[best])
-        context.record(values[best], bound)
-        return Proposal(masks[best], bound=bound, reason=reason, statistics=statistics)
+        mask, value = self.better(x)
+        bound = min(max(self.safe_bound(claimed), self.least), value)
+        context.record(value, bound)
+        return Proposal(mask, bound=bound, reason=reason, statistics=statistics)
+
+    def better(self, x: npt.ArrayLike | None) -> tuple[Mask, float]:
+        """The mask of a solver's x (f,) and its value, or the incumbent where that is as good.
+
+        Which of several equally good masks SCIP finds may depend on where its tables lie in memory.
+        """
+        if x is not None:
+            mask = self.mask(x)
+            value = self.problem.value(mask)
+            if value < self.incumbent_value - 1e-9 * abs(self.incumbent_value):
+                return mask, value
+        return self.incumbent, self.incumbent_value
 
 
 def _split(

@@ -4,6 +4,12 @@
 that it needs neither fork nor a guarded ``__main__``, and whatever a C library prints cannot end up in the
 answers. A call that exceeds its limit kills the child; a child that dies (a crash, ``abort()``, the out-of-memory
 killer) is reported as BackendError with its exit code, and the next call starts a fresh one.
+
+loky, the executor of joblib, is not used: it pools workers and takes the death of one for the death of the pool
+(`TerminatedWorkerError`, without the exit code of the one that died), it cannot kill the worker of a single task that
+overstays its limit, nor that worker's own children (it has timeouts for idle workers only), and what C code prints in
+its workers goes to this process's own streams. A pool is also not wanted here: solvers whose shared
+libraries clash must each meet a process in which nothing was imported before.
 """
 
 from __future__ import annotations

@@ -136,16 +136,14 @@ class OrtoolsCpSatSolver(Solver):
         if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             found = np.array([engine.boolean_value(variable) for variable in x], dtype=np.float64)
         bound = (engine.best_objective_bound - error - 1e-9) / scale - rounding
-        candidates = [model.incumbent] if found is None else [model.mask(found), model.incumbent]
-        objectives = [problem.value(mask) for mask in candidates]
-        best = int(np.argmin(objectives))
+        mask, value = model.better(found)
         # Before the first bound CP-SAT reports the least value of the objective's own range, which is valid but weak.
         bound = max(float(bound), model.least) if math.isfinite(bound) else model.least
-        bound = min(bound, objectives[best])
-        context.record(objectives[best], bound)
+        bound = min(bound, value)
+        context.record(value, bound)
         reason = Reason.COMPLETED if status == cp_model.OPTIMAL else Reason.TIME_LIMIT
         statistics = {"branches": float(engine.num_branches)}
-        return Proposal(candidates[best], bound=bound, reason=reason, statistics=statistics)
+        return Proposal(mask, bound=bound, reason=reason, statistics=statistics)
 
 
 def _tangents(pairs: Array, single: Array, n_prune: int, start: Array) -> list[tuple[Array, float]]:

@@ -107,3 +107,12 @@ def test_the_splitting_leaves_a_semidefinite_rest_and_a_valid_bound(seed: int) -
     # The damping alone is the weakest choice; the optimal diagonal must not be weaker.
     assert bound <= optimum * (1 + 1e-9)
     assert bound > 0.0
+
+
+@pytest.mark.parametrize("backend", ["ortools_miqp", "ortools_cpsat", "cvxpy_miqp"])
+def test_of_equally_good_masks_the_deterministic_one_is_returned(backend: str) -> None:
+    block = QuadraticBlock(np.ones(9), np.eye(9), 0.5)
+    problem = SelectionProblem([block], 4)
+    incumbent = build(problem, Context(seed=3)).incumbent
+    found = solve(problem, backend, seed=3, time_limit=20.0)
+    np.testing.assert_array_equal(found.pruned, incumbent)
