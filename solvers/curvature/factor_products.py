@@ -10,6 +10,8 @@ from solvers.curvature import matvec
 
 #: Entries of a float32 factor that are converted to float64 at a time.
 CHUNK_ENTRIES = 1 << 24
+#: Up to this many vectors go one by one: converting the factor costs more.
+_FEW = 4
 
 
 def column_chunks(factor: torch.Tensor) -> Iterator[slice]:
@@ -38,6 +40,8 @@ def back_project(factor: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return factor.T @ z
     if matvec.supported(factor, z):
         return matvec.back_project(factor, z)
+    if z.ndim == 2 and z.shape[1] <= _FEW and matvec.supported(factor, z[:, 0]):
+        return torch.stack([matvec.back_project(factor, column) for column in z.T], dim=1)
     return torch.cat([factor[:, chunk].double().T @ z for chunk in column_chunks(factor)])
 
 
