@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from cbs_opt.data.trees import Tree, leaves, map_tree
+from cbs_opt.network.numbers import check_count
 from solvers.errors import DataError, OptionError
 
 Index = npt.NDArray[np.int64]
@@ -53,9 +54,8 @@ class CalibrationOptions:
     check_passes: bool = True
 
     def __post_init__(self) -> None:
-        n = self.n_samples
-        if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
-            raise OptionError(f"n_samples must be a positive integer or None, not {n!r}")
+        if self.n_samples is not None:
+            check_count("n_samples, if not None,", self.n_samples)
         if self.order not in ("random", "first"):
             raise OptionError(f"order must be 'random' or 'first', not {self.order!r}")
 
@@ -99,9 +99,7 @@ class CalibrationData:
         if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in data):
             # Tensors in memory cannot differ between passes.
             return _stack(iter([_as_batch(data)]))._limited(options)
-        chosen = _choose_directly(data, options)
-        if chosen is not None:
-            return chosen
+        data, options = _chosen(data, options)
         return _read_batches(_repeatable(data, options), options)
 
     @staticmethod
@@ -233,45 +231,20 @@ def _repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
     return data
 
 
-def _choose_directly(data: object, options: CalibrationOptions) -> CalibrationData | None:
-    """A random choice from an indexable data set, without reading the rest; None where that is not possible."""
-    collate: Callable[[list[Any]], Any]
+def _chosen(data: object, options: CalibrationOptions) -> tuple[object, CalibrationOptions]:
+    """An indexable data set cut to the samples of a random choice, so that the rest is not read; else as they are."""
+    collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate
+    whole = data
     if isinstance(data, DataLoader):
-        dataset, collate = data.dataset, data.collate_fn
         if not isinstance(data.sampler, SequentialSampler) or data.batch_size is None:
-            return None
-    elif isinstance(data, Dataset):
-        dataset, collate = data, torch.utils.data.default_collate
-    else:
-        return None
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return None
-    total = len(dataset)
-    if options.n_samples is None or 2 * options.n_samples > total or options.order != "random":
-        return None
-    index = _choice(total, options)
-    pieces = [index[i : i + _DEFAULT_BATCH] for i in range(0, len(index), _DEFAULT_BATCH)]
-
-    def batches() -> Iterator[Batch]:
-        for number, piece in enumerate(pieces):
-            yield _as_batch(collate([dataset[int(i)] for i in piece]), number)
-
-    first = _stack(batches())
-    if options.check_passes:
-        _compare(_digests(batches()), _digests(iter([_slice(first, a, b) for a, b in _ranges(pieces)])))
-    return first
-
-
-def _ranges(pieces: list[Index]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for piece in pieces:
-        yield start, start + len(piece)
-        start += len(piece)
-
-
-def _slice(data: CalibrationData, start: int, stop: int) -> Batch:
-    inputs, targets = data.batch(slice(start, stop), "cpu")
-    return inputs, targets, stop - start
+            return data, options
+        whole, collate = data.dataset, data.collate_fn
+    if not isinstance(whole, Dataset) or isinstance(whole, IterableDataset) or not isinstance(whole, Sized):
+        return data, options
+    if options.n_samples is None or 2 * options.n_samples > len(whole) or options.order != "random":
+        return data, options
+    part = Subset(whole, _choice(len(whole), options).tolist())
+    return DataLoader(part, _DEFAULT_BATCH, collate_fn=collate), replace(options, n_samples=None)
 
 
 def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> CalibrationData:

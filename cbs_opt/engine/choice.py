@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
-
 from cbs_opt.engine.update import Update, check_scale
-from cbs_opt.network.layers import check_sparsity
+from cbs_opt.network.numbers import check_count, check_sparsity
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.arrays import Mask
@@ -86,8 +84,6 @@ class Choice:
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
-        if n_kept is not None and (isinstance(n_kept, bool) or not isinstance(n_kept, (int, np.integer)) or n_kept < 0):
-            raise OptionError(f"n_kept must be an integer, zero or more, not {n_kept!r}")
         if allocation is not None and allocation not in ALLOCATIONS:
             raise UnknownNameError.of("allocation", str(allocation), ALLOCATIONS)
         if time_limit is not None and not (time_limit > 0 and math.isfinite(time_limit)):
@@ -96,7 +92,7 @@ class Choice:
             )
         values = {
             "sparsity": None if sparsity is None else check_sparsity(sparsity),
-            "n_kept": None if n_kept is None else int(n_kept),
+            "n_kept": None if n_kept is None else check_count("n_kept", n_kept, 0),
             "solver": make_solver(solver),
             "objective": None if objective is None else Objective.parse(objective),
             "update": Update.parse(update),

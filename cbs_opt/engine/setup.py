@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.network.numbers import check_count
 from solvers.errors import OptionError, UnknownNameError
 
 #: Kinds of curvature that can be measured.
@@ -60,10 +60,7 @@ class Setup:
         if self.curvature not in CURVATURES:
             raise UnknownNameError.of("curvature", str(self.curvature), CURVATURES)
         for name, least in (("seed", 0), ("loss_samples", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, not {value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least))
         object.__setattr__(self, "device", resolve_device(self.device))
 
     @property

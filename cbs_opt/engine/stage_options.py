@@ -8,12 +8,11 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from cbs_opt.data.distillation import Distillation
 from cbs_opt.data.trees import Tree
-from cbs_opt.network.layers import check_sparsity
+from cbs_opt.network.numbers import check_count, check_sparsity
 from solvers.errors import OptionError, UnknownNameError
 
 #: Fewest samples whose batch statistics a gradient is taken under.
@@ -125,9 +124,7 @@ class StageOptions:
             ("settle", 0),
             ("batch_norm_samples", 1),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise OptionError(f"{name} must be an integer of at least {least}, not {value!r}")
+            check_count(name, getattr(self, name), least)
         Schedule.parse(self.schedule)
         if self.first_sparsity is not None:
             check_sparsity(self.first_sparsity)
@@ -158,9 +155,7 @@ class StageOptions:
         """
         if isinstance(stages, cls):
             return stages
-        if isinstance(stages, bool) or not isinstance(stages, (int, np.integer)) or stages < 1:
-            raise OptionError(f"stages must be a positive integer or StageOptions, not {stages!r}")
-        return cls(n_stages=int(stages))
+        return cls(n_stages=check_count("stages, if not StageOptions,", stages))
 
     def describe(self) -> str:
         """All options in one line, the same for equal options, for journals."""

@@ -19,6 +19,7 @@ from cbs_opt.measure.blocks import BlockSpec, Partition, contiguous_partition, i
 from cbs_opt.measure.gradient_methods import GradientMethod, parse_method
 from cbs_opt.measure.gradients import GradientSample
 from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.numbers import check_count
 from solvers import QuadraticBlock
 from solvers.curvature import Unmeasured
 from solvers.errors import DataError, OptionError
@@ -70,10 +71,10 @@ class FisherOptions:
 
     def __post_init__(self) -> None:
         if self.n_rows is not None:
-            _check_count("n_rows", self.n_rows)
-        _check_count("batch_size", self.batch_size)
+            check_count("n_rows", self.n_rows)
+        check_count("batch_size", self.batch_size)
         if self.memory_budget is not None:
-            _check_count("memory_budget", self.memory_budget)
+            check_count("memory_budget", self.memory_budget)
         number = isinstance(self.damping, (int, float, np.number)) and not isinstance(self.damping, bool)
         if not number or not math.isfinite(self.damping) or self.damping < 0:
             raise OptionError(f"damping must be a finite number, zero or more, not {self.damping!r}")
@@ -185,8 +186,3 @@ def weight_blocks(layers: PrunableLayers, model: nn.Module, sample: GradientSamp
         nothing = Unmeasured(layer.n, flat.device)
         blocks.append(QuadraticBlock(flat, curvature=nothing, gradient=gradient, name=layer.name))
     return FisherBlocks(tuple(blocks), Partition(layers.names, tuple(layer.n for layer in layers)))
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise OptionError(f"{name} must be a positive integer, not {value!r}")

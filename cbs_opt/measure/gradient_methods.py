@@ -9,13 +9,12 @@ from collections.abc import Callable
 from enum import Enum
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
-from cbs_opt.data.forward import Forward
 from cbs_opt.data.trees import Tree, row_of
 from cbs_opt.measure.outer_products import outer_product_rows
-from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.measure.subject import Rows, Subject
 from solvers.errors import UnknownNameError
 
 
@@ -39,19 +38,12 @@ def parse_method(method: GradientMethod | str) -> GradientMethod:
         raise UnknownNameError.of("gradient method", str(method), [m.value for m in GradientMethod]) from None
 
 
-Engine = Callable[[nn.Module, PrunableLayers, Forward, Tree, "Tree | None", Tensor, float], Tensor]
+Engine = Callable[[Subject, Rows, Tensor, float], Tensor]
 
 
-def vmap_rows(
-    model: nn.Module,
-    layers: PrunableLayers,
-    forward: Forward,
-    inputs: Tree,
-    targets: Tree | None,
-    out: Tensor,
-    scale: float,
-) -> Tensor:
+def vmap_rows(subject: Subject, samples: Rows, out: Tensor, scale: float) -> Tensor:
     """Rows by torch.func; arguments and result as in `outer_product_rows`."""
+    model, layers, forward, (inputs, targets) = subject.model, subject.layers, subject.forward, samples
     weights = {layer.parameter: w.detach() for layer, w in zip(layers, layers.parameters(model), strict=True)}
 
     def loss(values: dict[str, Tensor], row: Tree, target: Tree | None) -> Tensor:
@@ -65,16 +57,9 @@ def vmap_rows(
     return losses.detach()  # type: ignore[no-any-return]
 
 
-def loop_rows(
-    model: nn.Module,
-    layers: PrunableLayers,
-    forward: Forward,
-    inputs: Tree,
-    targets: Tree | None,
-    out: Tensor,
-    scale: float,
-) -> Tensor:
+def loop_rows(subject: Subject, samples: Rows, out: Tensor, scale: float) -> Tensor:
     """Rows by plain autograd, one at a time; arguments and result as in `outer_product_rows`."""
+    model, layers, forward, (inputs, targets) = subject.model, subject.layers, subject.forward, samples
     weights = layers.parameters(model)
     losses = []
     for row in range(len(out)):

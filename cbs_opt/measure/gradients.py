@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from cbs_opt.data.calibration import CalibrationData, Index
 from cbs_opt.data.forward import Forward
 from cbs_opt.data.loss_checks import check_loss, typed_failures
-from cbs_opt.data.trees import Tree, leaves, split_rows
+from cbs_opt.data.trees import leaves
 from cbs_opt.measure.gradient_methods import ENGINES, NAMES, Engine, GradientMethod, loop_rows, parse_method, vmap_rows
 from cbs_opt.measure.outer_products import NotApplicableError
+from cbs_opt.measure.subject import Rows, Subject
 from cbs_opt.network.batch_norm import batch_statistics
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import evaluation_mode as evaluation_mode
+from cbs_opt.network.numbers import check_count
 from solvers.errors import DataError, ModelError, OptionError
 
 Progress = Callable[[int, int], None]
@@ -150,6 +152,7 @@ def sample_gradients(
     if by_batch:
         chosen = GradientMethod.LOOP
     place = torch.device(device)
+    subject = Subject(model, layers, data, forward, place)
     rows, size = index.shape
     factor = _allocate(rows if keep_rows else 0, layers.n, dtype, place, out)
     notes: list[str] = []
@@ -157,8 +160,8 @@ def sample_gradients(
         check_loss(model, data, forward, index[0], place)
         if by_batch:
             stack.enter_context(batch_statistics(model))
-        engine = _choose(chosen, model, layers, data, forward, index, place, notes)
-        chunk = _chunk_rows(model, layers, data, forward, index, place, memory_budget, engine)
+        engine = _choose(chosen, subject, index, notes)
+        chunk = _chunk_rows(subject, index, memory_budget, engine)
         memory = factor if keep_rows else _allocate(chunk, layers.n, dtype, place, None)
         mean = torch.zeros(layers.n, dtype=torch.float64, device=place)
         total = torch.zeros((), dtype=torch.float64, device=place)
@@ -167,10 +170,10 @@ def sample_gradients(
         for start in range(0, rows, chunk):
             part = index[start : start + chunk]
             target = memory[start : start + chunk] if keep_rows else memory[: len(part)]
-            samples = _rows(data, part, place)
+            samples = subject.rows(part)
             try:
                 with typed_failures(*samples):
-                    losses = engine(model, layers, forward, *samples, target, scale)
+                    losses = engine(subject, samples, target, scale)
             except NotApplicableError as error:
                 raise ModelError(
                     f"rows {start} to {start + len(part) - 1}: {error}; use method='vmap' or 'loop'"
@@ -215,27 +218,18 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _choose(
-    method: GradientMethod,
-    model: nn.Module,
-    layers: PrunableLayers,
-    data: CalibrationData,
-    forward: Forward,
-    index: Index,
-    device: torch.device,
-    notes: list[str],
-) -> Engine:
+def _choose(method: GradientMethod, subject: Subject, index: Index, notes: list[str]) -> Engine:
     """The method asked for, or the first that applies, compared with autograd on two rows."""
     if method is GradientMethod.LOOP:
         return loop_rows
-    rows = _rows(data, index[: min(2, len(index))], device)
-    dtype = layers.parameters(model)[0].dtype
-    expected = torch.empty(len(index[:2]), layers.n, dtype=dtype, device=device)
+    rows = subject.rows(index[:2])
+    dtype = subject.layers.parameters(subject.model)[0].dtype
+    expected = torch.empty(len(index[:2]), subject.layers.n, dtype=dtype, device=subject.device)
     with typed_failures(*rows):
-        loop_rows(model, layers, forward, *rows, expected, 1.0)
+        loop_rows(subject, rows, expected, 1.0)
     wanted = [GradientMethod.OUTER, GradientMethod.VMAP] if method is GradientMethod.AUTO else [method]
     for candidate in wanted:
-        problem = _compare(candidate, model, layers, forward, rows, expected)
+        problem = _compare(candidate, subject, rows, expected)
         if problem is None:
             return ENGINES[candidate]
         if method is not GradientMethod.AUTO:
@@ -246,37 +240,23 @@ def _choose(
     return loop_rows
 
 
-def _compare(
-    method: GradientMethod,
-    model: nn.Module,
-    layers: PrunableLayers,
-    forward: Forward,
-    rows: tuple[Tree, Tree | None],
-    expected: Tensor,
-) -> str | None:
+def _compare(method: GradientMethod, subject: Subject, rows: Rows, expected: Tensor) -> str | None:
     """Why a method does not apply, or None if its rows are those of autograd."""
     found = torch.empty_like(expected)
     try:
-        ENGINES[method](model, layers, forward, *rows, found, 1.0)
+        ENGINES[method](subject, rows, found, 1.0)
     except NotApplicableError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         # The same rows went through plain autograd just before, so it is the method and not the network that fails.
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     tolerance = _AGREEMENT.get(expected.dtype, 5e-2)
-    for layer in layers:
+    for layer in subject.layers:
         one, other = found[:, layer.slice].double(), expected[:, layer.slice].double()
         size = float(other.norm())
         if float((one - other).norm()) > tolerance * max(size, 1e-6 * float(expected.double().norm())):
             return f"the gradients of layer {layer.name!r} differ from those of autograd"
     return None
-
-
-def _rows(data: CalibrationData, index: Index, device: torch.device) -> tuple[Tree, Tree | None]:
-    """(inputs, targets) of some rows, tensors (R, b, ...)."""
-    inputs, targets = data.batch(index.reshape(-1), device)
-    rows, size = index.shape
-    return split_rows(inputs, rows, size), None if targets is None else split_rows(targets, rows, size)
 
 
 def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: Tensor | None) -> Tensor:
@@ -300,21 +280,10 @@ def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: 
         ) from error
 
 
-def _chunk_rows(
-    model: nn.Module,
-    layers: PrunableLayers,
-    data: CalibrationData,
-    forward: Forward,
-    index: Index,
-    device: torch.device,
-    budget: int | None,
-    engine: Engine,
-) -> int:
+def _chunk_rows(subject: Subject, index: Index, budget: int | None, engine: Engine) -> int:
     """Rows per chunk so that activations and temporary gradients stay within the budget."""
-    if budget is None:
-        budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cpu"])
-    if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget <= 0:
-        raise OptionError(f"memory_budget must be a positive number of bytes, not {budget!r}")
+    model, layers, kind = subject.model, subject.layers, subject.device.type
+    budget = MEMORY_BUDGET.get(kind, MEMORY_BUDGET["cpu"]) if budget is None else check_count("memory_budget", budget)
     if engine is loop_rows:
         return max(1, min(64, len(index)))
     elements = 0
@@ -329,9 +298,9 @@ def _chunk_rows(
 
     handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
     try:
-        inputs, targets = data.batch(index[0, :1], device)
+        inputs, targets = subject.data.batch(index[0, :1], subject.device)
         with torch.no_grad():
-            forward.output(model, inputs, targets)
+            subject.forward.output(model, inputs, targets)
     finally:
         for handle in handles:
             handle.remove()
@@ -339,7 +308,7 @@ def _chunk_rows(
     largest = layers.n if engine is vmap_rows else max(layer.n for layer in layers)
     size = index.shape[1]
     per_row = width * (size * (3 * elements + 2 * patches) + 2 * largest)
-    most = _MOST_SAMPLES.get(device.type, _MOST_SAMPLES["cpu"])
+    most = _MOST_SAMPLES.get(kind, _MOST_SAMPLES["cpu"])
     if not patches:
         most = max(most, _MOST_WITHOUT_CONVOLUTIONS)
     return int(max(1, min(budget // max(1, per_row), max(1, most // size), len(index))))

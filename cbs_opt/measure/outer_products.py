@@ -24,6 +24,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from cbs_opt.data.forward import Forward
 from cbs_opt.data.trees import Tree, leaves, map_tree, row_of, split_rows
+from cbs_opt.measure.subject import Rows, Subject
 from cbs_opt.network.layers import PrunableLayers
 
 
@@ -38,22 +39,14 @@ class _Calls:
     records: list[tuple[int, nn.Module, Tensor, int, Tensor]] = field(default_factory=list)
 
 
-def outer_product_rows(
-    model: nn.Module,
-    layers: PrunableLayers,
-    forward: Forward,
-    inputs: Tree,
-    targets: Tree | None,
-    out: Tensor,
-    scale: float,
-) -> Tensor:
+def outer_product_rows(subject: Subject, samples: Rows, out: Tensor, scale: float) -> Tensor:
     """Write scale · gradient of each row's loss into `out`.
 
     Parameters
     ----------
-    model : nn.Module
-        In eval mode, on the device of the data; its parameters do not require gradients.
-    inputs, targets : trees of tensors (R, b, ...)
+    subject : Subject
+        Its parameters do not require gradients.
+    samples : Rows
     out : (R, n) tensor, overwritten
     scale : float
 
@@ -67,11 +60,12 @@ def outer_product_rows(
     NotApplicableError
         If a layer is called in a way this method cannot follow.
     """
+    layers, forward, (inputs, targets) = subject.layers, subject.forward, samples
     rows, size = next(iter(_tensors(inputs))).shape[:2]
     flat = map_tree(lambda t: t.flatten(0, 1), inputs)
     flat_targets = None if targets is None else map_tree(lambda t: t.flatten(0, 1), targets)
-    with _recording(model, layers) as calls, torch.enable_grad():
-        output = forward.output(model, flat, flat_targets)
+    with _recording(subject.model, layers) as calls, torch.enable_grad():
+        output = forward.output(subject.model, flat, flat_targets)
         losses = row_losses(forward, output, inputs, targets, rows, size)
         found = [record[4] for record in calls.records]
         if not found or not losses.requires_grad:

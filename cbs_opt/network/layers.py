@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cbs_opt.network.masks import PruningMask
-from solvers.errors import ModelError, OptionError, UnknownNameError
+from cbs_opt.network.numbers import check_sparsity
+from solvers.errors import ModelError, UnknownNameError
 
 #: Module types whose ``weight`` can be pruned.
 PRUNABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -225,20 +226,6 @@ class PrunableLayers:
         if values.shape != (self.n,):
             raise ModelError(f"expected a vector of {self.n} weights, got shape {tuple(values.shape)}")
         return values
-
-
-def check_sparsity(sparsity: float) -> float:
-    """`sparsity` as a float in [0, 1); raises OptionError."""
-    try:
-        value = float(sparsity)
-    except (TypeError, ValueError):
-        raise OptionError(f"sparsity must be a number in [0, 1), not {sparsity!r}") from None
-    if not 0.0 <= value < 1.0:
-        raise OptionError(
-            f"sparsity must lie in [0, 1), the fraction of weights removed, not {value!r}"
-            + ("; write 0.9 for 90 %" if 1.0 < value <= 100.0 else "")
-        )
-    return value
 
 
 def find_layers(
