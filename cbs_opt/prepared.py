@@ -25,17 +25,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.data.calibration import CalibrationOptions
+from cbs_opt.data.calibration import CalibrationData, CalibrationOptions
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.engine import gradient_files
 from cbs_opt.engine.choice import Choice, Extent
+from cbs_opt.engine.estimate import announce, estimate_memory
 from cbs_opt.engine.measured import Measured, take_gradients
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import open_workspace
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
+from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.report.report import PruneResult
 from solvers import Objective, Reason, Solution, Solver, Status
 from solvers.arrays import Array, Mask
@@ -208,8 +210,16 @@ def prepare_setup(
     model: nn.Module, data: object, loss_fn: LossFunction, setup: Setup, *, progress: Progress | None = None
 ) -> Prepared:
     """`prepare` for a `Setup`."""
-    workspace = open_workspace(model, data, loss_fn, setup)
     need = Extent.WEIGHTS if setup.curvature == "none" else Extent.CURVATURE
+    n_samples = CalibrationData.count(data, setup.samples)
+
+    def check(network: nn.Module, layers: PrunableLayers) -> None:
+        estimate_memory(network, layers, setup, need, n_samples=n_samples or setup.options.batch_size)
+
+    workspace = open_workspace(model, data, loss_fn, setup, check)
+    if need is Extent.CURVATURE:
+        estimate_memory(workspace.model, workspace.layers, setup, need, n_samples=workspace.data.n)
+        announce(workspace)
     return Prepared(workspace, setup.options, take_gradients(workspace, need, progress))
 
 

@@ -5,13 +5,11 @@ What cannot be refused here, because only the data or the gradients tell, is ref
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from cbs_opt.engine.choice import Choice, Extent
-from cbs_opt.engine.estimate import check_memory
+from cbs_opt.engine.estimate import Estimate, estimate_memory
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
@@ -27,8 +25,8 @@ from solvers.running import check_capabilities
 
 def check_plan(
     model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
-) -> None:
-    """Raise for a plan that cannot be carried out on a network.
+) -> Estimate:
+    """Raise for a plan that cannot be carried out on a network; what it takes.
 
     Parameters
     ----------
@@ -46,25 +44,18 @@ def check_plan(
     fisher, stages = setup.options, plan.stages
     need = choice.needs if stages is None else Extent.CURVATURE
     if setup.curvature == "none" and need is not Extent.WEIGHTS:
-        what = (
-            "stages need" if stages is not None else f"{choice.solver.name!r} with update {choice.update.value!r} needs"
-        )
+        what = f"{choice.solver.name!r} with update {choice.update.value!r} needs" if stages is None else "stages need"
         raise CapabilityError(f"{what} the {need}, which curvature='none' does not measure; use curvature='fisher'")
     if stages is None:
         _check_one_shot(choice, fisher, need)
     else:
         _check_stages(choice, fisher, stages)
     if choice.allocation is None:
-        check_capabilities(
-            choice.solver, _outline(layers, fisher, choice, stages, need), choice.time_limit, choice.start
-        )
-    check_memory(model, layers, setup, choice, plan, n_samples)
-
-
-def check_journal(plan: Plan, journal: Path | str | None) -> None:
-    """Raise OptionError for a journal of a plan that keeps none."""
-    if plan.stages is None and journal is not None:
-        raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
+        problem = _outline(layers, fisher, choice, stages, need)
+        check_capabilities(choice.solver, problem, choice.time_limit, choice.start)
+    refits = choice.update in (Update.COMBINATORIAL, Update.SEARCHED)
+    columns = choice.kept(layers.n) if refits else 0
+    return estimate_memory(model, layers, setup, need, n_columns=columns, n_samples=n_samples)
 
 
 def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Extent) -> None:

@@ -45,11 +45,11 @@ class DampedRefits:
         #: w with the removed weights at zero: where every step starts.
         self.start: npt.NDArray[np.float64] = np.where(pruned, 0.0, problem.weights)
 
-    def step(self, factor: float) -> npt.NDArray[np.float64]:
-        """d for dampings ``factor`` times those of the blocks, float64 (n,); zero where pruned."""
+    def step(self, ratio: float) -> npt.NDArray[np.float64]:
+        """d for dampings ``ratio`` times those of the blocks, float64 (n,); zero where pruned."""
         out = np.zeros(len(self._pruned))
         for part, where in zip(self._parts, self._slices, strict=True):
-            out[where] = part.step(factor).cpu().numpy()
+            out[where] = part.step(ratio).cpu().numpy()
         return out
 
 
@@ -81,8 +81,8 @@ class _Part:
         largest = float(self._values[-1]) if values.numel() else 0.0
         self._floor = _FLOOR[block.factor.dtype] * largest
 
-    def step(self, factor: float) -> Tensor:
-        damping = max(self._damping * factor, self._floor, 1e-300)
+    def step(self, ratio: float) -> Tensor:
+        damping = max(self._damping * ratio, self._floor, 1e-300)
         inner = self._basis @ (self._coordinates / (self._values + damping))
         out = torch.zeros(self._n, dtype=torch.float64, device=self._right.device)
         out[self._kept] = inner if self._primal else (self._right - _back_project(self._columns, inner)) / damping

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cbs_opt.engine.choice import Choice, Extent
-from cbs_opt.engine.plan import Plan
+from cbs_opt.engine.choice import Extent
 from cbs_opt.engine.setup import Setup
-from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import DEFAULT_ROWS
 from cbs_opt.network.layers import PrunableLayers
@@ -43,28 +41,42 @@ class Estimate:
     available : int
         Bytes there are.
     seconds : float
-        Of all gradients, the longest part of most plans; nan where that was not measured, 0 where none are taken.
+        Of all gradients, the longest part of most plans; 0 where none are taken.
     """
 
     memory: dict[str, int]
     available: int
-    seconds: float = float("nan")
+    seconds: float = 0.0
 
     @property
     def total(self) -> int:
         """Bytes in all."""
         return sum(self.memory.values())
 
-    def __str__(self) -> str:
-        parts = ", ".join(f"{what} {_gigabytes(size)}" for what, size in self.memory.items())
-        return f"{_gigabytes(self.total)} ({parts}) of {_gigabytes(self.available)}, gradients {self.seconds:.3g} s"
-
 
 def estimate_memory(
-    model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
+    model: nn.Module,
+    layers: PrunableLayers,
+    setup: Setup,
+    need: Extent,
+    *,
+    n_columns: int = 0,
+    n_samples: int | None = None,
 ) -> Estimate:
-    """Bytes that a plan takes; the arguments are those of `check_plan`."""
-    need = choice.needs if plan.stages is None else Extent.CURVATURE
+    """Bytes that pruning a network takes; raises OptionError if there are not as many.
+
+    Parameters
+    ----------
+    model, layers
+        The network, of which only shapes are looked at.
+    setup : Setup
+    need : Extent
+        What is measured.
+    n_columns : int
+        Kept weights of a combinatorial update.
+    n_samples : int, optional
+        Calibration samples, where that is known.
+    """
     n, fisher = layers.n, setup.options
     network = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     memory = {"the pruned network and its masks": network + 3 * n}
@@ -75,43 +87,33 @@ def estimate_memory(
         width = fisher.torch_dtype.itemsize
         memory[f"the gradients of {rows:,} rows for {n:,} weights"] = rows * n * width
         memory["vectors"] = _VECTORS * n * 8
-        kept = choice.kept(n)
-        if choice.update in (Update.COMBINATORIAL, Update.SEARCHED) and 4 * kept <= 3 * n:
-            memory["the kept columns"] = rows * kept * width
-    return Estimate(memory, available_memory(setup.place))
-
-
-def check_memory(
-    model: nn.Module, layers: PrunableLayers, setup: Setup, choice: Choice, plan: Plan, n_samples: int | None = None
-) -> None:
-    """Raise OptionError for a plan that does not fit into memory."""
-    found = estimate_memory(model, layers, setup, choice, plan, n_samples)
+        # Above three quarters of all columns, products go through the whole factor.
+        memory["the kept columns"] = rows * n_columns * width if 4 * n_columns <= 3 * n else 0
+    found = Estimate(memory, available_memory(setup.place))
     if found.total > found.available:
+        parts = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in memory.items())
         raise OptionError(
-            f"the plan takes at least {_gigabytes(found.total)} of memory on {setup.place}, and there "
-            f"are {_gigabytes(found.available)}: "
-            + ", ".join(f"{what} {_gigabytes(size)}" for what, size in found.memory.items())
-            + "; use fewer rows (FisherOptions(n_rows=...)), fewer layers (include, exclude), float32, or a solver and "
-            "update that need no curvature (solver='magnitude', update='none')"
+            f"this takes at least {found.total / 1e9:.2f} GB of memory on {setup.place}, and there are "
+            f"{found.available / 1e9:.2f} GB: {parts}; use fewer rows (FisherOptions(n_rows=...)), fewer layers "
+            "(include, exclude), float32, or a solver and update that need no curvature (magnitude and none)"
         )
+    return found
 
 
-def probe_seconds(workspace: Workspace, plan: Plan) -> float:
-    """Seconds that the gradients of a plan take, at most about, from those of a few rows."""
+def probe_seconds(workspace: Workspace, n_steps: int = 1) -> float:
+    """Seconds that the gradients of some steps take, at most about, from those of a few rows."""
     fisher = workspace.setup.options
     rows = fisher.rows_for(workspace.data)
     sample = workspace.gradients(workspace.weights, replace(fisher, n_rows=min(_PROBE, rows)), keep_rows=False)
-    return sample.seconds_per_row * rows * len(plan.steps)
+    return sample.seconds_per_row * rows * n_steps
 
 
-def announce(workspace: Workspace, plan: Plan) -> None:
+def announce(workspace: Workspace, n_steps: int = 1) -> None:
     """Say how long the gradients will take where that may be long."""
-    fisher = workspace.setup.options
-    if fisher.rows_for(workspace.data) * workspace.layers.n * len(plan.steps) < _LARGE:
-        return
-    seconds = probe_seconds(workspace, plan)
-    level = logging.WARNING if seconds > _LONG else logging.INFO
-    _LOG.log(level, "gradients of %s weights will take about %.0f s", f"{workspace.layers.n:,}", seconds)
+    if workspace.setup.options.rows_for(workspace.data) * workspace.layers.n * n_steps >= _LARGE:
+        seconds = probe_seconds(workspace, n_steps)
+        level = logging.WARNING if seconds > _LONG else logging.INFO
+        _LOG.log(level, "gradients of %s weights will take about %.0f s", f"{workspace.layers.n:,}", seconds)
 
 
 def available_memory(device: torch.device) -> int:
@@ -128,7 +130,3 @@ def available_memory(device: torch.device) -> int:
         # Elsewhere than on Linux, or without control groups: what the machine has.
         pass
     return min(sizes)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

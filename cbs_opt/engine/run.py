@@ -10,9 +10,9 @@ from torch import nn
 
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.data.forward import LossFunction
-from cbs_opt.engine.checks import check_journal, check_plan
+from cbs_opt.engine.checks import check_plan
 from cbs_opt.engine.choice import Choice, Extent
-from cbs_opt.engine.estimate import announce
+from cbs_opt.engine.estimate import Estimate, announce, probe_seconds
 from cbs_opt.engine.journal import StageState
 from cbs_opt.engine.measured import Measured, Outcome, conclude, take_gradients
 from cbs_opt.engine.plan import Plan
@@ -26,6 +26,7 @@ from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import PruneResult
+from solvers.errors import OptionError
 
 
 def run(
@@ -51,19 +52,50 @@ def run(
     journal : path, optional
     progress : callable, optional
     """
+    if stages is None and journal is not None:
+        raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
+    workspace, plan, _ = _open(model, data, loss_fn, setup, choice, stages)
+    return carry_out(workspace, choice, plan, journal=journal, progress=progress)
+
+
+def estimate(
+    model: nn.Module,
+    data: object,
+    loss_fn: LossFunction,
+    setup: Setup,
+    choice: Choice,
+    stages: StageOptions | None = None,
+) -> Estimate:
+    """What `run` with the same arguments takes, found from gradients of a few rows; the errors are the same."""
+    workspace, plan, found = _open(model, data, loss_fn, setup, choice, stages)
+    if choice.needs is Extent.WEIGHTS and plan.stages is None:
+        return found
+    return replace(found, seconds=probe_seconds(workspace, len(plan.steps)))
+
+
+def _open(
+    model: nn.Module,
+    data: object,
+    loss_fn: LossFunction,
+    setup: Setup,
+    choice: Choice,
+    stages: StageOptions | None,
+) -> tuple[Workspace, Plan, Estimate]:
+    """Check everything, then read the data, of whose number memory may depend."""
     if stages is not None and setup.fisher is None:
         setup = setup.with_fisher(FisherOptions(batch_size=LEAST_BATCH))
     plans: list[Plan] = []
 
     def check(network: nn.Module, layers: PrunableLayers) -> None:
         n_kept = choice.kept(layers.n)
-        plan = Plan.one_shot(n_kept) if stages is None else Plan.staged(stages, n=layers.n, n_kept=n_kept)
-        check_journal(plan, journal)
-        check_plan(network, layers, setup, choice, plan, CalibrationData.count(data, setup.samples))
-        plans.append(plan)
+        plans.append(Plan.one_shot(n_kept) if stages is None else Plan.staged(stages, n=layers.n, n_kept=n_kept))
+        # Of data whose number is not known before they are read, the least there can be.
+        n_samples = CalibrationData.count(data, setup.samples) or setup.options.batch_size
+        check_plan(network, layers, setup, choice, plans[0], n_samples)
 
     workspace = open_workspace(model, data, loss_fn, setup, check)
-    return carry_out(workspace, choice, plans[0], journal=journal, progress=progress)
+    found = check_plan(workspace.model, workspace.layers, setup, choice, plans[0], workspace.data.n)
+    return workspace, plans[0], found
 
 
 def carry_out(
@@ -77,14 +109,14 @@ def carry_out(
     """Carry out a plan that was checked, on the network of a workspace, which is given away as the result."""
     if plan.stages is None:
         need = choice.needs
-        if need:
-            announce(workspace, plan)
+        if need is not Extent.WEIGHTS:
+            announce(workspace)
         measured = Measured(workspace, workspace.setup.options, take_gradients(workspace, need, progress))
         return measured.one_shot(choice, own=True)
     # Before the first stage changes them.
     _ = workspace.weights, workspace.dense_loss
-    announce(workspace, plan)
     total = len(plan.steps)
+    announce(workspace, total)
 
     def tick(record: StageRecord, _: StageState) -> None:
         if progress is not None:

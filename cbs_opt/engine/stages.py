@@ -47,7 +47,7 @@ from cbs_opt.engine.plan import Plan, Prune
 from cbs_opt.engine.stage_model import StageModel
 from cbs_opt.engine.stage_options import LEAST_BATCH
 from cbs_opt.engine.stage_samples import SOLVER, StageSamples, derived_seed
-from cbs_opt.engine.step_search import DAMPING_FACTOR, search_step
+from cbs_opt.engine.step_search import DAMPING_RATIO, search_step
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
@@ -310,19 +310,19 @@ class _Stager:
         same = loss_now is not None and np.array_equal(start, model.weights)
         masked = loss_now if loss_now is not None and same else self.samples.loss(start)
 
-        def step(factor: float) -> Array:
+        def step(ratio: float) -> Array:
             full = np.zeros_like(start)
-            full[index] = refits.step(factor)
+            full[index] = refits.step(ratio)
             return full
 
         found = search_step(start, step, self.samples.loss, self.options, previous)
         searched = self.options.search_damping or self.options.search_step
         if found.loss < (masked if loss_now is None else loss_now) or not searched:
-            return _Step(found.weights, damping * found.factor, found.length, found.loss, masked, found.momentum)
+            return _Step(found.weights, damping * found.ratio, found.length, found.loss, masked, found.momentum)
         if loss_now is None:
             # The damage just done leaves the next stage more to gain, so its search starts where this one did.
             return _Step(start, damping, 0.0, masked, masked)
-        raised = damping * (DAMPING_FACTOR if self.options.search_damping else 1.0)
+        raised = damping * (DAMPING_RATIO if self.options.search_damping else 1.0)
         return _Step(model.weights, raised, 0.0, loss_now, masked)
 
 

@@ -14,7 +14,7 @@ from cbs_opt.engine.stage_options import StageOptions
 from solvers.arrays import Array
 
 #: Ratio of neighbouring dampings, and how far from the last one a search may go.
-DAMPING_FACTOR, DAMPING_REACH = 4.0, 300.0
+DAMPING_RATIO, DAMPING_REACH = 4.0, 300.0
 LONGEST_STEP, SHORTEST_STEP = 16.0, 1.0 / 32.0
 
 
@@ -23,7 +23,7 @@ class FoundStep:
     """The best step: weights (n,), λ relative to the last one, length, loss, share of the step before."""
 
     weights: Array
-    factor: float
+    ratio: float
     length: float
     loss: float
     momentum: float = 0.0
@@ -56,10 +56,10 @@ def search_step(
     steps: dict[float, Array] = {}
 
     def judge(point: tuple[float, float]) -> None:
-        factor, length = point
-        if factor not in steps:
-            steps[factor] = step(factor)
-        losses[point] = loss(start + length * steps[factor])
+        ratio, length = point
+        if ratio not in steps:
+            steps[ratio] = step(ratio)
+        losses[point] = loss(start + length * steps[ratio])
 
     here = (1.0, 1.0)
     judge(here)
@@ -84,12 +84,12 @@ def search_step(
     return found
 
 
-def _neighbours(factor: float, length: float, options: StageOptions) -> list[tuple[float, float]]:
+def _neighbours(ratio: float, length: float, options: StageOptions) -> list[tuple[float, float]]:
     """A change of λ first: it changes the direction too."""
     found = []
     if options.search_damping:
-        dampings = (factor * DAMPING_FACTOR, factor / DAMPING_FACTOR)
+        dampings = (ratio * DAMPING_RATIO, ratio / DAMPING_RATIO)
         found += [(f, length) for f in dampings if 1.0 / DAMPING_REACH <= f <= DAMPING_REACH]
     if options.search_step:
-        found += [(factor, t) for t in (2.0 * length, 0.5 * length) if SHORTEST_STEP <= t <= LONGEST_STEP]
+        found += [(ratio, t) for t in (2.0 * length, 0.5 * length) if SHORTEST_STEP <= t <= LONGEST_STEP]
     return found

@@ -44,7 +44,8 @@ class FisherOptions:
     blocks : str
         ``one``, ``per_layer``, ``per_row``, ``fixed:SIZE``, ``components[:τ]`` or ``clusters:SIZE``.
     first_order : bool
-        Whether the mean gradient is part of the model; without it w counts as a stationary point.
+        Whether the choice of weights sees the mean gradient; without it w counts as a stationary point. In one shot the
+        update sees what the choice sees, in stages always the gradient.
     seed : int, optional
         Of the choice of rows; None takes the seed of the call.
     dtype : {"float32", "float64"}

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import cbs_opt
 from cbs_opt import Choice, FisherOptions, Plan, Polish, Prune, Setup, StageOptions
 from cbs_opt.engine.choice import Extent
-from cbs_opt.engine.estimate import estimate_memory, probe_seconds
-from cbs_opt.engine.workspace import open_workspace
+from cbs_opt.engine.estimate import estimate_memory
+from cbs_opt.engine.run import estimate
 from solvers import Capability, Context, Objective, Proposal, SelectionProblem, Solver
 from solvers.errors import CapabilityError, CBSError, OptionError, UnknownNameError
 from tests.cbs_opt.networks import ConvNet, Mlp, build, inputs_for, train_briefly
@@ -216,16 +216,29 @@ def test_the_estimate_counts_the_factor_and_not_what_is_not_measured(trained) ->
     model, data = trained
     layers = cbs_opt.find_layers(model)
     setup = Setup(fisher=FisherOptions(n_rows=50, dtype="float64"))
-    plan = Plan.one_shot(20)
-    whole = estimate_memory(model, layers, setup, Choice(n_kept=20), plan)
-    lean = estimate_memory(model, layers, setup, Choice(n_kept=20, solver="magnitude", update="none"), plan)
-    assert any(size == 50 * 62 * 8 for size in whole.memory.values())
+    whole = estimate_memory(model, layers, setup, Extent.CURVATURE, n_columns=20)
+    lean = estimate_memory(model, layers, setup, Extent.WEIGHTS)
+    assert {50 * 62 * 8, 50 * 20 * 8} <= set(whole.memory.values())
     network = sum(p.numel() * p.element_size() for p in model.parameters())
     assert network < lean.total <= 2 * network and lean.available > 0
-    unknown = estimate_memory(model, layers, Setup(), Choice(n_kept=20), plan, n_samples=30)
+    unknown = estimate_memory(model, layers, Setup(), Extent.CURVATURE, n_samples=30)
     assert any("30 rows" in what for what in unknown.memory)
-    workspace = open_workspace(model, data, F.cross_entropy, setup)
-    assert probe_seconds(workspace, plan) > 0.0
+    found = estimate(model, data, F.cross_entropy, setup, Choice(n_kept=20))
+    assert found.memory == whole.memory and found.seconds > 0.0
+    free = estimate(model, data, F.cross_entropy, setup, Choice(n_kept=20, solver="magnitude", update="none"))
+    assert free.seconds == 0.0 and free.memory == lean.memory
+
+
+def test_preparing_more_than_fits_is_refused_before_the_data_are_read(trained) -> None:
+    with pytest.raises(OptionError, match="fewer rows"):
+        cbs_opt.prepare(trained[0], Untouchable(), F.cross_entropy, fisher=FisherOptions(n_rows=10**10))
+
+
+def test_long_gradients_are_announced(trained, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("cbs_opt.engine.estimate._LARGE", 1.0)
+    monkeypatch.setattr("cbs_opt.engine.estimate._LONG", 0.0)
+    cbs_opt.prune(*trained, F.cross_entropy, sparsity=0.5, fisher=FISHER)
+    assert "gradients of 62 weights will take about" in caplog.text
 
 
 # -- one report ------------------------------------------------------------------------------------------

@@ -144,9 +144,9 @@ def test_search_finds_the_best_point_of_a_bowl() -> None:
         return float((weights[0] / length - np.log(target[0])) ** 2 + np.log(length / target[1]) ** 2)
 
     found = search_step(np.zeros(2), step, loss, StageOptions(max_evaluations=30))
-    assert (found.factor, found.length) == target
+    assert (found.ratio, found.length) == target
     fixed = search_step(np.zeros(2), step, loss, StageOptions(search_damping=False, search_step=False))
-    assert (fixed.factor, fixed.length) == (1.0, 1.0)
+    assert (fixed.ratio, fixed.length) == (1.0, 1.0)
 
 
 def test_search_keeps_to_its_budget() -> None:
