@@ -180,9 +180,12 @@ def weight_blocks(layers: PrunableLayers, model: nn.Module, sample: GradientSamp
 
     They are true as long as the weights of the network do not change.
     """
-    blocks = []
-    for layer, weight in zip(layers, layers.parameters(model), strict=True):
+    blocks, weights = [], layers.parameters(model)
+    mixed = len({weight.dtype for weight in weights}) > 1
+    for layer, weight in zip(layers, weights, strict=True):
         flat = weight.detach().reshape(-1)
+        # Magnitudes of several dtypes are compared as float64.
+        flat = flat.double() if mixed else flat
         gradient = None if sample is None else sample.gradient[layer.slice]
         nothing = Unmeasured(layer.n, flat.device)
         blocks.append(QuadraticBlock(flat, curvature=nothing, gradient=gradient, name=layer.name))

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -107,6 +107,7 @@ def test_the_default_objective_depends_on_solver_and_stages_only() -> None:
 # -- plans -----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(1, 500),
     share=st.floats(0.0, 1.0),
@@ -133,6 +134,7 @@ def test_one_shot_is_a_plan_of_one_step() -> None:
         Plan.staged(StageOptions(), n=10, n_kept=6, n_start=5)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 10_000), sparsity=st.floats(0.0, 1.0, exclude_max=True))
 def test_a_sparsity_becomes_a_number_of_weights_as_in_the_literature(n: int, sparsity: float) -> None:
     assert Choice(sparsity, solver="magnitude").kept(n) == int(n * (1.0 - sparsity))
@@ -179,6 +181,22 @@ def test_magnitude_alone_takes_no_gradients(monkeypatch, curvature: str, archite
     assert (one.curvature, one.n_rows, one.gradient_method, one.seconds_gradients) == ("none", 0, "", 0.0)
     assert all(math.isnan(v) for v in (one.objective, one.refit_objective, one.damping, *(r.share for r in one.layers)))
     assert one.bound == -math.inf and "none" in str(one)
+
+
+def test_layers_of_several_dtypes_share_one_threshold() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 3).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x).double())
+
+    model, data = build(Mixed, dtype=torch.float32), inputs_for(Mlp, 20, dtype=torch.float32)
+    model.two.double()
+    result = cbs_opt.prune(model, data, F.cross_entropy, sparsity=0.5, solver="magnitude", update="none")
+    weights = cbs_opt.find_layers(model).read(model).abs().numpy()
+    assert weights[result.pruned].max() <= weights[~result.pruned].min() and result.report.n_kept == 22
 
 
 def test_the_mean_gradient_alone_is_that_of_the_factor() -> None:

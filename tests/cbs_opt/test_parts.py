@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -171,6 +171,7 @@ def test_folders_without_whole_gradients_are_refused(trained, kept: Path, tmp_pa
 # -- masks on disk ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text("abc.", min_size=1, max_size=6),

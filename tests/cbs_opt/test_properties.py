@@ -27,6 +27,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)).eval()
 
 
+@settings(deadline=None)
 @given(pruned=MASKS)
 def test_masks_zero_what_they_remove_and_nothing_else(pruned: np.ndarray) -> None:
     model = network()
@@ -43,6 +44,7 @@ def test_masks_zero_what_they_remove_and_nothing_else(pruned: np.ndarray) -> Non
     assert np.array_equal(layers.read(model).numpy(), np.where(pruned, 0.0, before))
 
 
+@settings(deadline=None)
 @given(text=st.sampled_from(["one", "per_layer", "per_row", "fixed:1", "fixed:7", "fixed:100"]))
 def test_consecutive_groups_cover_the_weights_once_and_keep_to_layers(text: str) -> None:
     layers = cbs_opt.find_layers(network())
