@@ -252,8 +252,17 @@ def _exit_text(code: int) -> str:
     return f"exit code {code}"
 
 
+def _follow(parent: int) -> None:
+    """In the child: end, with whatever it has started, when the parent is gone; a call can last for hours."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
 def _serve() -> None:
     """The child: answer calls until the pipe closes."""
+    if hasattr(os, "killpg"):
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     channel_in = os.fdopen(os.dup(0), "rb")
     channel_out = os.fdopen(os.dup(1), "wb")
     # Anything printed, from C as well, must not end up in the answers.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -72,3 +75,38 @@ def test_closing_kills_what_is_under_way(workers: int, tmp_path: Path) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
     assert len(list(tmp_path.iterdir())) <= workers
+
+
+_ORPHANING = """
+import sys
+from pathlib import Path
+from experiments.runs.parallel import Call, completed
+from tests.experiments.test_parallel import leave_pid
+list(completed([Call(leave_pid, (Path(sys.argv[1]),))]))
+"""
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", _ORPHANING, str(path)])
+    while not (path.exists() and path.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    child = int(path.read_text())
+    parent.kill()
+    parent.wait()
+    for _ in range(600):
+        try:
+            os.kill(child, 0)
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except ProcessLookupError:
+            return
+        except OSError:
+            # No /proc, or it went this moment.
+            state = ""
+        # Where nobody reaps orphans, what has ended stays as a zombie.
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    raise AssertionError("the child outlived its parent")
