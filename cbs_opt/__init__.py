@@ -35,9 +35,13 @@ from cbs_opt.measure.fisher import build_blocks as build_blocks
 from cbs_opt.measure.gradient_methods import GradientMethod as GradientMethod
 from cbs_opt.measure.gradients import GradientSample as GradientSample
 from cbs_opt.measure.gradients import sample_gradients as sample_gradients
+from cbs_opt.network.adapters import LayerAdapter as LayerAdapter
+from cbs_opt.network.adapters import MatrixView as MatrixView
+from cbs_opt.network.adapters import register_layer as register_layer
+from cbs_opt.network.finding import find_layers as find_layers
 from cbs_opt.network.layers import Layer as Layer
 from cbs_opt.network.layers import PrunableLayers as PrunableLayers
-from cbs_opt.network.layers import find_layers as find_layers
+from cbs_opt.network.layers import Skipped as Skipped
 from cbs_opt.network.mask_files import load_masks as load_masks
 from cbs_opt.network.mask_files import save_masks as save_masks
 from cbs_opt.network.masks import PruningMask as PruningMask

@@ -17,7 +17,7 @@ from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions
+from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions, skipped_warnings
 from solvers import Capability, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
 from solvers.errors import CapabilityError, OptionError
@@ -280,6 +280,10 @@ def conclude(
         n_kept=n_kept,
         sparsity=(layers.n - n_kept) / layers.n,
         sparsity_asked=(layers.n - n_kept) / layers.n if choice.sparsity is None else choice.sparsity,
+        n_model=layers.n_model,
+        sparsity_of_model=(layers.n - n_kept) / layers.n_model,
+        skipped=layers.skipped,
+        warnings=skipped_warnings(layers),
         solver=last.solver or choice.solver.spec,
         update=choice.update.value,
         update_scale=math.nan if staged else choice.update_scale,

@@ -6,7 +6,6 @@ of the network, whose prunable weights change with every loss and gradient.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cached_property
 
@@ -19,7 +18,9 @@ from cbs_opt.data.losses import LossMeter
 from cbs_opt.engine.setup import Setup
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import GradientSample, Progress, sample_gradients
-from cbs_opt.network.layers import PrunableLayers, find_layers
+from cbs_opt.network.finding import find_layers
+from cbs_opt.network.identity import copy_network
+from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.masks import apply_masks, remove_masks
 from cbs_opt.network.modes import check_mode
 from solvers.arrays import Array, Mask
@@ -127,7 +128,7 @@ class Workspace:
         own : bool
             Give the network of this workspace away, which must not be used any more, instead of a copy.
         """
-        model = self.model if own else copy.deepcopy(self.model)
+        model = self.model if own else copy_network(self.model)
         if weights is not None:
             self.layers.write(model, weights)
         self.layers.zero(model, pruned)
@@ -172,7 +173,7 @@ def open_workspace(
     check_mode(model)
     find_layers(model, include=setup.include, exclude=setup.exclude)
     try:
-        own = remove_masks(copy.deepcopy(model))
+        own = remove_masks(copy_network(model))
     except (RuntimeError, TypeError) as error:
         raise ModelError(f"{type(model).__name__} cannot be copied: {error}") from error
     layers = find_layers(own, include=setup.include, exclude=setup.exclude)

@@ -183,7 +183,7 @@ def weight_blocks(layers: PrunableLayers, model: nn.Module, sample: GradientSamp
     blocks, weights = [], layers.parameters(model)
     mixed = len({weight.dtype for weight in weights}) > 1
     for layer, weight in zip(layers, weights, strict=True):
-        flat = weight.detach().reshape(-1)
+        flat = layer.view.flatten(weight.detach())
         # Magnitudes of several dtypes are compared as float64.
         flat = flat.double() if mixed else flat
         gradient = None if sample is None else sample.gradient[layer.slice]

@@ -53,7 +53,7 @@ def vmap_rows(subject: Subject, samples: Rows, out: Tensor, scale: float) -> Ten
     dimensions = (None, 0, None if targets is None else 0)
     gradients, losses = vmap(grad_and_value(loss), in_dims=dimensions)(weights, inputs, targets)
     for layer in layers:
-        torch.mul(gradients[layer.parameter].flatten(1), scale, out=out[:, layer.slice])
+        torch.mul(layer.view.flatten(gradients[layer.parameter]), scale, out=out[:, layer.slice])
     return losses.detach()  # type: ignore[no-any-return]
 
 
@@ -78,7 +78,7 @@ def loop_rows(subject: Subject, samples: Rows, out: Tensor, scale: float) -> Ten
             if gradient is None:
                 target.zero_()
             else:
-                torch.mul(gradient.reshape(-1), scale, out=target)
+                torch.mul(layer.view.flatten(gradient), scale, out=target)
         losses.append(loss.detach())
     return torch.stack(losses)
 

@@ -130,7 +130,8 @@ def _recording(model: nn.Module, layers: PrunableLayers) -> Iterator[_Calls]:
             owner, _, attribute = place.rpartition(".")
             module = model.get_submodule(owner)
             if attribute != "weight" or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-                raise NotApplicableError(f"the weight of layer {layer.name!r} is also used as {place!r}")
+                what = f"is the {layer.kind}'s" if place == layer.parameter else f"is also used as {place!r}"
+                raise NotApplicableError(f"the weight of layer {layer.name!r} {what}")
             position_of[module] = position
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor:

@@ -1,15 +1,14 @@
-"""Which weights of a network may be pruned, and how they line up in one vector.
+"""How the prunable weights of a network line up in one vector.
 
-The prunable weights of a network are the ``weight`` parameters of its Linear, Conv1d and Conv2d layers, never the
-biases. They are numbered layer by layer in the order of ``named_modules`` and row-major inside a layer, which is
-the vector w of the quadratic model. A weight that several modules share is one layer with several places.
+They are the weights that some adapter knows of (`cbs_opt.network.adapters`), never the biases, numbered layer by layer
+in the order of ``named_modules`` and row-major inside a layer, outputs × inputs: the vector w of the quadratic model. A
+weight that several modules share is one layer with several places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from cbs_opt.network.masks import PruningMask
+from cbs_opt.network.adapters import MatrixView
 from cbs_opt.network.numbers import check_sparsity
 from solvers.errors import ModelError, UnknownNameError
-
-#: Module types whose ``weight`` can be pruned.
-PRUNABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -32,23 +28,27 @@ class Layer:
     Attributes
     ----------
     name : str
-        Qualified name of the module, e.g. ``"layer1.0.conv2"``; the first one where several share the weight.
+        Qualified name of the weight without ``.weight``, e.g. ``"layer1.0.conv2"`` or ``"lstm.weight_hh_l0"``; the
+        first one where several modules share it.
     kind : str
         Class of the module, e.g. ``"Conv2d"``.
-    shape : tuple of int
-        Shape of the weight; the first dimension counts output rows.
+    view : MatrixView
+        Its shape, and how it reads as a matrix of outputs × inputs.
     start, stop : int
         Its range in the vector of all prunable weights.
     places : tuple of str
-        Qualified names of every module attribute that holds this very parameter, ``"fc1.weight"`` first.
+        Qualified names of every module attribute that holds this very memory, ``"fc1.weight"`` first.
+    uses : tuple of (str, str)
+        (module, attribute) of every module whose adapter answers for it, its own first.
     """
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    view: MatrixView
     start: int
     stop: int
     places: tuple[str, ...]
+    uses: tuple[tuple[str, str], ...]
 
     @property
     def n(self) -> int:
@@ -58,7 +58,12 @@ class Layer:
     @property
     def n_rows(self) -> int:
         """Number of output rows (neurons or filters)."""
-        return self.shape[0]
+        return self.view.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight as its module holds it."""
+        return self.view.shape
 
     @property
     def slice(self) -> slice:
@@ -67,8 +72,33 @@ class Layer:
 
     @property
     def parameter(self) -> str:
-        """Qualified name of the weight, ``name + ".weight"``."""
+        """Qualified name of the weight, e.g. ``"fc1.weight"``."""
         return self.places[0]
+
+    def held(self, model: nn.Module) -> tuple[nn.Module, str]:
+        """The module and attribute that hold the weight in a network; raises AttributeError if there is none."""
+        owner, _, attribute = self.parameter.rpartition(".")
+        return model.get_submodule(owner), attribute
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A matrix-shaped parameter that is not pruned.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the parameter.
+    shape : tuple of int
+    reason : str
+    asked : bool
+        Whether it was left out by `include` or `exclude`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,9 +106,19 @@ class PrunableLayers:
     """The prunable layers of a network, in order: the map between modules and one flat vector.
 
     It holds names, shapes and ranges only, no tensors, so it applies to any network of the same architecture.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+    skipped : tuple of Skipped
+        All other parameters of two and more dimensions.
+    n_model : int
+        Number of all parameters of the network, shared ones once.
     """
 
     layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+    n_model: int
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -114,7 +154,7 @@ class PrunableLayers:
         found = []
         for layer in self.layers:
             try:
-                weight = model.get_submodule(layer.name).weight
+                weight = getattr(*layer.held(model))
             except AttributeError:
                 raise ModelError(
                     f"the network has no layer {layer.name!r}; it is not the architecture these layers were taken from"
@@ -134,7 +174,8 @@ class PrunableLayers:
             If the network does not fit or a weight is NaN or infinite.
         """
         self.check_finite(model)
-        return torch.cat([w.detach().reshape(-1).to("cpu", torch.float64) for w in self.parameters(model)])
+        pairs = zip(self, self.parameters(model), strict=True)
+        return torch.cat([layer.view.flatten(w.detach()).to("cpu", torch.float64) for layer, w in pairs])
 
     @torch.no_grad()
     def write(self, model: nn.Module, vector: Tensor | npt.NDArray[np.float64]) -> None:
@@ -147,12 +188,12 @@ class PrunableLayers:
         """
         values = self._vector(vector)
         for layer, weight in zip(self.layers, self.parameters(model), strict=True):
-            if parametrize.is_parametrized(model.get_submodule(layer.name), "weight"):
+            if parametrize.is_parametrized(*layer.held(model)):
                 raise ModelError(
                     f"the weight of layer {layer.name!r} is computed by a parametrization and cannot be written; "
                     "call cbs_opt.remove_masks(model) first"
                 )
-            weight.copy_(values[layer.slice].view(layer.shape))
+            weight.copy_(layer.view.unflatten(values[layer.slice]))
 
     def check_finite(self, model: nn.Module) -> None:
         """Raise ModelError if the network does not fit or a weight is NaN or infinite."""
@@ -160,8 +201,9 @@ class PrunableLayers:
             bad = ~torch.isfinite(weight.detach())
             if bool(bad.any()):
                 where = [int(i) for i in bad.nonzero()[0]]
+                entry = f"{layer.parameter.rpartition('.')[2]}{where}"
                 raise ModelError(
-                    f"layer {layer.name!r}: weight{where} is {float(weight.detach()[tuple(where)])}; "
+                    f"layer {layer.name!r}: {entry} is {float(weight.detach()[tuple(where)])}; "
                     "repair or reload the network before pruning it"
                 )
 
@@ -169,12 +211,13 @@ class PrunableLayers:
     def zero(self, model: nn.Module, pruned: npt.NDArray[np.bool_]) -> None:
         """Set the weights of a mask (n,) to zero, in place; True = removed."""
         for layer, weight in zip(self.layers, self.parameters(model), strict=True):
-            weight.masked_fill_(torch.tensor(pruned[layer.slice], device=weight.device).view(layer.shape), 0.0)
+            mask = torch.tensor(pruned[layer.slice], device=weight.device)
+            weight.masked_fill_(layer.view.unflatten(mask), 0.0)
 
     def split(self, vector: Tensor | npt.NDArray[np.float64] | npt.NDArray[np.bool_]) -> dict[str, Tensor]:
         """A vector (n,) as one tensor per layer in the layer's shape; views where possible."""
         values = self._vector(vector)
-        return {layer.name: values[layer.slice].view(layer.shape) for layer in self.layers}
+        return {layer.name: layer.view.unflatten(values[layer.slice]) for layer in self.layers}
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split`; raises ModelError for missing layers or other shapes."""
@@ -182,7 +225,7 @@ class PrunableLayers:
             if layer.name not in tensors or tuple(tensors[layer.name].shape) != layer.shape:
                 found = tuple(tensors[layer.name].shape) if layer.name in tensors else "nothing"
                 raise ModelError(f"layer {layer.name!r} needs a tensor of shape {layer.shape}, got {found}")
-        return torch.cat([tensors[layer.name].reshape(-1) for layer in self.layers])
+        return torch.cat([layer.view.flatten(tensors[layer.name]) for layer in self.layers])
 
     def pruned_by(self, masks: Mapping[str, Tensor]) -> npt.NDArray[np.bool_]:
         """Masks by layer (``"fc1"`` or ``"fc1.weight"``, True = kept) as one vector (n,), True = removed.
@@ -204,7 +247,7 @@ class PrunableLayers:
                 raise ModelError(
                     f"the mask of {name!r} must be bool of shape {layer.shape}, not {mask.dtype} {tuple(mask.shape)}"
                 )
-            pruned[layer.slice] = ~mask.detach().cpu().numpy().reshape(-1)
+            pruned[layer.slice] = ~layer.view.flatten(mask.detach()).cpu().numpy()
         return pruned
 
     def n_kept(self, sparsity: float) -> int:
@@ -226,158 +269,3 @@ class PrunableLayers:
         if values.shape != (self.n,):
             raise ModelError(f"expected a vector of {self.n} weights, got shape {tuple(values.shape)}")
         return values
-
-
-def find_layers(
-    model: nn.Module,
-    *,
-    include: Sequence[str] | str = ("*",),
-    exclude: Sequence[str] | str = (),
-) -> PrunableLayers:
-    """The prunable layers of a network.
-
-    Parameters
-    ----------
-    model : nn.Module
-    include, exclude : patterns
-        Shell patterns (`fnmatch`, case-sensitive) on qualified module names; a layer is taken if it matches any of
-        `include` and none of `exclude`. ``"layer?.*.conv*"`` takes the block convolutions of a ResNet.
-
-    Returns
-    -------
-    PrunableLayers
-
-    Raises
-    ------
-    UnknownNameError
-        If a pattern matches no prunable layer.
-    ModelError
-        If nothing prunable is left, or a weight is uninitialised, complex, or computed by something other than a
-        pruning mask.
-    """
-    candidates = _candidates(model)
-    if not candidates:
-        kinds = ", ".join(kind.__name__ for kind in PRUNABLE_TYPES)
-        raise ModelError(
-            f"{type(model).__name__} has no prunable layer: none of its modules is a {kinds} with a weight"
-        )
-    wanted = _matching(candidates, include, "include")
-    unwanted = _matching(candidates, exclude, "exclude")
-    places = _places(model)
-    layers: list[Layer] = []
-    seen: set[int] = set()
-    start = 0
-    for name, module in candidates.items():
-        if name not in wanted:
-            continue
-        holder = holding_parameter(name, module)
-        if id(holder) in seen:
-            continue
-        shared = places[id(holder)]
-        # Excluding one of the modules that share a weight excludes the weight.
-        if any(place.rpartition(".")[0] in unwanted for place in shared):
-            continue
-        _check_weight(name, holder)
-        seen.add(id(holder))
-        own = f"{name}.weight" if name else "weight"
-        others = tuple(place for place in shared if place != own)
-        shape = tuple(int(d) for d in holder.shape)
-        layers.append(Layer(name, _kind(module), shape, start, start + holder.numel(), (own, *others)))
-        start += holder.numel()
-    if not layers:
-        raise ModelError(
-            f"no prunable layer is left: include={_patterns(include)} and exclude={_patterns(exclude)} leave none of "
-            f"{', '.join(candidates)}"
-        )
-    return PrunableLayers(tuple(layers))
-
-
-def holding_parameter(name: str, module: nn.Module) -> Tensor:
-    """The parameter behind ``module.weight``: the weight itself, or the original under a pruning mask.
-
-    Raises
-    ------
-    ModelError
-        If the weight is computed by another parametrization.
-    """
-    if parametrize.is_parametrized(module, "weight"):
-        chain = module.parametrizations.weight  # type: ignore[union-attr]
-        other = [type(p).__name__ for p in chain if not isinstance(p, PruningMask)]  # type: ignore[union-attr]
-        if other:
-            raise ModelError(
-                f"the weight of layer {name!r} is computed by the parametrization {other[0]}; make it permanent with "
-                "torch.nn.utils.parametrize.remove_parametrizations, or exclude the layer"
-            )
-        original = chain.original  # type: ignore[union-attr]
-        assert isinstance(original, Tensor)
-        return original
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Prunable modules by qualified name, shared modules under their first name."""
-    found = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, PRUNABLE_TYPES):
-            continue
-        if "weight_orig" in module._parameters:
-            raise ModelError(
-                f"layer {name!r} carries a torch.nn.utils.prune mask, which breaks copying; convert the network with "
-                "cbs_opt.from_torch_prune(model), or make the pruning permanent with torch.nn.utils.prune.remove"
-            )
-        if isinstance(getattr(module, "weight", None), Tensor):
-            found[name] = module
-    return found
-
-
-def _matching(candidates: Mapping[str, nn.Module], patterns: Sequence[str] | str, what: str) -> set[str]:
-    """Names that match any of the patterns; a pattern that matches none is an error."""
-    matched: set[str] = set()
-    for pattern in _patterns(patterns):
-        hits = {name for name in candidates if fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)}
-        if not hits:
-            raise UnknownNameError.of(
-                f"{what} pattern", pattern, candidates, "The pattern matches no prunable layer; use * and ? freely."
-            )
-        matched |= hits
-    return matched
-
-
-def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _places(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Every qualified attribute name under which each parameter object is held, by its id."""
-    found: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, parametrize.ParametrizationList):
-            continue
-        attributes: dict[str, Tensor] = {k: p for k, p in module._parameters.items() if p is not None}
-        if parametrize.is_parametrized(module):
-            lists = module.parametrizations
-            assert isinstance(lists, nn.ModuleDict)
-            for key, entry in lists.items():
-                if isinstance(entry, parametrize.ParametrizationList) and hasattr(entry, "original"):
-                    attributes[key] = entry.original
-        for key, parameter in attributes.items():
-            found.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
-    return {key: tuple(names) for key, names in found.items()}
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ModelError(
-            f"the weight of layer {name!r} is not initialised yet; run one batch through the network first"
-        )
-    if not weight.is_floating_point():
-        raise ModelError(f"the weight of layer {name!r} is {weight.dtype}; only real floating weights can be pruned")
-    if weight.numel() == 0:
-        raise ModelError(f"the weight of layer {name!r} is empty (shape {tuple(weight.shape)}); exclude it")
-
-
-def _kind(module: nn.Module) -> str:
-    """Class name of the module, without the prefix a parametrization gives it."""
-    return next(kind.__name__ for kind in PRUNABLE_TYPES if isinstance(module, kind))

@@ -8,8 +8,8 @@ zero, so no optimiser brings them back. In every mask here True (or 1) means *ke
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
+from cbs_opt.network.adapters import adapter_of, layer_name
+from cbs_opt.network.identity import copy_network, key_of
 from solvers.errors import ModelError
 
 
@@ -26,12 +28,15 @@ class PruningMask(nn.Module):
     Parameters
     ----------
     mask : bool tensor of the weight's shape, True = kept.
+    order : tuple of str
+        Names of the module's parameters before it was masked, in their order.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, order: tuple[str, ...] = ("weight",)) -> None:
         super().__init__()
+        self.order = order
         # Not persistent: the state dict shows the mask as zeros in the weight.
         self.register_buffer("mask", mask.detach().clone().bool(), persistent=False)
 
@@ -78,8 +83,12 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
                 f"mask of {name!r} has shape {tuple(mask.shape)}, the weight {shape}; they must be the same"
             )
     for _, module, attribute, mask in prepared:
-        for holder, key in _sharing(model, _stored(module, attribute)):
+        stored = _stored(module, attribute)
+        for holder, key in _sharing(model, stored):
             _mask_one(holder, key, mask)
+            if _stored(holder, key) is not stored:
+                # Two parameters over one storage, of which the parametrization has given each its own.
+                _stored(holder, key).data = stored.data
     return model
 
 
@@ -94,41 +103,43 @@ def read_masks(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, module in model.named_modules():
         for attribute, mask in _masks_of(module).items():
-            key = name if attribute == "weight" else f"{name}.{attribute}"
-            found[key] = mask.mask.clone()
+            found[layer_name(name, attribute)] = mask.mask.clone()
     return found
 
 
 def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
-    """Masks that keep what is not zero, for each Linear and convolution with a zero weight.
+    """Masks that keep what is not zero, for each weight of a layer of a known kind that has zeros; not for embeddings.
 
     For a network whose pruned weights were loaded from a state dict: ``apply_masks(model, masks_from_zeros(model))``.
     """
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            kept = module.weight.detach() != 0
+        adapter = adapter_of(module)
+        for attribute in () if adapter is None or adapter.opt_in else adapter.weights(module):
+            kept = attrgetter(attribute)(module).detach() != 0
             if not bool(kept.all()):
-                found[name] = kept
+                found[layer_name(name, attribute)] = kept
     return found
 
 
 def remove_masks(model: nn.Module) -> nn.Module:
     """Make masks permanent, in place: plain weights with zeros, no parametrization. Returns `model`."""
     for module in list(model.modules()):
-        for attribute in list(_masks_of(module)):
+        for attribute, mask in _masks_of(module).items():
             shared = _stored(module, attribute)
             with torch.no_grad():
                 shared.copy_(getattr(module, attribute))
             _own_class(module)
             # Not leave_parametrized=True: that would make a new parameter and untie shared weights.
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-            if attribute == "weight":
-                # First again, as its module made it: optimiser states go by the order.
-                others = {key: value for key, value in module._parameters.items() if key != attribute}
-                module._parameters.clear()
-                module._parameters.update({attribute: shared, **others})  # type: ignore[dict-item]
+            # As its module made them: optimiser states go by the order.
+            place = {key: number for number, key in enumerate(mask.order)}
+            sorted_again = sorted(module._parameters.items(), key=lambda item: place.get(item[0], len(place)))
+            module._parameters.clear()
+            module._parameters.update(sorted_again)
             _remove_hooks(module, attribute)
+        if isinstance(module, nn.RNNBase) and "_flat_weights" not in module.__dict__:
+            module._init_flat_weights()
     return model
 
 
@@ -157,7 +168,7 @@ def from_torch_prune(model: nn.Module) -> nn.Module:
     if not masks:
         raise ModelError(f"{type(model).__name__} carries no torch.nn.utils.prune mask; there is nothing to convert")
     try:
-        converted = copy.deepcopy(model)
+        converted = copy_network(model)
     finally:
         for module, attribute, value in saved:
             if value is not None:
@@ -184,7 +195,7 @@ def to_torch_prune(model: nn.Module) -> nn.Module:
     """
     if not any(_masks_of(module) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} carries no pruning mask; there is nothing to convert")
-    converted = copy.deepcopy(model)
+    converted = copy_network(model)
     masks = {
         (module, attribute): mask.mask.clone()
         for module in converted.modules()
@@ -242,15 +253,15 @@ def _stored(module: nn.Module, attribute: str) -> Tensor:
 
 
 def _sharing(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    """Every (module, attribute) that holds this parameter object."""
-    found = []
+    """Every (module, attribute) that holds this memory."""
+    found, wanted = [], key_of(parameter)
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
         # Not by getattr, which computes what a parametrization gives.
         names = {name for name, held in module._parameters.items() if held is not None} | set(_masks_of(module))
         for attribute in sorted(names):
-            if _stored(module, attribute) is parameter:
+            if key_of(_stored(module, attribute)) == wanted:
                 found.append((module, attribute))
     return found
 
@@ -265,8 +276,17 @@ def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
             stored.masked_fill_(~mask, 0.0)
         return
     _own_class(module)
-    parametrize.register_parametrization(module, attribute, PruningMask(mask))
+    order = next((other.order for other in _masks_of(module).values()), tuple(module._parameters))
+    parametrize.register_parametrization(module, attribute, PruningMask(mask, order))
+    if isinstance(module, nn.RNNBase):
+        # It would keep the masked weights of its last call, which belong to a graph that deepcopy refuses.
+        module.__dict__.pop("_flat_weights", None)
+        type(module)._flat_weights = property(_flat_weights, lambda module, value: None)  # type: ignore[assignment]
     _add_hooks(module, attribute)
+
+
+def _flat_weights(module: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def _own_class(module: nn.Module) -> None:

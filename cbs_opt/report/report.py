@@ -19,13 +19,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.layers import PrunableLayers, Skipped
 from cbs_opt.report.records import StageRecord
 from solvers import Objective, SelectionProblem, Solution
 from solvers.arrays import Array, Mask
 from solvers.errors import DataError, OutputError
 
-_VERSION = 2
+_VERSION = 3
+#: Share of a network's weights that may be skipped without being asked, before it is a warning.
+_SKIPPED_SHARE = 0.1
 #: Weights looked at together.
 _CHUNK = 1 << 20
 _FIRST_ORDER = {True: "yes", False: "no", None: "by stage"}
@@ -73,8 +75,12 @@ class PruneReport:
     layers : tuple of LayerReport
     n, n_kept : int
     sparsity : float
-        As achieved, 1 − n_kept / n.
+        As achieved, 1 − n_kept / n, of what was prunable.
     sparsity_asked : float
+    n_model : int
+        All parameters of the network, with biases and what was skipped; shared ones once.
+    sparsity_of_model : float
+        Removed weights among them, (n − n_kept) / n_model.
     solver, update, objective_kind : str
     status, reason : str
         Of the last choice of weights, as in `solvers.Solution`; empty where nothing was chosen.
@@ -107,6 +113,10 @@ class PruneReport:
         Wall time of all steps.
     repairs : tuple of str
         Everything that was repaired or done otherwise than asked for.
+    warnings : tuple of str
+        What is right as it was done, but likely not what was meant.
+    skipped : tuple of Skipped
+        Every matrix-shaped parameter that was left alone, with the reason.
     statistics : mapping of str to float
         Counts of the solver in the last choice of one shot.
     """
@@ -116,6 +126,8 @@ class PruneReport:
     n_kept: int
     sparsity: float
     sparsity_asked: float
+    n_model: int
+    sparsity_of_model: float
     solver: str
     update: str
     update_scale: float
@@ -144,6 +156,8 @@ class PruneReport:
     seconds_solve: float
     seconds_update: float
     repairs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     statistics: Mapping[str, float] = field(default_factory=dict)
 
     def __rich__(self) -> Group:
@@ -168,6 +182,7 @@ class PruneReport:
             "all", f"{self.n:,}", f"{self.n_kept:,}", f"{self.sparsity:.2%}", f"{norms[0]:.4g}", f"{norms[1]:.4g}", ""
         )
         lines = [
+            f"whole network: {self.sparsity_of_model:.2%} of {self.n_model:,} weights removed",
             f"{self.objective_kind} objective {_number(self.objective)}, bound {_number(self.bound)}, "
             f"gap {_percent(self.gap)}, {self.status} ({self.reason}); refit objective {_number(self.refit_objective)}",
             f"calibration loss {self.loss_dense:.6g} -> {self.loss_pruned:.6g} over {self.loss_samples:,} samples",
@@ -177,6 +192,8 @@ class PruneReport:
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
             *(f"repair: {repair}" for repair in self.repairs),
+            *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in self.skipped),
+            *(f"warning: {warning}" for warning in self.warnings),
         ]
         return Group(table, *(Text(line) for line in lines))
 
@@ -208,12 +225,10 @@ class PruneReport:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if values.pop("version", None) != _VERSION:
                 raise DataError(f"{path} is not a report of version {_VERSION}")
-            layers = tuple(
-                LayerReport(**{**_floats(LayerReport, row), "shape": tuple(row["shape"])})
-                for row in values.pop("layers")
-            )
-            repairs = tuple(values.pop("repairs"))
-            return cls(layers=layers, repairs=repairs, **_floats(cls, values))
+            for name, kind in (("layers", LayerReport), ("skipped", Skipped)):
+                values[name] = [kind(**{**_floats(kind, row), "shape": tuple(row["shape"])}) for row in values[name]]
+            values.update({name: tuple(values[name]) for name in ("layers", "skipped", "repairs", "warnings")})
+            return cls(**_floats(cls, values))
         except OSError as error:
             raise DataError(f"cannot read the report {path}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -263,13 +278,14 @@ class LayerNorms:
     ----------
     layers : PrunableLayers
     weights : iterable of tensors
-        Before, in any shape; nothing of them is kept.
+        Before, as the modules hold them; nothing of them is kept.
     pruned : bool (n,)
     """
 
     def __init__(self, layers: PrunableLayers, weights: Iterable[Tensor], pruned: Mask) -> None:
         self._layers, self._pruned = layers, pruned
-        self._before = [(_norm(w), _norm(w, pruned[layer.slice])) for layer, w in zip(layers, weights, strict=True)]
+        flat = ((layer.slice, layer.view.flatten(w.detach())) for layer, w in zip(layers, weights, strict=True))
+        self._before = [(_norm(w), _norm(w, pruned[where])) for where, w in flat]
 
     def reports(self, weights: Iterable[Tensor], contributions: Array | None) -> tuple[LayerReport, ...]:
         """Rows from the weights after; `contributions` (n,), in the order of the network, sum to the objective."""
@@ -294,6 +310,19 @@ class LayerNorms:
                 )
             )
         return tuple(rows)
+
+
+def skipped_warnings(layers: PrunableLayers) -> tuple[str, ...]:
+    """A warning where much of a network was skipped without being asked."""
+    found = [(skip.name, math.prod(skip.shape)) for skip in layers.skipped if not skip.asked]
+    share = sum(n for _, n in found) / layers.n_model
+    if share <= _SKIPPED_SHARE:
+        return ()
+    names = ", ".join(name for name, _ in found)
+    return (
+        f"{share:.1%} of the network's weights were skipped without being asked: {names}; see `skipped` for the "
+        "reasons, and exclude what is meant to stay",
+    )
 
 
 def _norm(weights: Tensor, mask: Mask | None = None) -> float:

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils import prune as torch_prune
 
-from cbs_opt import ModelError, OptionError, UnknownNameError, apply_masks, find_layers
+from cbs_opt import ModelError, OptionError, UnknownNameError, apply_masks, find_layers, prune, remove_masks
 from tests.cbs_opt.networks import ConvNet, Mlp, SequenceNet, Tied, TiedEmbedding, build
 
 
@@ -105,6 +106,10 @@ def test_other_parametrizations_and_prune_masks_are_refused_with_the_remedy() ->
     normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ModelError, match="remove_parametrizations"):
         find_layers(normed)
+    old = nn.Sequential(weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    with pytest.raises(ModelError, match="weight_norm"):
+        find_layers(old)
+    assert find_layers(old, exclude="0").names == ("1",)
     masked = nn.Sequential(nn.Linear(3, 3))
     torch_prune.l1_unstructured(masked[0], "weight", 0.5)
     with pytest.raises(ModelError, match="from_torch_prune"):
@@ -112,8 +117,9 @@ def test_other_parametrizations_and_prune_masks_are_refused_with_the_remedy() ->
 
 
 def test_lazy_and_complex_weights_are_refused() -> None:
-    with pytest.raises(ModelError, match="initialised"):
-        find_layers(nn.Sequential(nn.LazyLinear(3)))
+    for lazy in (nn.LazyLinear(3), nn.LazyConvTranspose2d(3, 2), nn.LazyBatchNorm1d()):
+        with pytest.raises(ModelError, match="initialised"):
+            find_layers(nn.Sequential(lazy, nn.Linear(3, 3)))
     with pytest.raises(ModelError, match="real"):
         find_layers(nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)))
 
@@ -141,3 +147,103 @@ def test_another_architecture_is_refused() -> None:
         layers.join({"fc1": torch.zeros(5, 6)})
     with pytest.raises(UnknownNameError, match="fc9"):
         layers["fc9"]
+
+
+class Pair(nn.Module):
+    """Two layers of one shape and a head, tied in the way asked for."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        if how == "data":
+            self.second.weight.data = self.first.weight.data
+        elif how == "parameter":
+            self.second.weight = nn.Parameter(self.first.weight)
+        elif how == "transposed":
+            self.second.weight = nn.Parameter(self.first.weight.detach().t())
+        elif how == "part":
+            self.head.weight.data = self.first.weight.data[:3]
+        elif how == "buffer":
+            self.register_buffer("copy", self.first.weight.data.view(16))
+        elif how == "attribute":
+            self.alias = self.first.weight.data
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def pair_data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    return [(torch.randn(24, 4), torch.randint(0, 3, (24,)))]
+
+
+@pytest.mark.parametrize("how", ["data", "parameter"])
+def test_weights_that_share_storage_are_one_layer_and_stay_tied(how: str) -> None:
+    torch.manual_seed(1)
+    model = Pair(how)
+    layers = find_layers(model)
+    assert layers.names == ("first", "head") and layers["first"].places == ("first.weight", "second.weight")
+    assert layers["first"].uses == (("first", "weight"), ("second", "weight"))
+    assert find_layers(model, exclude="second").names == ("head",)
+    twin = Pair("none")
+    twin.load_state_dict(model.state_dict())
+    twin.second.weight = twin.first.weight
+    results = [prune(m, pair_data(), F.cross_entropy, sparsity=0.5, solver="obd") for m in (model, twin)]
+    # As if they were one Parameter: the same gradients, and so the same weights.
+    torch.testing.assert_close(torch.from_numpy(results[0].weights), torch.from_numpy(results[1].weights))
+    pruned = remove_masks(results[0].model)
+    assert pruned.first.weight is pruned.second.weight and results[0].report.n == 28
+    assert model.second.weight is not model.first.weight
+    assert model.second.weight.data_ptr() == model.first.weight.data_ptr()
+
+
+@pytest.mark.parametrize("how", ["transposed", "part", "buffer", "attribute"])
+def test_memory_shared_in_another_layout_is_refused_by_name(how: str) -> None:
+    names = {"transposed": "second.weight", "part": "head.weight", "buffer": "copy", "attribute": "alias"}
+    with pytest.raises(ModelError, match="shares memory") as error:
+        prune(Pair(how), pair_data(), F.cross_entropy, sparsity=0.5, include="head", solver="magnitude")
+    assert names[how] in str(error.value) and "first.weight" in str(error.value)
+
+
+def test_parts_of_one_storage_that_do_not_overlap_are_layers_of_their_own() -> None:
+    model, flat = Pair("none"), torch.randn(32)
+    model.first.weight.data, model.second.weight.data = flat[:16].view(4, 4), flat[16:].view(4, 4)
+    assert find_layers(model).names == ("first", "second", "head")
+
+
+@pytest.mark.parametrize("how", ["data", "parameter"])
+def test_masks_keep_weights_tied_that_share_storage(how: str) -> None:
+    model = apply_masks(Pair(how), {"second": torch.eye(4).bool()})
+    x, y = pair_data()[0]
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    assert torch.equal(model.first.weight, model.second.weight)
+    assert torch.equal(model.first.weight != 0, torch.eye(4).bool())
+    remove_masks(model)
+    assert model.first.weight.data_ptr() == model.second.weight.data_ptr()
+
+
+def test_frozen_weights_are_left_alone_unless_named() -> None:
+    model = build(Mlp)
+    model.fc2.weight.requires_grad_(False)
+    layers = find_layers(model)
+    assert layers.names == ("fc1", "fc3")
+    assert [(s.name, s.asked) for s in layers.skipped] == [("fc2.weight", False)]
+    assert "frozen" in layers.skipped[0].reason
+    assert find_layers(model, include="fc*").names == find_layers(model, include=("*", "fc2")).names
+    assert "fc2" in find_layers(model, include="fc2.weight").names
+    with pytest.raises(ModelError, match="frozen"):
+        find_layers(model.requires_grad_(False))
+
+
+def test_what_is_skipped_is_named_with_the_reason() -> None:
+    layers = find_layers(build(TiedEmbedding), exclude="mix")
+    assert [(s.name, s.shape, s.reason, s.asked) for s in layers.skipped] == [("mix.weight", (5, 5), "excluded", True)]
+    assert layers.n_model == 7 * 5 + 5 * 5 + 5
+    normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)), nn.Bilinear(2, 2, 3), nn.Linear(3, 2))
+    reasons = {s.name: s.reason for s in find_layers(normed, exclude="0").skipped}
+    assert set(reasons) == {"0.parametrizations.weight.original0", "0.parametrizations.weight.original1", "1.weight"}
+    assert "Bilinear" in reasons["1.weight"] and "register_layer" in reasons["1.weight"]

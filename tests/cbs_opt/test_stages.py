@@ -26,7 +26,7 @@ from cbs_opt.engine.step_search import search_step
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.network.batch_norm import batch_statistics, reestimate, statistics_of
-from cbs_opt.network.layers import find_layers
+from cbs_opt.network.finding import find_layers
 from cbs_opt.network.modes import evaluation_mode
 from cbs_opt.report.records import StageRecord
 from solvers import QuadraticBlock, SelectionProblem, solve

@@ -1,0 +1,61 @@
+"""Convolutions in one to three dimensions, grouped and depthwise: y = W x with x the patch that the filter sees.
+
+With G groups rows r of the weight (R, C/G, *kernel) see the channels of group ⌊r G / R⌋ only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cbs_opt.network.adapters.base import LayerAdapter, MatrixView, Rows, first_input, shape_of
+
+
+class ConvolutionAdapter(LayerAdapter):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with any stride, padding, dilation and groups."""
+
+    types: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def view(self, module: nn.Module, attribute: str) -> MatrixView:
+        """Filters × (channels of the group and kernel)."""
+        shape = shape_of(module, attribute)
+        return MatrixView(shape, rows=shape[0], groups=module.groups)  # type: ignore[arg-type]
+
+    def input_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Rows]:
+        """The patches of each group."""
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = batched(first_input(args, kwargs), len(module.kernel_size))
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        patches = windows(x, module.kernel_size, module.stride, module.dilation)
+        return {"weight": [by_group(patches, module.groups, len(module.kernel_size))]}
+
+    def output_gradient_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: Tensor
+    ) -> dict[str, Rows]:
+        """The gradient at every place of the output."""
+        dimensions, groups = len(shape_of(module, "weight")) - 2, int(module.groups)  # type: ignore[arg-type]
+        return {"weight": [by_group(batched(gradient, dimensions), groups, dimensions)]}
+
+
+def batched(x: Tensor, dimensions: int) -> Tensor:
+    """(N, channels, *places), also where the layer was called with one sample alone."""
+    return x if x.ndim == dimensions + 2 else x.unsqueeze(0)
+
+
+def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """(N, C, *places) → (N, C, *output places, *kernel), a view."""
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
+    return x
+
+
+def by_group(x: Tensor, groups: int, dimensions: int) -> Tensor:
+    """(N, C, *places, *rest) → (G, N·places, C/G·rest)."""
+    split = x.reshape(len(x), groups, -1, *x.shape[2:])
+    moved = split.permute(1, 0, *range(3, 3 + dimensions), 2, *range(3 + dimensions, split.ndim))
+    return moved.reshape(groups, -1, math.prod(moved.shape[2 + dimensions :]))
