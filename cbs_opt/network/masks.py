@@ -84,11 +84,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             )
     for _, module, attribute, mask in prepared:
         stored = _stored(module, attribute)
-        for holder, key in _sharing(model, stored):
+        sharing = _sharing(model, stored)
+        for holder, key in sharing:
             _mask_one(holder, key, mask)
-            if _stored(holder, key) is not stored:
-                # Two parameters over one storage, of which the parametrization has given each its own.
-                _stored(holder, key).data = stored.data
+        for parameter in (_stored(*place) for place in sharing):
+            if parameter is not stored:
+                # Two parameters over one storage, of which the parametrizations have given each its own.
+                parameter.data = stored.data
     return model
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,39 +195,29 @@ def test_the_gradient_of_the_first_tensor_alone() -> None:
     torch.testing.assert_close((g.mT @ x)[0], wanted)
 
 
-class Scale(nn.Module):
-    """A layer of somebody else, whose weight has a name of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(3, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.table)
-
-
-class ScaleAdapter(cbs_opt.LayerAdapter):
-    types = (Scale,)
-
-    def weights(self, module: nn.Module) -> tuple[str, ...]:
-        return ("table",)
-
-    def input_rows(self, module, args, kwargs):
-        return {"table": [args[0].reshape(1, -1, 4)]}
-
-    def output_gradient_rows(self, module, args, kwargs, gradient):
-        return {"table": [gradient.reshape(1, -1, 3)]}
-
-
 def test_third_parties_register_kinds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the example of the documentation."""
     monkeypatch.setattr(adapters, "_ADAPTERS", list(adapters._ADAPTERS))
-    model = nn.Sequential(Scale(), nn.ReLU(), nn.Linear(3, 2))
+    text = (Path(__file__).parents[2] / "docs" / "writing_a_layer.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("cbs_opt.register_layer", "#"), names)
+    model = nn.Sequential(names["Experts"](2, 3, 4), nn.Flatten(), nn.Linear(24, 2)).double()
     before = cbs_opt.find_layers(model)
     assert before.names == ("2",) and "register_layer" in before.skipped[0].reason
-    cbs_opt.register_layer(ScaleAdapter())
-    x, y = torch.randn(16, 4), torch.randint(0, 2, (16,))
+    adapter = names["ExpertsAdapter"]()
+    cbs_opt.register_layer(adapter)
+    x, y = torch.randn(16, 3, 3, dtype=torch.float64), torch.randint(0, 2, (16,))
+    module = model[0]
+    output = module(x)
+    direction = torch.randn_like(output)
+    (wanted,) = torch.autograd.grad(output, [module.w], direction)
+    (seen,) = adapter.input_rows(module, (x,), {})["w"]
+    (gradients,) = adapter.output_gradient_rows(module, (x,), {}, direction)["w"]
+    view = adapter.view(module, "w")
+    torch.testing.assert_close(view.unflatten((gradients.mT @ seen).reshape(-1)), wanted)
     result = cbs_opt.prune(model, [(x, y)], F.cross_entropy, sparsity=0.5, solver="obd")
-    assert result.layers.names == ("0.table", "2") and result.layers["0.table"].kind == "Scale"
-    assert int((result.model[0].table == 0).sum()) + int((result.model[2].weight == 0).sum()) == 9
+    assert result.layers.names == ("0.w", "2") and result.layers["0.w"].kind == "Experts"
+    assert int((result.model[0].w == 0).sum()) + int((result.model[2].weight == 0).sum()) == 36
     with pytest.raises(cbs_opt.OptionError, match="LayerAdapter"):
-        cbs_opt.register_layer(Scale())
+        cbs_opt.register_layer(module)

@@ -102,6 +102,7 @@ def test_masked_layers_are_the_same_layers() -> None:
         before.write(model, torch.zeros(before.n))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 def test_other_parametrizations_and_prune_masks_are_refused_with_the_remedy() -> None:
     normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ModelError, match="remove_parametrizations"):
