@@ -15,11 +15,11 @@ import heapq
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -178,6 +178,7 @@ def best_first(
     root_bound, reason = tree.bound(), Reason.COMPLETED
     under_way: deque[tuple[Node[State], Future[Expansion[State]]]] = deque()
     workers = ThreadPoolExecutor(max(1, n_threads))
+    submit = workers.submit if n_threads > 1 else _at_once
     try:
         while True:
             while len(under_way) < relaxation.window and reason is Reason.COMPLETED:
@@ -188,7 +189,7 @@ def best_first(
                     reason = Reason.TIME_LIMIT if deadline.expired() else Reason.NODE_LIMIT
                     tree.push(node)
                     break
-                under_way.append((node, workers.submit(relaxation.expand, node, tree.incumbent)))
+                under_way.append((node, submit(relaxation.expand, node, tree.incumbent)))
             if not under_way:
                 break
             node, future = under_way.popleft()
@@ -204,3 +205,10 @@ def best_first(
         "open_nodes": float(len(tree.heap)),
     }
     return Search(tree.incumbent, tree.bound(), reason, statistics)
+
+
+def _at_once(expand: Callable[..., Expansion[State]], *arguments: Any) -> Future[Expansion[State]]:
+    """A future that is done: one worker needs no thread of its own."""
+    future: Future[Expansion[State]] = Future()
+    future.set_result(expand(*arguments))
+    return future

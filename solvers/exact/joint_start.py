@@ -20,7 +20,7 @@ from solvers.solver import Deadline
 ZERO = 1e-28
 #: A weight is eliminated before the tree is grown if its ½ ĉ² is so many times the incumbent's height.
 _OUT_OF_SCALE = 1e6
-_TABU_SWAPS = 1000
+_TABU_SWAPS = 300
 
 
 def value_of(square: Square, pruned: Mask) -> Incumbent:

@@ -20,14 +20,7 @@ def scan_row(gram, part, squares, pivots, x, first, offset, best, second):
     """The pairs (x, y), first ≤ y < x: (best, second, y of the best or −1) of doubled gains, `offset` included."""
     row = gram[x]
     pivot, square, double = pivots[x], squares[x], 2.0 * part[x]
-    need = second - offset
-    hits, found = 0, -1
-    for y in range(first, x):
-        determinant = pivot * pivots[y] - row[y] * row[y]
-        value = square * pivots[y] + squares[y] * pivot - double * part[y] * row[y]
-        hits += value > need * determinant
-    if hits == 0:
-        return best, second, found
+    need, found = second - offset, -1
     for y in range(first, x):
         determinant = pivot * pivots[y] - row[y] * row[y]
         if determinant <= DEPENDENT * pivot * pivots[y]:
@@ -90,6 +83,15 @@ def best_subset(matrix, slope, size, needed):
                 squares[y] = part[y] * part[y]
                 pivots[y] = gram[y, y]
             for x in range(first + 1, m):
+                row, pivot, square, double = gram[x], pivots[x], squares[x], 2.0 * part[x]
+                need, hits = second - gains[level], 0
+                # Without a division or a branch, so that it vectorises; most rows end here.
+                for y in range(first, x):
+                    determinant = pivot * pivots[y] - row[y] * row[y]
+                    value = square * pivots[y] + squares[y] * pivot - double * part[y] * row[y]
+                    hits += value > need * determinant
+                if hits == 0:
+                    continue
                 best, second, y = scan_row(gram, part, squares, pivots, x, first, gains[level], best, second)
                 if y >= 0:
                     best_chosen[:] = chosen
