@@ -81,8 +81,7 @@ def prune(
     Raises
     ------
     CBSError
-        One of its subclasses, for bad input, before gradients are computed; for what does not fit together or into
-        memory, before the data are read.
+        For what does not fit together or into memory, before data are read; for bad data, before gradients are taken.
     """
     choice = Choice(
         sparsity=0.9 if sparsity is None and n_kept is None else sparsity,

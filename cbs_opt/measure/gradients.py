@@ -163,25 +163,8 @@ def sample_gradients(
         engine = _choose(chosen, subject, index, notes)
         chunk = _chunk_rows(subject, index, memory_budget, engine)
         memory = factor if keep_rows else _allocate(chunk, layers.n, dtype, place, None)
-        mean = torch.zeros(layers.n, dtype=torch.float64, device=place)
-        total = torch.zeros((), dtype=torch.float64, device=place)
-        scale = 1.0 / math.sqrt(rows)
         begun = time.perf_counter()
-        for start in range(0, rows, chunk):
-            part = index[start : start + chunk]
-            target = memory[start : start + chunk] if keep_rows else memory[: len(part)]
-            samples = subject.rows(part)
-            try:
-                with typed_failures(*samples):
-                    losses = engine(subject, samples, target, scale)
-            except NotApplicableError as error:
-                raise ModelError(
-                    f"rows {start} to {start + len(part) - 1}: {error}; use method='vmap' or 'loop'"
-                ) from error
-            total += losses.double().sum()
-            mean += target.sum(0, dtype=torch.float64)
-            if progress is not None:
-                progress(min(start + chunk, rows), rows)
+        mean, total = _fill(memory, subject, index, engine, chunk, progress)
     mean /= math.sqrt(rows)
     loss = float(total) / rows
     if not math.isfinite(loss) or not bool(torch.isfinite(mean).all()):
@@ -190,6 +173,31 @@ def sample_gradients(
     return GradientSample(
         factor, mean, loss, rows, size, NAMES[engine], now - started, (now - begun) / rows, tuple(notes)
     )
+
+
+def _fill(
+    memory: Tensor, subject: Subject, index: Index, engine: Engine, chunk: int, progress: Progress | None
+) -> tuple[Tensor, Tensor]:
+    """(sum of the rows, sum of the losses), float64; rows go into `memory`, one over another where it is short."""
+    rows, n = len(index), memory.shape[1]
+    mean = torch.zeros(n, dtype=torch.float64, device=subject.device)
+    total = torch.zeros((), dtype=torch.float64, device=subject.device)
+    for start in range(0, rows, chunk):
+        part = index[start : start + chunk]
+        target = memory[start : start + chunk] if len(memory) == rows else memory[: len(part)]
+        samples = subject.rows(part)
+        try:
+            with typed_failures(*samples):
+                losses = engine(subject, samples, target, 1.0 / math.sqrt(rows))
+        except NotApplicableError as error:
+            raise ModelError(
+                f"rows {start} to {start + len(part) - 1}: {error}; use method='vmap' or 'loop'"
+            ) from error
+        total += losses.double().sum()
+        mean += target.sum(0, dtype=torch.float64)
+        if progress is not None:
+            progress(min(start + chunk, rows), rows)
+    return mean, total
 
 
 def _by_batch(batch_norm: str, method: GradientMethod, size: int) -> bool:
