@@ -53,7 +53,8 @@ class BranchBoundSolver(Solver):
         arrays = problem.arrays()
         grow = _joint if problem.objective is Objective.JOINT else _selection
         result = grow(self, arrays, problem.n_prune, context)
-        proven = result.bound >= result.statistics["objective"] - _PROVEN * abs(result.statistics["objective"])
+        value = problem.value(result.pruned)
+        proven = result.bound >= value - _PROVEN * abs(value)
         if problem.n <= MOST_WEIGHTS and not proven and result.reason is Reason.COMPLETED:
             # Scales too far apart, or too much cancellation: double-double and rational arithmetic decide.
             best = best_mask(arrays, problem.objective, problem.n_prune)
