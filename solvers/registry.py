@@ -10,6 +10,7 @@ and ``solvers.solve(problem, "my_solver[option=value]")`` finds it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -27,6 +28,7 @@ from solvers.errors import BackendError, OptionError, UnknownNameError
 from solvers.solver import Solver
 
 ENTRY_POINT_GROUP = "cbs_opt.solvers"
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 _BUILT_IN = {
     "random": "solvers.baselines.random:RandomSolver",
@@ -154,7 +156,6 @@ def describe(name: str) -> SolverDescription:
         OptionDescription(f.name, _type_name(hints[f.name]), _plain(f.default), f.metadata.get("help", ""))
         for f in dataclasses.fields(cls)
     )
-    missing = tuple(m for m in cls.requires if importlib.util.find_spec(m) is None)
     return SolverDescription(
         name=name,
         summary=cls.summary,
@@ -165,9 +166,14 @@ def describe(name: str) -> SolverDescription:
         needs=tuple(sorted(need.value for need in cls.needs)),
         max_weights=cls.max_weights,
         requires=cls.requires,
-        missing=missing,
+        missing=_missing(cls),
         options=options,
     )
+
+
+def _missing(cls: type[Solver]) -> tuple[str, ...]:
+    """Modules it requires that are not installed."""
+    return tuple(m for m in cls.requires if importlib.util.find_spec(m) is None)
 
 
 def make_solver(spec: str | Solver) -> Solver:
@@ -189,12 +195,9 @@ def make_solver(spec: str | Solver) -> Solver:
     if rest and not rest.endswith("]"):
         raise OptionError(f"solver {spec!r}: the bracket is not closed; write name[option=value,...]")
     cls = solver_class(name)
-    missing = [m for m in cls.requires if importlib.util.find_spec(m) is None]
-    if missing:
-        modules = " ".join(missing)
+    if modules := " ".join(_missing(cls)):
         raise BackendError(f"solver {name!r} needs {modules}, which is not installed; pip install {modules}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    hints, known = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls)]
     options: dict[str, Any] = {}
     body = rest[:-1].strip().removesuffix(",")
     for part in split_outside_brackets(body, ",") if body else ():
@@ -227,31 +230,19 @@ def split_outside_brackets(text: str, separator: str) -> Iterator[str]:
 
 
 def _convert(text: str, kind: Any, what: str) -> Any:
-    """`text` as a value of type `kind`."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        members = typing.get_args(kind)
-        if type(None) in members and text.lower() == "none":
-            return None
-        kinds = [m for m in members if m is not type(None)]
-        for index, member in enumerate(kinds):
-            try:
-                return _convert(text, member, what)
-            except OptionError:
-                if index == len(kinds) - 1:
-                    raise
-    if origin is typing.Literal:
-        return text
-    try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[text.lower()]
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            return kind(text)
-        if kind in (int, float, str):
-            return kind(text)
-    except (ValueError, KeyError):
-        raise OptionError(f"{what}={text!r} is not a valid {_type_name(kind)}") from None
-    raise OptionError(f"{what} cannot be given as text; construct the solver in Python")
+    """`text` as a value of type `kind`: a simple type, an enum, a Literal, or any of several."""
+    several = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    members = typing.get_args(kind) if several else (kind,)
+    if types.NoneType in members and text.lower() == "none":
+        return None
+    for member in members:
+        if typing.get_origin(member) is typing.Literal:
+            return text
+        if not isinstance(member, type) or not issubclass(member, (bool, int, float, str, Enum)):
+            continue
+        with contextlib.suppress(ValueError, KeyError):
+            return _BOOLEANS[text.lower()] if member is bool else member(text)
+    raise OptionError(f"{what}={text!r} is not a valid {_type_name(kind)}")
 
 
 def _type_name(kind: Any) -> str:

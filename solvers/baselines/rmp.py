@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from solvers.curvature import LowRank
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import ANY_PROBLEM, Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, Capability, Context, Deadline, Solver, option
 
 Ranks = npt.NDArray[np.int32]
 
@@ -89,53 +90,40 @@ def approximate_selection_values(problem: SelectionProblem, masks: Mask) -> Arra
 def best_draw(problem: SelectionProblem, draws: int, context: Context) -> tuple[Mask, int]:
     """The best of `draws` masks by calibration loss if there is a callback, else by objective; (mask, draws seen).
 
-    Stops early, with what has been seen, when the deadline expires.
+    Stops early, with what has been seen, when the deadline expires. By the selection objective all masks of a batch are
+    judged at once, and near ties are settled in float64.
     """
     loss = context.calibration_loss
+    screens = loss is None and problem.objective is Objective.SELECTION
+    size = max(1, _BATCH_ENTRIES // problem.n) if screens else 1
     source = magnitude_draws(problem, draws, context.rng())
-    if loss is None and problem.objective is Objective.SELECTION:
-        return _best_by_selection(problem, source, context)
-    judge = problem.value if loss is None else loss
-    best, best_value, seen = None, math.inf, 0
-    for mask in source:
-        value = judge(mask)
-        seen += 1
-        if best is None or value < best_value:
-            best, best_value = mask, value
-        if context.deadline.expired():
-            break
-    assert best is not None
-    return best, seen
-
-
-def _best_by_selection(problem: SelectionProblem, source: Iterator[Mask], context: Context) -> tuple[Mask, int]:
-    """All draws through one matrix product per batch; near ties are settled in float64."""
-    size = max(1, _BATCH_ENTRIES // problem.n)
-    masks: list[Mask] = []
-    values: list[float] = []
-    batch: list[Mask] = []
+    best: list[tuple[float, Mask]] = []
     seen = 0
-
-    def flush() -> None:
-        values.extend(approximate_selection_values(problem, np.stack(batch)))
-        masks.extend(batch)
-        batch.clear()
-        order = np.argsort(values, kind="stable")
-        close = values[order[0]] + _SCREEN_TOLERANCE * abs(values[order[0]])
-        survivors = [int(i) for i in np.sort(order) if values[i] <= close]
-        masks[:], values[:] = [masks[i] for i in survivors], [values[i] for i in survivors]
-
-    for mask in source:
-        batch.append(mask)
-        seen += 1
-        if len(batch) == size:
-            flush()
+    while batch := _batch(source, size, context.deadline):
+        seen += len(batch)
+        if screens:
+            values = approximate_selection_values(problem, np.stack(batch)).tolist()
+        else:
+            values = [(loss or problem.value)(mask) for mask in batch]
+        best.extend(zip(values, batch, strict=True))
+        least = min(value for value, _ in best)
+        limit = least + _SCREEN_TOLERANCE * abs(least) if screens else least
+        best = [pair for pair in best if not pair[0] > limit]
         if context.deadline.expired():
             break
-    if batch:
-        flush()
-    exact = [problem.selection_value(mask) for mask in masks] if len(masks) > 1 else [0.0]
-    return masks[int(np.argmin(exact))], seen
+    if len(best) > 1 and screens:
+        best = [(problem.selection_value(mask), mask) for _, mask in best]
+    return min(best, key=lambda pair: pair[0])[1], seen
+
+
+def _batch(source: Iterator[Mask], size: int, deadline: Deadline) -> list[Mask]:
+    """Up to `size` masks, fewer at the end and where time runs out, but one at least."""
+    masks = []
+    for mask in islice(source, size):
+        masks.append(mask)
+        if deadline.expired():
+            break
+    return masks
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,26 @@ class Certificate(ABC):
     @abstractmethod
     def value(self, problem: SelectionProblem) -> float:
         """The bound it proves for `problem`, rounded to the safe side."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCertificate(Certificate):
+    """A point of the image space of the factored view.
+
+    Attributes
+    ----------
+    residuals : tuple of float64 (n_components·rank,), one per block
+    """
+
+    residuals: tuple[Array, ...]
+
+    def terms(self, problem: SelectionProblem) -> Iterator[tuple[Array, ...]]:
+        """(y, Fᵀy, w, g, ridge, √diag H) of each block, from the curvature itself."""
+        for block, y in zip(problem.blocks, self.residuals, strict=True):
+            pulled = block.curvature.back_project(block.tensor_of(y)).cpu().numpy()
+            weights, norms = block.weights.cpu().numpy(), np.sqrt(block.diagonal.cpu().numpy())
+            gradient = np.zeros(block.n) if block.gradient is None else block.gradient.cpu().numpy()
+            yield y, pulled, weights, gradient, block.curvature.ridge.cpu().numpy(), norms
 
 
 @dataclass(frozen=True, eq=False)

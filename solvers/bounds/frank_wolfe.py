@@ -29,18 +29,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import scipy.linalg
 import scipy.optimize
 
-from solvers.bounds.certificate import EPS, Bound, smallest_sum
-from solvers.bounds.factored import FactoredProblem, ImageCertificate
-from solvers.problem import Array, SelectionProblem
+from solvers.arrays import Array, Index
+from solvers.bounds.certificate import EPS, Bound, ImageCertificate, smallest_sum
+from solvers.factored import FactoredView
+from solvers.problem import SelectionProblem
 from solvers.solver import Deadline
 
 _NEWTON_STEPS = 30
 _COLUMNS = 4096
-Indices = npt.NDArray[np.int64]
 
 
 class ResidualCertificate(ImageCertificate):
@@ -63,22 +62,9 @@ class ResidualCertificate(ImageCertificate):
 def frank_wolfe_bound(
     problem: SelectionProblem, *, tolerance: float = 1e-3, time_limit: float | None = None, max_iterations: int = 60
 ) -> Bound:
-    """The bound of the convex relaxation of the selection objective.
+    """The bound of the convex relaxation, to a relative gap of `tolerance` to the relaxation's own optimum.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        Any number of blocks and weights; 0 < n_prune < n.
-    tolerance : float
-        Relative gap to the relaxation's own optimum at which to stop.
-    time_limit : float, optional
-        Seconds; the bound is valid whenever it ends.
-    max_iterations : int
-        Proximal-point steps.
-
-    Returns
-    -------
-    Bound
+    It is valid whenever the time or the number of proximal-point steps ends the search.
     """
     deadline = Deadline(time_limit)
     relaxation = _Relaxation(problem)
@@ -94,7 +80,7 @@ def frank_wolfe_bound(
         iterations += 1
         z, u = relaxation.proximal_step(z, u, sigma, deadline)
         image = relaxation.image(z)
-        primal = 0.5 * float(image @ image) + float(relaxation.linear @ z)
+        primal = 0.5 * float(np.vdot(image, image)) + float(relaxation.cost @ z)
         for candidate in (u, image):
             value = relaxation.dual(candidate)
             if value > best:
@@ -107,24 +93,24 @@ def frank_wolfe_bound(
     return Bound(certificate.value(problem), "frank_wolfe", deadline.elapsed(), iterations, certificate, converged)
 
 
-class _Relaxation(FactoredProblem):
-    """min ½‖Bz‖² + qᵀz over the capped simplex."""
+class _Relaxation(FactoredView):
+    """min ½‖Bz‖² + qᵀz over the capped simplex; points u of the image space have one row per component."""
 
     def __init__(self, problem: SelectionProblem) -> None:
         super().__init__(problem)
-        self.linear: Array = 0.5 * self.ridge * self.weights**2 - self.gradient * self.weights
+        self.cost: Array = 0.5 * self.ridge * self.weights**2 - self.linear
 
     def image(self, z: Array) -> Array:
         """B z."""
         return self.project(self.weights * z)
 
-    def pull(self, u: Array) -> Array:
-        """Bᵀ u."""
-        return self.weights * self.back_project(u)
+    def slope(self, u: Array) -> Array:
+        """Bᵀu + q."""
+        return self.weights * self.back_project(u) + self.cost
 
     def dual(self, u: Array) -> float:
         """bound(u)."""
-        return -0.5 * float(u @ u) + smallest_sum(self.pull(u) + self.linear, self.count)
+        return -0.5 * float(np.vdot(u, u)) + smallest_sum(self.slope(u), self.problem.n_prune)
 
     def proximal_step(self, anchor: Array, u: Array, sigma: float, deadline: Deadline) -> tuple[Array, Array]:
         """argmin ½‖Bz‖² + qᵀz + ‖z − anchor‖²/(2σ) and its dual point, by semismooth Newton."""
@@ -134,7 +120,7 @@ class _Relaxation(FactoredProblem):
             if float(np.linalg.norm(residual)) <= 1e-6 * (float(np.linalg.norm(u)) + 1e-300) or deadline.expired():
                 break
             direction = self._newton(residual, np.flatnonzero((z > 0.0) & (z < 1.0)), sigma)
-            slope, step = float(residual @ direction), 1.0
+            slope, step = float(np.vdot(residual, direction)), 1.0
             while step > 1e-6:
                 trial, trial_z = self._smooth_dual(u + step * direction, anchor, sigma)
                 if trial >= smooth + 1e-4 * step * slope:
@@ -146,32 +132,30 @@ class _Relaxation(FactoredProblem):
         return z, u
 
     def _smooth_dual(self, u: Array, anchor: Array, sigma: float) -> tuple[float, Array]:
-        slope = self.pull(u) + self.linear
-        z = project_capped_simplex(anchor - sigma * slope, self.count)
-        return -0.5 * float(u @ u) + float(slope @ z) + 0.5 / sigma * float((z - anchor) @ (z - anchor)), z
+        slope = self.slope(u)
+        z = project_capped_simplex(anchor - sigma * slope, self.problem.n_prune)
+        step = z - anchor
+        return -0.5 * float(np.vdot(u, u)) + float(slope @ z) + 0.5 / sigma * float(step @ step), z
 
-    def _newton(self, residual: Array, free: Indices, sigma: float) -> Array:
+    def _newton(self, residual: Array, free: Index, sigma: float) -> Array:
         """[I + σ B_F (I − 11ᵀ/|F|) B_Fᵀ]⁻¹ residual."""
         if free.size < 2:
             return residual
-        x, y, b = residual.copy(), np.zeros(self.size), np.zeros(self.size)
-        for number, where, image in self.components:
-            inside = free[slice(*np.searchsorted(free, (where.start, where.stop)))]
-            if inside.size == 0:
-                continue
-            block = self.problem.blocks[number]
-            kernel = np.eye(image.stop - image.start)
+        x, y, b = residual.copy(), np.zeros_like(residual), np.zeros_like(residual)
+        owner = self.component_of[free]
+        for c in np.unique(owner):
+            kernel = np.eye(self.rows)
+            inside = free[slice(*np.searchsorted(owner, (c, c + 1)))]
             for index in np.split(inside, range(_COLUMNS, inside.size, _COLUMNS)):
-                chosen = block.tensor_of(index - self.problem.slices[number].start)
-                columns = block.curvature.factor_columns(chosen).double() * block.weights[chosen]
-                kernel += sigma * (columns @ columns.T).cpu().numpy()
-                b[image] += columns.sum(1).cpu().numpy()
+                columns = self.columns(index) * self.weights[index, None]
+                kernel += sigma * (columns.T @ columns)
+                b[c] += columns.sum(0)
             factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
-            x[image], y[image] = (scipy.linalg.cho_solve(factor, part[image]) for part in (residual, b))
+            x[c], y[c] = scipy.linalg.cho_solve(factor, residual[c]), scipy.linalg.cho_solve(factor, b[c])
         # Sherman–Morrison for the mean over F, which couples the components.
         ratio = sigma / free.size
-        bottom = 1.0 - ratio * float(b @ y)
-        return x if bottom <= 1e-12 else x + y * (ratio * float(b @ x) / bottom)
+        bottom = 1.0 - ratio * float(np.vdot(b, y))
+        return x if bottom <= 1e-12 else x + y * (ratio * float(np.vdot(b, x)) / bottom)
 
 
 def project_capped_simplex(x: Array, count: int) -> Array:

@@ -65,25 +65,10 @@ class LagrangianCertificate(Certificate):
 
 
 def lagrangian_bound(problem: SelectionProblem, *, tolerance: float = 1e-4, time_limit: float | None = None) -> Bound:
-    """The bound of the Lagrangian decomposition.
+    """The bound, each block's semidefinite programme solved to a relative duality gap of `tolerance`.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        Selection objective, blocks of at most `MAX_BLOCK` weights, 0 < n_prune < n.
-    tolerance : float
-        Relative duality gap of each block's semidefinite programme.
-    time_limit : float, optional
-        Seconds; checked between the steps of the bisection.
-
-    Returns
-    -------
-    Bound
-
-    Raises
-    ------
-    CapabilityError
-        If a block is too large.
+    The time limit is checked between the steps of the bisection. Raises CapabilityError for a block of more than
+    `MAX_BLOCK` weights.
     """
     largest = max(block.n for block in problem.blocks)
     if largest > MAX_BLOCK:

@@ -25,9 +25,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from solvers.bounds.certificate import EPS, Bound, smallest_sum
-from solvers.bounds.factored import FactoredProblem, ImageCertificate
+from solvers.bounds.certificate import EPS, Bound, ImageCertificate, smallest_sum
 from solvers.errors import CapabilityError
+from solvers.factored import FactoredView
 from solvers.problem import Array, SelectionProblem
 from solvers.solver import Deadline
 
@@ -64,8 +64,9 @@ def perspective_bound(
     CapabilityError
         If a block has no damping: the relaxation then bounds nothing.
     """
-    view = FactoredProblem(problem)
-    damping, gradient, weights = view.ridge, view.gradient, view.weights
+    view = FactoredView(problem)
+    damping, weights = view.ridge, view.weights
+    gradient = np.zeros(problem.n) if problem.gradient is None else problem.gradient
     if not damping.all():
         raise CapabilityError(
             "the bound of the joint objective comes from the damping, and a block has damping=0; pass a positive one"
@@ -75,11 +76,11 @@ def perspective_bound(
     def dual(y: Array) -> tuple[float, Array]:
         slope = gradient + view.back_project(y)
         costs = 0.5 * (damping * weights - slope) ** 2 / damping
-        value = -0.5 * float(y @ y) - float((0.5 * slope**2 / damping).sum())
+        value = -0.5 * float(np.vdot(y, y)) - float((0.5 * slope**2 / damping).sum())
         return value + smallest_sum(costs, problem.n_prune), costs
 
     z = np.full(problem.n, problem.n_prune / problem.n)
-    y = np.zeros(view.size)
+    y = np.zeros((view.n_components, view.rows))
     best_y, (best, costs) = y, dual(y)
     iterations, converged = 0, False
     while iterations < max_iterations and not deadline.expired():
@@ -108,14 +109,14 @@ def perspective_bound(
 def _conjugate_gradients(operator: Callable[[Array], Array], right: Array, x: Array, deadline: Deadline) -> Array:
     """A few steps on operator(x) = right from x; inexactness costs tightness only."""
     residual = right - operator(x)
-    direction, square = residual, float(residual @ residual)
-    goal = 1e-6 * float(right @ right)
+    direction, square = residual, float(np.vdot(residual, residual))
+    goal = 1e-6 * float(np.vdot(right, right))
     for _ in range(_CONJUGATE_STEPS):
         if square <= goal or deadline.expired():
             break
         image = operator(direction)
-        step = square / float(direction @ image)
+        step = square / float(np.vdot(direction, image))
         x, residual = x + step * direction, residual - step * image
-        square, before = float(residual @ residual), square
+        square, before = float(np.vdot(residual, residual)), square
         direction = residual + (square / before) * direction
     return x

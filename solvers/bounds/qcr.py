@@ -78,24 +78,7 @@ def unit_of(quadratic: Array, linear: Array) -> float:
 
 
 def qcr_bound(problem: SelectionProblem, *, tolerance: float = 1e-6) -> Bound:
-    """The semidefinite bound of a selection problem.
-
-    Parameters
-    ----------
-    problem : SelectionProblem
-        Selection objective, 0 < n_prune < n ≤ `MAX_WEIGHTS`.
-    tolerance : float
-        Relative duality gap at which to stop.
-
-    Returns
-    -------
-    Bound
-
-    Raises
-    ------
-    CapabilityError
-        If the problem is too large.
-    """
+    """The bound to a relative duality gap of `tolerance`; raises CapabilityError beyond `MAX_WEIGHTS` weights."""
     if problem.n > MAX_WEIGHTS:
         raise CapabilityError(
             f"the qcr bound takes at most {MAX_WEIGHTS} weights, the problem has {problem.n}; use "

@@ -90,7 +90,7 @@ def best_shift(
     cost = np.zeros((n + 1, n + 1))
     cost[1:, 1:] = 0.5 * quadratic
     cost[0, 1:] = cost[1:, 0] = -0.5 * linear
-    basis = np.eye(n + 1) if count is None else _basis(n, count)
+    basis = np.eye(n + 1) if count is None else _complement(np.concatenate([[-float(count)], np.ones(n)]))
     reduced = basis.T @ cost @ basis
     reduced = 0.5 * (reduced + reduced.T)
     primal, duals, slack = _start(reduced, basis, n, count)
@@ -133,20 +133,9 @@ def best_shift(
 
 
 def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0, *, whole_space: bool = False) -> Array:
-    """`diagonal` lowered until Q − diag d is safely positive definite on 1^⊥.
+    """`diagonal` (n,) lowered until Q − diag d is safely positive definite on 1^⊥, or on the whole space.
 
-    Parameters
-    ----------
-    quadratic : float64 (n, n)
-    diagonal : float64 (n,)
-    slack : float ≥ 0
-        Smallest eigenvalue wanted beyond the rounding margin.
-    whole_space : bool
-        Ask for it on all vectors, not only on those of sum zero.
-
-    Returns
-    -------
-    float64 (n,)
+    `slack` is the smallest eigenvalue wanted beyond the rounding margin.
     """
     n = quadratic.shape[0]
     if n < 2 and not whole_space:
@@ -155,7 +144,7 @@ def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0, *, whole_s
     if whole_space:
         values = scipy.linalg.eigvalsh(shifted)
     else:
-        basis = _sum_zero_basis(n)
+        basis = _complement(np.ones(n))
         values = scipy.linalg.eigvalsh(basis.T @ shifted @ basis)
     # Backward error of the product and of the eigenvalues: a small multiple of n eps times the norm.
     norm = max(abs(float(values[0])), abs(float(values[-1])), float(np.abs(shifted).max()))
@@ -164,19 +153,8 @@ def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0, *, whole_s
     return np.asarray(lowered, dtype=np.float64)
 
 
-def _basis(n: int, count: int) -> Array:
-    """Orthonormal basis, (n + 1, n), of the vectors orthogonal to (−k; 1): the columns of a Householder reflection."""
-    v = np.ones(n + 1)
-    v[0] = -float(count)
-    return _complement(v)
-
-
-def _sum_zero_basis(n: int) -> Array:
-    """Orthonormal basis, (n, n − 1), of 1^⊥."""
-    return _complement(np.ones(n))
-
-
 def _complement(v: Array) -> Array:
+    """Orthonormal basis, (n, n − 1), of the vectors orthogonal to v: the columns of a Householder reflection."""
     unit = v / np.linalg.norm(v)
     unit[0] += 1.0 if unit[0] >= 0 else -1.0
     reflection = np.eye(v.shape[0]) - np.outer(unit, unit) * (2.0 / float(unit @ unit))

@@ -32,8 +32,7 @@ import numpy as np
 
 from solvers.arrays import Array, Index
 from solvers.local_search.state import SwapState
-from solvers.local_search.swap_search import SwapSearch, settled
-from solvers.moves.starts import STARTS
+from solvers.local_search.swap_search import Start, SwapSearch, settled, start_option
 from solvers.solution import Proposal, Reason
 from solvers.solver import Context, Deadline, option
 
@@ -63,20 +62,7 @@ class _Columns:
 
 
 def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int, deadline: Deadline) -> int:
-    """One pass of the paper's rule on `state`, in place; returns the number of swaps made.
-
-    Parameters
-    ----------
-    state : SwapState
-    min_gain : float
-        ε: a swap must lower the objective by more than this.
-    window : int
-        ρ.
-    max_failures : int
-        τ.
-    deadline : Deadline
-        Looked at every few candidates.
-    """
+    """One pass of the paper's rule with ε = `min_gain`, ρ = `window`, τ = `max_failures`, in place; swaps made."""
     inside, drops, outside, rises = state.sides(state.forces())
     inside = inside[np.argsort(-drops, kind="stable")]
     outside = outside[np.argsort(rises - state.interaction(int(inside[0]))[outside], kind="stable")]
@@ -134,9 +120,7 @@ class GreedyLocalSearchSolver(SwapSearch):
     summary = "the paper's local search: passes of greedy swaps from randomised magnitude pruning"
     reference = "Yu et al., The Combinatorial Brain Surgeon, ICML 2022"
 
-    start: Literal["rmp", "magnitude", "obd", "woodfisher", "random"] = option(
-        "rmp", "where the search starts unless a mask is given", choices=STARTS
-    )
+    start: Start = start_option("rmp")
     rule: Literal["paper", "best"] = option(
         "paper", "paper: passes of greedy swaps; best: best swaps to a true 1-swap optimum", choices=("paper", "best")
     )
@@ -149,9 +133,9 @@ class GreedyLocalSearchSolver(SwapSearch):
     patience: int = option(5, "passes without a lower calibration loss that end the search", minimum=1)
 
     @property
-    def start_draws(self) -> int:
-        """Masks drawn by the start 'rmp'."""
-        return self.draws
+    def start_spec(self) -> str:
+        """As `SwapSearch`."""
+        return f"rmp[draws={self.draws}]" if self.start == "rmp" else self.start
 
     def search(self, state: SwapState, context: Context) -> Proposal:
         """Sweep, return the best iterate."""
@@ -160,7 +144,7 @@ class GreedyLocalSearchSolver(SwapSearch):
             return settled(state, self.min_gain or 0.0, context)
         min_gain = self._min_gain(state)
         loss = context.calibration_loss
-        best = state.pruned.copy()
+        best = state.pruned if loss is None else state.pruned.copy()
         best_loss = math.inf if loss is None else loss(best)
         reason = Reason.COMPLETED if self.passes == 0 else Reason.ITERATION_LIMIT
         swaps = done = idle = best_pass = 0
@@ -187,7 +171,7 @@ class GreedyLocalSearchSolver(SwapSearch):
                 reason = Reason.COMPLETED
                 break
         statistics = {"passes": float(done), "swaps": float(swaps), "best_pass": float(best_pass)}
-        return Proposal(state.pruned if loss is None else best, reason=reason, statistics=statistics)
+        return Proposal(best, reason=reason, statistics=statistics)
 
     def _min_gain(self, state: SwapState) -> float:
         if self.min_gain is not None:

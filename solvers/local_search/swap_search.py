@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -17,15 +17,21 @@ from solvers.local_search.descent import descend
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
 from solvers.moves import selection_swaps
-from solvers.moves.starts import STARTS, starting_mask
 from solvers.problem import Array, Mask, SelectionProblem
+from solvers.registry import make_solver
 from solvers.solution import Proposal, Reason
 from solvers.solver import ANYTIME, SELECTION_PROBLEM, Capability, Context, Solver, option
 
+Start = Literal["rmp", "magnitude", "obd", "woodfisher", "random"]
 #: Weights of one round.
 WORKING_SET = 2000
 
 selection_swaps.compile_kernel("steepest_descent")
+
+
+def start_option(default: Start) -> Any:
+    """The option `start` of a search."""
+    return option(default, "where the search starts unless a mask is given", choices=get_args(Start))
 
 
 @dataclass(frozen=True)
@@ -34,20 +40,21 @@ class SwapSearch(Solver):
 
     capabilities = SELECTION_PROBLEM | ANYTIME | {Capability.RANDOMISED, Capability.CALIBRATION}
 
-    start: Literal["rmp", "magnitude", "obd", "woodfisher", "random"] = option(
-        "obd", "where the search starts unless a mask is given", choices=STARTS
-    )
+    start: Start = start_option("obd")
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Start, search."""
-        state = SwapState(problem, starting_mask(problem, self.start, self.start_draws, context))
+        first = context.start
+        if first is None:
+            first = make_solver(self.start_spec).run(problem, context).pruned
+        state = SwapState(problem, first)
         context.record(state.value)
         return self.search(state, context)
 
     @property
-    def start_draws(self) -> int:
-        """Masks drawn by the start 'rmp'."""
-        return 50
+    def start_spec(self) -> str:
+        """The solver that makes the first mask, with its options."""
+        return self.start
 
     @abstractmethod
     def search(self, state: SwapState, context: Context) -> Proposal:

@@ -1,1 +1,1 @@
-"""Moves between masks, each written once: swap tables, elimination, kicks, starts."""
+"""Moves between masks, each written once: swap tables, elimination, kicks."""
