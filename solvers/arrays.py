@@ -33,3 +33,11 @@ class ProblemArrays:
     def hessian(self) -> Array:
         """H = AᵀA + diag(damping), dense (n, n)."""
         return self.factor.T @ self.factor + np.diag(self.damping)
+
+    @property
+    def selection_form(self) -> tuple[Array, Array]:
+        """Q = diag(w) H diag(w), (n, n), and c = g·w, (n,): removing z ∈ {0, 1}ⁿ costs ½ zᵀQz − cᵀz."""
+        columns = self.factor * self.weights
+        quadratic = columns.T @ columns
+        quadratic[np.diag_indices(self.weights.size)] += self.damping * self.weights**2
+        return quadratic, self.gradient * self.weights

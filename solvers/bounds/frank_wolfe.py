@@ -161,7 +161,7 @@ class _Relaxation(FactoredView):
 def project_capped_simplex(x: Array, count: int) -> Array:
     """The nearest point with 0 ≤ z ≤ 1 and 1ᵀz = count; x float64 (n,), exact up to rounding."""
     # Σ clip(x − t, 0, 1) falls from n to 0 in between; what is missing is spread over the last piece.
-    low, high = float(x.min() - max(1.0, 4.0 * np.spacing(np.abs(x).max()))), float(x.max())
+    low, high = float(x.min() - max(2.0, 4.0 * np.spacing(np.abs(x).max()))), float(x.max())
     t = scipy.optimize.brentq(
         lambda t: float(np.clip(x - t, 0.0, 1.0).sum()) - count, low, high, xtol=1e-14, maxiter=200, disp=False
     )

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.bounds.certificate import EPS, Bound, Certificate
-from solvers.bounds.qcr import quadratic_form, unit_of
-from solvers.bounds.shift import best_shift, safe_shift
+from solvers.bounds.shift import best_shift, safe_shift, unit_of
 from solvers.errors import CapabilityError
 from solvers.problem import Array, SelectionProblem
 from solvers.solver import Deadline
@@ -51,7 +50,7 @@ class LagrangianCertificate(Certificate):
         total = self.multiplier * problem.n_prune
         size = abs(total)
         for block, diagonal, z in zip(problem.blocks, self.diagonals, self.points, strict=True):
-            quadratic, linear = quadratic_form(SelectionProblem(block, 0))
+            quadratic, linear = block.arrays().selection_form
             d = safe_shift(quadratic, diagonal, whole_space=True)
             shifted = quadratic - np.diag(d)
             price = 0.5 * d - linear - self.multiplier
@@ -77,7 +76,7 @@ def lagrangian_bound(problem: SelectionProblem, *, tolerance: float = 1e-4, time
             "use smaller blocks or method='frank_wolfe'"
         )
     deadline = Deadline(time_limit)
-    forms = [quadratic_form(SelectionProblem(block, 0)) for block in problem.blocks]
+    forms = [block.arrays().selection_form for block in problem.blocks]
     # Beyond these no block keeps, or removes, anything.
     reach = [np.abs(quadratic).sum(1) for quadratic, _ in forms]
     low = min(float((-linear - r).min()) for (_, linear), r in zip(forms, reach, strict=True))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.bounds.certificate import EPS, Bound, Certificate, smallest_sum
-from solvers.bounds.shift import best_shift, safe_shift
+from solvers.bounds.shift import best_shift, safe_shift, unit_of
 from solvers.errors import CapabilityError
 from solvers.problem import Array, SelectionProblem
 from solvers.solver import Deadline
@@ -45,7 +45,7 @@ class ShiftCertificate(Certificate):
 
     def value(self, problem: SelectionProblem) -> float:
         """The linearisation of f_d at the point, minimised over the capped simplex, less a rounding margin."""
-        quadratic, linear = quadratic_form(problem)
+        quadratic, linear = problem.arrays().selection_form
         if not linear.any() and not quadratic.any():
             return 0.0
         d = safe_shift(quadratic, self.diagonal)
@@ -62,21 +62,6 @@ class ShiftCertificate(Certificate):
         return bound if linear.any() else max(bound, 0.0)
 
 
-def quadratic_form(problem: SelectionProblem) -> tuple[Array, Array]:
-    """Q = diag(w) H diag(w), float64 (n, n), and c = g·w, float64 (n,)."""
-    arrays = problem.arrays()
-    scaled = arrays.factor * arrays.weights
-    quadratic = scaled.T @ scaled
-    quadratic[np.diag_indices(problem.n)] += arrays.damping * arrays.weights**2
-    return quadratic, arrays.gradient * arrays.weights
-
-
-def unit_of(quadratic: Array, linear: Array) -> float:
-    """A power of two of the size of the largest entry: dividing by it is exact."""
-    size = max(float(np.abs(np.diag(quadratic)).max(initial=0.0)), float(np.abs(linear).max(initial=0.0)))
-    return float(2.0 ** np.floor(np.log2(size))) if size > 0.0 else 1.0
-
-
 def qcr_bound(problem: SelectionProblem, *, tolerance: float = 1e-6) -> Bound:
     """The bound to a relative duality gap of `tolerance`; raises CapabilityError beyond `MAX_WEIGHTS` weights."""
     if problem.n > MAX_WEIGHTS:
@@ -85,7 +70,7 @@ def qcr_bound(problem: SelectionProblem, *, tolerance: float = 1e-6) -> Bound:
             "method='frank_wolfe', or 'lagrangian' for several blocks"
         )
     deadline = Deadline()
-    quadratic, linear = quadratic_form(problem)
+    quadratic, linear = problem.arrays().selection_form
     unit = unit_of(quadratic, linear)
     shift = best_shift(quadratic / unit, linear / unit, problem.n_prune, tolerance=tolerance)
     certificate = ShiftCertificate(unit * shift.diagonal, shift.point)

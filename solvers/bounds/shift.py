@@ -132,6 +132,12 @@ def best_shift(
     return Shift(2.0 * duals[1:], np.clip(point, 0.0, 1.0), float(duals[0]), iterations, converged)
 
 
+def unit_of(quadratic: Array, linear: Array) -> float:
+    """A power of two of the size of the largest entry: dividing by it is exact."""
+    size = max(float(np.abs(np.diag(quadratic)).max(initial=0.0)), float(np.abs(linear).max(initial=0.0)))
+    return float(2.0 ** np.floor(np.log2(size))) if size > 0.0 else 1.0
+
+
 def safe_shift(quadratic: Array, diagonal: Array, slack: float = 0.0, *, whole_space: bool = False) -> Array:
     """`diagonal` (n,) lowered until Q − diag d is safely positive definite on 1^⊥, or on the whole space.
 

@@ -83,9 +83,8 @@ class LargeNeighbourhoodSolver(Composite):
             free = np.arange(problem.n) if everything else choose_free(problem, pruned, size, rng)
             # Where everything is free it is the problem itself, without the rounding of a derived one.
             part = Subproblem(problem, 0.0, free) if everything else subproblem(problem, pruned, free)
-            if part is None or part.problem.n_prune in (0, part.problem.n):
-                idle += 1
-            else:
+            idle += 1
+            if part is not None and part.problem.n_prune not in (0, part.problem.n):
                 seconds = context.deadline.remaining()
                 current = pruned[part.free]
                 # One that frees everything is the problem itself, and may use all the time there is.
@@ -93,11 +92,8 @@ class LargeNeighbourhoodSolver(Composite):
                 seed, alone = context.seed + done, replace(context, calibration_loss=None)
                 proposal = run_inner(backend, part.problem, alone, seed=seed, seconds=limit, start=current)
                 before = part.problem.value(current)
-                gain = before - part.problem.value(proposal.pruned)
-                idle += 1
-                if gain > _TOLERANCE * abs(before):
-                    pruned, idle = part.widen(pruned, proposal.pruned), 0
-                    improved += 1
+                if before - part.problem.value(proposal.pruned) > _TOLERANCE * abs(before):
+                    pruned, idle, improved = part.widen(pruned, proposal.pruned), 0, improved + 1
                     context.record(problem.value(pruned))
                 if everything:
                     bound = part.constant + proposal.bound

@@ -15,7 +15,7 @@ from solvers.bounds.certificate import relative_gap
 from solvers.bounds.frank_wolfe import ResidualCertificate, frank_wolfe_bound, project_capped_simplex
 from solvers.bounds.lagrangian import LagrangianCertificate
 from solvers.bounds.perspective import PerspectiveCertificate
-from solvers.bounds.qcr import ShiftCertificate, quadratic_form
+from solvers.bounds.qcr import ShiftCertificate
 from solvers.bounds.shift import best_shift, safe_shift
 
 
@@ -82,7 +82,7 @@ def test_frank_wolfe_reaches_the_optimum_of_the_relaxation() -> None:
     """Against projected gradient run for long on the same relaxation."""
     problem = make_problem(4, n=30, blocks=1).with_n_prune(20)
     found = frank_wolfe_bound(problem, tolerance=1e-7)
-    quadratic, linear = quadratic_form(problem)
+    quadratic, linear = problem.arrays().selection_form
     damped = problem.blocks[0].damping * problem.weights**2
     curvature = quadratic - np.diag(damped)
     cost = 0.5 * damped - linear
