@@ -56,7 +56,8 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        With Linear, Conv1d or Conv2d layers. Not changed. Networks with batch norm must be in eval mode.
+        With layers of a kind that is known (`cbs_opt.register_layer`). Not changed. Networks with batch norm must be in
+        eval mode.
     data
         Training data: an iterable of (x, y) or dict batches, a DataLoader without shuffling, a Dataset, or two tensors;
         see `cbs_opt.data.calibration`.

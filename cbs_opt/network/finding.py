@@ -37,6 +37,14 @@ class _Candidate:
     def kind(self) -> str:
         return self.adapter.kind(self.module)
 
+    def left_alone(self, shared: Mapping[str, Tensor]) -> str:
+        """Why it is not pruned unless it is named, or nothing."""
+        if self.adapter.opt_in:
+            return f"{self.kind}: pruned only where an include pattern names it"
+        if not any(parameter.requires_grad for parameter in shared.values()):
+            return "frozen (requires_grad=False): pruned only where an include pattern names it"
+        return ""
+
     def matches(self, pattern: str) -> bool:
         return any(fnmatchcase(name, pattern) for name in (self.name, self.parameter, self.owner))
 
@@ -78,6 +86,9 @@ def find_layers(
     named = _matching(candidates, [p for p in _patterns(include) if p.strip("*")], "include")
     keys = {c.parameter: key_of(_stored(c)) for c in candidates}
     unwanted = {keys[name] for name in _matching(candidates, exclude, "exclude")}
+    uses: dict[Hashable, list[_Candidate]] = {}
+    for candidate in candidates:
+        uses.setdefault(keys[candidate.parameter], []).append(candidate)
     layers: dict[Hashable, Layer] = {}
     reasons: dict[Hashable, tuple[str, bool]] = {}
     start = 0
@@ -86,22 +97,19 @@ def find_layers(
         if key in layers:
             continue
         shared = places.get(key, {candidate.parameter: _stored(candidate)})
-        reason = None
         if candidate.parameter not in wanted:
-            reason = "matches no include pattern", True
-        elif key in unwanted:
+            reasons.setdefault(key, ("matches no include pattern", True))
+            continue
+        if key in unwanted:
             # Excluding one of the modules that share a weight excludes the weight.
-            reason = "excluded", True
-        elif candidate.parameter not in named and candidate.adapter.opt_in:
-            reason = f"{candidate.kind}: pruned only where an include pattern names it", False
-        elif candidate.parameter not in named and not any(p.requires_grad for p in shared.values()):
-            reason = "frozen (requires_grad=False): pruned only where an include pattern names it", False
-        if reason is not None:
-            reasons.setdefault(key, reason)
+            reasons.setdefault(key, ("excluded", True))
+            continue
+        if candidate.parameter not in named and (why := candidate.left_alone(shared)):
+            reasons.setdefault(key, (why, False))
             continue
         _check_weight(candidate)
         view = candidate.adapter.view(candidate.module, candidate.attribute)
-        other_uses = ((c.owner, c.attribute) for c in candidates if keys[c.parameter] == key and c is not candidate)
+        own_first = sorted(uses[key], key=lambda other: other is not candidate)
         layers[key] = Layer(
             name=candidate.name,
             kind=candidate.kind,
@@ -109,7 +117,7 @@ def find_layers(
             start=start,
             stop=start + view.n,
             places=tuple(dict.fromkeys((candidate.parameter, *shared))),
-            uses=((candidate.owner, candidate.attribute), *other_uses),
+            uses=tuple((user.owner, user.attribute) for user in own_first),
         )
         start += view.n
     skipped = _skipped(model, {key: held for key, held in places.items() if key not in layers}, reasons)
