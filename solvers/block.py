@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import torch
 from scipy.linalg import block_diag
 
+from solvers.arguments import instance, number, real_tensor
 from solvers.arrays import ProblemArrays
 from solvers.curvature import Curvature, LowRank
 from solvers.errors import CapabilityError, ProblemError
@@ -60,9 +60,10 @@ class QuadraticBlock:
         *,
         curvature: Curvature | None = None,
     ) -> None:
+        instance("the name of a block", name, str, error=ProblemError)
         if (factor is None) == (curvature is None):
             raise ProblemError(f"block {name!r}: give either a factor or a curvature")
-        values = _as_tensor(weights, "weights", name)
+        values = real_tensor(weights, f"block {name!r}: weights")
         if values.ndim != 1 or values.numel() == 0:
             raise ProblemError(f"block {name!r}: weights must be a non-empty vector, not shape {tuple(values.shape)}")
         if curvature is None:
@@ -80,7 +81,7 @@ class QuadraticBlock:
             values = values.to(device=curvature.device, dtype=torch.float64)
         slope = None
         if gradient is not None:
-            slope = _as_tensor(gradient, "gradient", name)
+            slope = real_tensor(gradient, f"block {name!r}: gradient")
             if slope.shape != values.shape:
                 raise ProblemError(
                     f"block {name!r}: gradient has shape {tuple(slope.shape)}, weights {tuple(values.shape)}; "
@@ -208,40 +209,13 @@ def _rebuild(weights: torch.Tensor, curvature: Curvature, gradient: torch.Tensor
 
 
 def _low_rank(factor: Any, damping: Any, n: int, name: str) -> LowRank:
-    rows = _as_tensor(factor, "factor", name)
+    rows = real_tensor(factor, f"block {name!r}: factor")
     if rows.ndim != 2 or rows.shape[1] != n or rows.shape[0] == 0:
         raise ProblemError(
             f"block {name!r}: factor has shape {tuple(rows.shape)} but must be (rows ≥ 1, {n}): "
             "one column per weight, one row per gradient"
         )
-    try:
-        ridge = float(damping)
-    except (TypeError, ValueError):
-        raise ProblemError(f"block {name!r}: damping must be a number, not {damping!r}") from None
-    if not math.isfinite(ridge) or ridge < 0:
-        raise ProblemError(f"block {name!r}: damping must be finite and not negative, not {ridge!r}")
-    return LowRank(rows, ridge)
-
-
-def _as_tensor(value: Any, what: str, name: str) -> torch.Tensor:
-    """`value` as a floating tensor, without a copy where that is possible."""
-    if isinstance(value, torch.Tensor):
-        tensor = value.detach()
-    else:
-        try:
-            array = np.asarray(value)
-            if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-                array = array.copy()
-            tensor = torch.from_numpy(array)
-        except (TypeError, ValueError) as error:
-            raise ProblemError(
-                f"block {name!r}: {what} cannot be read as numbers ({error}); pass a numpy array or a torch tensor"
-            ) from error
-    if tensor.is_complex():
-        raise ProblemError(f"block {name!r}: {what} is complex ({tensor.dtype}); pass real numbers")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        tensor = tensor.to(torch.float32 if tensor.is_floating_point() else torch.float64)
-    return tensor
+    return LowRank(rows, number(f"block {name!r}: damping", damping, least=0, error=ProblemError))
 
 
 def _require_finite(tensor: torch.Tensor, what: str, name: str) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from solvers.budget import Partitioned
-from solvers.errors import BackendError, CapabilityError, CBSError
+from solvers.errors import BackendError, CapabilityError, CBSError, ProblemError
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.separate import parts_for
 from solvers.solution import Proposal
 from solvers.solver import Capability, Context, Deadline, Need, Solver
+
+#: Objectives below lose digits to underflow.
+_LEAST_SCALE = 1e-250
 
 
 def run_backend(solver: Solver, problem: SelectionProblem, context: Context) -> Proposal:
@@ -89,6 +94,19 @@ def _check_kinds(solver: Solver, problem: SelectionProblem) -> None:
         )
         raise CapabilityError(
             f"solver {solver.name!r} does not keep a {type(problem.budget).__name__} budget; it takes {takes}{why}"
+        )
+
+
+def check_range(problem: SelectionProblem) -> None:
+    """Raise ProblemError where float64 cannot hold the terms ½ H_ii w_i² of the objective."""
+    if not problem.measured:
+        return
+    scale = problem.scale
+    lost = scale < _LEAST_SCALE and bool((problem.diagonal * np.abs(problem.weights) > 0.0).any())
+    if lost or not math.isfinite(scale):
+        raise ProblemError(
+            f"½ Σ H_ii w_i² + Σ |g_i w_i| is {scale!r}, beyond what float64 resolves; give weights, factor and damping "
+            "in other units"
         )
 
 

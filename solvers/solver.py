@@ -20,11 +20,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import time
+import types
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -177,14 +181,16 @@ class Solver(ABC):
             self._check_option(spec, getattr(self, spec.name))
 
     def _check_option(self, spec: dataclasses.Field[Any], value: Any) -> None:
-        meta = spec.metadata
+        meta, kinds = spec.metadata, _kinds(type(self))[spec.name]
         what = f"{self.name}: option {spec.name}={value!r}"
+        if kinds and not any(_fits(value, kind) for kind in kinds):
+            raise OptionError(f"{what} must be {' or '.join(_NAMES.get(kind, kind.__name__) for kind in kinds)}")
         choices = meta.get("choices")
         if choices is not None and value not in choices:
             raise OptionError(f"{what} must be one of {', '.join(map(str, choices))}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return
-        if isinstance(value, float) and math.isnan(value):
+        if math.isnan(value):
             raise OptionError(f"{what} must be a number")
         low, high = meta.get("minimum"), meta.get("maximum")
         if low is not None and value < low:
@@ -210,6 +216,30 @@ class Solver(ABC):
             if getattr(self, f.name) != f.default and not isinstance(getattr(self, f.name), np.ndarray)
         ]
         return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
+
+_NAMES: dict[type, str] = {bool: "True or False", int: "an integer", float: "a number", str: "text", type(None): "None"}
+
+
+@cache
+def _kinds(cls: type[Solver]) -> dict[str, tuple[type, ...]]:
+    """The types that each option takes; none where any will do."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        plain = tuple(m for m in members if isinstance(m, type) and typing.get_origin(m) is None)
+        found[name] = plain if len(plain) == len(members) else ()
+        if typing.get_origin(hint) is typing.Literal:
+            found[name] = (str,)
+    return found
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether a value is of a type as Python writes numbers: True is none, 3 is a float too."""
+    if kind in (int, float):
+        wanted = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, wanted) and not isinstance(value, (bool, np.bool_))
+    return isinstance(value, (kind, np.bool_) if kind is bool else kind)
 
 
 def _format(value: Any) -> str:

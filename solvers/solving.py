@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+<<<<<<< HEAD
 import numpy as np
 
 from solvers.allocation import allocated
@@ -14,6 +15,14 @@ from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
 from solvers.running import check_capabilities, run_backend
 from solvers.separate import parts_for
+=======
+from solvers.allocation import solve_blockwise
+from solvers.arguments import instance, seconds, seed_of
+from solvers.errors import OptionError, ProblemError
+from solvers.problem import Mask, SelectionProblem
+from solvers.registry import make_solver
+from solvers.running import check_capabilities, check_range, run_backend
+>>>>>>> 8b79eeb (Check arguments by type at one place; write files whole and folders by one process)
 from solvers.solution import Proposal, Solution
 from solvers.solver import CalibrationLoss, Context, Deadline, Solver
 from solvers.verify import evaluate, verified
@@ -70,19 +79,33 @@ def solve(
         If the backend crashed or returned something that is not true.
     """
     chosen = make_solver(solver)
-    if time_limit is not None and not (time_limit > 0 and math.isfinite(time_limit)):
-        raise OptionError(f"time_limit must be positive and finite seconds, not {time_limit!r}; None means no limit")
+    instance("problem", problem, SelectionProblem, error=ProblemError)
+    limit, seed = seconds(time_limit), seed_of(seed)
+    if calibration_loss is not None and not callable(calibration_loss):
+        raise OptionError(f"calibration_loss must be a function of a mask, not {calibration_loss!r}")
+    check_range(problem)
     if start is not None:
         start = problem.check_mask(start)
+<<<<<<< HEAD
     given = problem if allocation is None else allocated(problem, allocation)
     check_capabilities(
         chosen, given, time_limit, None if start is not None and given.budget.violation(start) else start
     )
     context = Context(seed=seed, deadline=Deadline(time_limit), start=start, calibration_loss=calibration_loss)
+=======
+    if allocation is None:
+        check_capabilities(chosen, problem, limit, start)
+    context = Context(seed=seed, deadline=Deadline(limit), start=start, calibration_loss=calibration_loss)
+>>>>>>> 8b79eeb (Check arguments by type at one place; write files whole and folders by one process)
     only = problem.budget.only_mask(problem.n)
     if only is not None:
         value, _ = evaluate(problem, only, with_refit=False)
         proposal = Proposal(only, bound=-math.inf if math.isnan(value) else value)
+<<<<<<< HEAD
+=======
+    elif allocation is not None:
+        proposal = solve_blockwise(problem, chosen, context, allocation, limit)
+>>>>>>> 8b79eeb (Check arguments by type at one place; write files whole and folders by one process)
     else:
         proposal = _run(chosen, given, context)
         if given is not problem:

@@ -6,16 +6,16 @@ and ``input_moment``.
 
 from __future__ import annotations
 
-import zipfile
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from solvers.block import QuadraticBlock
 from solvers.curvature import Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import OutputError, ProblemError
+from solvers.files import replacing
 from solvers.problem import Objective, SelectionProblem
 
 #: Names of the arrays of each kind of curvature, as `Curvature.digest_arrays` gives them.
@@ -35,13 +35,16 @@ def load_block(path: str | Path, *, use_gradient: bool = True, damping: float | 
     ProblemError
         If the file is missing, truncated, lacks an array, or holds values that do not form a block.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ProblemError(f"a block is read from a path, not {path!r}")
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError:
         raise ProblemError(f"no block at {path}; give the path of an .npz file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+    except Exception as error:
+        # What a damaged archive makes zipfile, zlib and numpy raise is no closed list.
         raise ProblemError(
             f"{path} is not a readable .npz block ({error}); write it with solvers.save_block"
         ) from error
@@ -50,13 +53,13 @@ def load_block(path: str | Path, *, use_gradient: bool = True, damping: float | 
         missing = "weights" if "weights" not in arrays else "factor"
         raise ProblemError(f"{path} has no array {missing!r}; a block needs weights, factor and damping")
     stored = arrays.get("damping", np.float64(0.0))
-    if damping is None and np.size(stored) != 1:
-        raise ProblemError(f"{path}: damping must be one number, not shape {np.shape(stored)}")
+    if damping is None and (np.size(stored) != 1 or stored.dtype.kind not in "fiu"):
+        raise ProblemError(f"{path}: damping must be one number, not {stored.dtype} of shape {np.shape(stored)}")
     ridge = float(np.asarray(stored).reshape(())) if damping is None else damping
     gradient = arrays.get("gradient") if use_gradient else None
     if kinds[0] is LowRank:
         return QuadraticBlock(arrays["weights"], arrays["factor"], ridge, gradient, path.stem)
-    parts = [torch.from_numpy(arrays[name]) for name in _ARRAYS[kinds[0]]]
+    parts = [arrays[name] for name in _ARRAYS[kinds[0]]]
     return QuadraticBlock(arrays["weights"], curvature=kinds[0](*parts, ridge), gradient=gradient, name=path.stem)
 
 
@@ -71,7 +74,9 @@ def load_problem(
 
 
 def save_block(path: str | Path, block: QuadraticBlock) -> None:
-    """Write one block, so that `load_block` reads back the same values; raises OutputError."""
+    """Write one block, so that `load_block` reads back the same values; raises OutputError, or ProblemError."""
+    if type(block.curvature) not in _ARRAYS:
+        raise ProblemError(f"block {block.name!r}: a {type(block.curvature).__name__} curvature cannot be saved")
     stored = zip(_ARRAYS[type(block.curvature)], block.curvature.digest_arrays(), strict=True)
     arrays = {
         "weights": block.weights.cpu().numpy(),
@@ -81,7 +86,7 @@ def save_block(path: str | Path, block: QuadraticBlock) -> None:
     if block.gradient is not None:
         arrays["gradient"] = block.gradient.cpu().numpy()
     try:
-        with Path(path).open("wb") as handle:
+        with replacing(path) as part, part.open("wb") as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +23,12 @@ from torch import Tensor
 
 from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.trees import leaves
-from cbs_opt.engine.journal import write_atomically
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import GradientSample
 from solvers.errors import CheckpointError, OptionError, OutputError
+from solvers.files import replacing, write_atomically
 
 _VERSION = 1
 _HEADER, _TENSORS = "gradients.json", "gradients.safetensors"
@@ -61,9 +60,8 @@ def save(
     try:
         place.mkdir(parents=True, exist_ok=True)
         (place / _HEADER).unlink(missing_ok=True)
-        part = place / f".{_TENSORS}.{os.getpid()}"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
-        os.replace(part, place / _TENSORS)
+        with replacing(place / _TENSORS) as part:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
         write_atomically(place / _HEADER, json.dumps(header, indent=1).encode())
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write the gradients to {place}: {error}") from error

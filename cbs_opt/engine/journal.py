@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from torch import Tensor
 
 from cbs_opt.report.records import StageRecord
 from solvers.errors import CheckpointError, OutputError
+from solvers.files import write_atomically
 
 _VERSION = 1
 _NAME = "journal.json"
 _STATISTICS = "statistics/"
+#: What a stage may be kept in; never a path that leads elsewhere.
+_FILE = re.compile(r"stage-\d{4,}\.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,10 @@ class Journal:
         try:
             stored = json.loads(path.read_text())
             found, self._stages = dict(stored["run"]), list(stored["stages"])
+            for entry in self._stages:
+                if not _FILE.fullmatch(entry["file"]):
+                    raise ValueError(f"it names {entry['file']!r}, which is no file of a stage in this folder")
+                _ = entry["sha256"], StageRecord.from_dict(_numbers(entry["record"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the journal {path} cannot be read ({error}); remove the folder to start anew"
@@ -146,7 +153,9 @@ class Journal:
                 statistics=statistics,
                 step=tensors.get("step"),
             )
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(
                 f"the journal file {path} cannot be read ({error}); remove the folder to start anew"
             ) from error
@@ -170,19 +179,6 @@ class Journal:
         except OSError as error:
             raise OutputError(f"cannot write the journal in {self.folder}: {error}") from error
         self._stages = stages
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _strings(values: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +55,7 @@ from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistic
 from cbs_opt.report.records import StageRecord
 from solvers import Capability, Solution, solve
 from solvers.arrays import Array, Mask
+from solvers.files import holding
 
 StageProgress = Callable[[StageRecord, StageState], None]
 
@@ -115,6 +117,21 @@ def run_stages(
     CBSError
         From the solver, the journal or the gradients.
     """
+    assert plan.stages is not None
+    with holding(journal) if journal is not None else nullcontext():
+        return _run_stages(workspace, choice, plan, start, teacher, journal, progress)
+
+
+def _run_stages(
+    workspace: Workspace,
+    choice: Choice,
+    plan: Plan,
+    start: StageState | None,
+    teacher: nn.Module | None,
+    journal: Path | str | None,
+    progress: StageProgress | None,
+) -> StagedRun:
+    """`run_stages`, the journal's folder being this process's own."""
     assert plan.stages is not None
     stager = _Stager(workspace, choice, StageSamples(workspace, plan.stages, teacher))
     state = start if start is not None else stager.initial_state()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from solvers.errors import CheckpointError, ModelError, OutputError
+from solvers.files import replacing
 
 _VERSION = "1"
 
@@ -47,7 +48,8 @@ def save_masks(path: Path | str, masks: Mapping[str, Tensor]) -> None:
         about[name] = {"shape": list(mask.shape), "kept": int(mask.sum()), "sha256": digest}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(packed, path, {"version": _VERSION, "masks": json.dumps(about)})
+        with replacing(path) as part:
+            save_file(packed, part, {"version": _VERSION, "masks": json.dumps(about)})
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write the masks to {path}: {error}") from error
 

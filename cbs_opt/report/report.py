@@ -24,6 +24,7 @@ from cbs_opt.report.records import StageRecord
 from solvers import Objective, SelectionProblem, Solution
 from solvers.arrays import Array, Mask
 from solvers.errors import DataError, OutputError
+from solvers.files import write_atomically
 
 _VERSION = 3
 #: Share of a network's weights that may be skipped without being asked, before it is a warning.
@@ -214,7 +215,7 @@ class PruneReport:
         """Write the report as JSON; raises OutputError."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
         try:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_atomically(path, (text + "\n").encode())
         except OSError as error:
             raise OutputError(f"cannot write the report to {path}: {error.strerror or error}") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import platformdirs
 
-from cbs_opt.engine.journal import write_atomically
+from solvers.files import write_atomically
 
 VARIABLE = "CBS_OPT_CACHE"
 

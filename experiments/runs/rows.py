@@ -8,13 +8,16 @@ import math
 import os
 import platform
 import tempfile
+import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from solvers.errors import OutputError
+from solvers.files import holding
 
 FILE_NAME = "results.jsonl"
 
@@ -52,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 class ResultsFile:
-    """The results of an output folder.
+    """The results of an output folder, which belongs to this process as long as the object lives.
 
     Parameters
     ----------
@@ -62,13 +65,16 @@ class ResultsFile:
     Raises
     ------
     OutputError
-        The folder cannot be made or written, or the file in it is not ours.
+        The folder cannot be made or written, another process writes it, or the file in it is not ours.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser()
         self.path = self.folder / FILE_NAME
         self._check_writable()
+        lock = ExitStack()
+        lock.enter_context(holding(self.folder))
+        weakref.finalize(self, lock.close)
         self.rows, self.dropped = self._read()
 
     def _check_writable(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from solvers.arguments import integer
 from solvers.arrays import Mask
 from solvers.budget.base import Budget
 from solvers.errors import ProblemError
@@ -30,11 +30,7 @@ class Cardinality(Budget):
     k: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, (int, np.integer)):
-            raise ProblemError(f"n_prune must be an integer, not {self.k!r}")
-        object.__setattr__(self, "k", int(self.k))
-        if self.k < 0:
-            raise ProblemError(f"n_prune must not be negative, not {self.k}")
+        object.__setattr__(self, "k", integer("n_prune", self.k, error=ProblemError))
 
     @property
     def n_prune(self) -> int:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from solvers.arguments import real_tensor, ridge_of
 from solvers.curvature.base import Curvature, Index
 from solvers.errors import ProblemError
 from solvers.linalg import symmetric_root
@@ -31,6 +32,7 @@ class Dense(Curvature):
     """
 
     def __init__(self, matrix: torch.Tensor, damping: float = 0.0) -> None:
+        matrix, damping = real_tensor(matrix, "a dense curvature"), ridge_of(damping)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
             raise ProblemError(f"a dense curvature must be a square matrix, not shape {tuple(matrix.shape)}")
         whole = matrix.double()
@@ -38,7 +40,7 @@ class Dense(Curvature):
         if skew > 1e-6 * float(whole.abs().max()):
             raise ProblemError(f"a dense curvature must be symmetric; H − Hᵀ has an entry of {skew:.3g}")
         self.measured_part = 0.5 * (whole + whole.T)
-        self._dtype, self.n, self.damping = matrix.dtype, int(matrix.shape[0]), float(damping)
+        self._dtype, self.n, self.damping = matrix.dtype, int(matrix.shape[0]), damping
         self.matrix = self.measured_part.clone()
         self.matrix.diagonal().add_(self.damping)
 

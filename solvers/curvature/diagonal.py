@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from solvers.arguments import real_tensor, ridge_of
 from solvers.curvature.base import Curvature
 from solvers.curvature.restricted import Restricted, Solved
 from solvers.errors import ProblemError, SingularHessianError
@@ -31,9 +32,10 @@ class Diagonal(Curvature):
     rank = 0
 
     def __init__(self, entries: torch.Tensor, damping: float = 0.0) -> None:
+        entries, damping = real_tensor(entries, "a diagonal curvature"), ridge_of(damping)
         if entries.ndim != 1 or entries.numel() == 0:
             raise ProblemError(f"a diagonal curvature must be a non-empty vector, not shape {tuple(entries.shape)}")
-        self._dtype, self.damping = entries.dtype, float(damping)
+        self._dtype, self.damping = entries.dtype, damping
         self.entries = entries.double()
         if bool((self.entries < 0.0).any()):
             at = int((self.entries < 0.0).nonzero()[0])

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from solvers.arguments import real_tensor
 from solvers.curvature.base import Curvature
 from solvers.curvature.dense import Dense
 from solvers.curvature.kronecker_restricted import KroneckerRestricted
@@ -40,6 +41,7 @@ class Kronecker(Curvature):
     """
 
     def __init__(self, row_scale: torch.Tensor, input_moment: torch.Tensor, damping: float = 0.0) -> None:
+        row_scale = real_tensor(row_scale, "row_scale")
         if row_scale.ndim != 1 or row_scale.numel() == 0:
             raise ProblemError(f"row_scale must be a non-empty vector, not shape {tuple(row_scale.shape)}")
         inputs = Dense(input_moment, damping)

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from solvers.arguments import real_tensor, ridge_of
 from solvers.curvature.base import Curvature, Index
 from solvers.curvature.factor_products import (
     CHUNK_ENTRIES,
@@ -25,7 +26,7 @@ from solvers.curvature.factor_products import (
     project,
 )
 from solvers.curvature.restricted import DIRECT_LIMIT, DOUBLE_LIMIT, PIVOT_FLOOR, FactorisedRestricted
-from solvers.errors import SingularHessianError
+from solvers.errors import ProblemError, SingularHessianError
 from solvers.linalg import Apply, cholesky, cholesky_solve, lower_gram, relative_pivots
 
 #: Smallest λ relative to the trace of AAᵀ at which float64 still resolves 1 − a_iᵀK⁻¹a_i.
@@ -44,8 +45,10 @@ class LowRank(Curvature):
     """
 
     def __init__(self, factor: torch.Tensor, damping: float = 0.0) -> None:
-        self.factor, self.damping = factor, float(damping)
-        self.rank, self.n = int(factor.shape[0]), int(factor.shape[1])
+        self.factor, self.damping = real_tensor(factor, "a factor"), ridge_of(damping)
+        if self.factor.ndim != 2:
+            raise ProblemError(f"a factor must have rows and columns, not shape {tuple(self.factor.shape)}")
+        self.rank, self.n = int(self.factor.shape[0]), int(self.factor.shape[1])
 
     def __repr__(self) -> str:
         return f"LowRank(rows={self.rank}, n={self.n}, damping={self.damping:g}, {self.dtype}, {self.device})"
