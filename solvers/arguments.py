@@ -21,15 +21,14 @@ _LARGEST_SEED = (1 << 63) - 1
 
 
 def integer(
-    name: str, value: object, least: int = 0, most: int | None = None, *, error: type[CBSError] = OptionError
+    name: str, value: object, least: int = 1, most: int | None = None, *, error: type[CBSError] = OptionError
 ) -> int:
     """An integer in [least, most]."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
     if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
         kinds = {0: "an integer, zero or more", 1: "a positive integer"}
-        wanted = (
-            kinds.get(least, f"an integer of at least {least}") if most is None else f"an integer in [{least}, {most}]"
-        )
+        wanted = kinds.get(least, f"an integer of at least {least}")
+        wanted = wanted if most is None else f"an integer in [{least}, {most}]"
         raise error(f"{name} must be {wanted}, not {_shown(value)}")
     return int(value)  # type: ignore[call-overload, no-any-return]
 
@@ -76,6 +75,15 @@ def seconds(value: object) -> float | None:
 def seed_of(value: object, name: str = "seed") -> int:
     """A seed of random numbers."""
     return integer(name, value, 0, _LARGEST_SEED)
+
+
+def sparsity_of(value: object) -> float:
+    """A fraction of weights to remove, in [0, 1)."""
+    found = number("sparsity", value, remedy="the fraction of weights to remove, in [0, 1)")
+    if not 0.0 <= found < 1.0:
+        hint = "; write 0.9 for 90 %" if 1.0 < found <= 100.0 else ""
+        raise OptionError(f"sparsity must lie in [0, 1), the fraction of weights removed, not {found!r}{hint}")
+    return found
 
 
 def flag(name: str, value: object, *, error: type[CBSError] = OptionError) -> bool:

@@ -101,7 +101,8 @@ def check_range(problem: SelectionProblem) -> None:
     """Raise ProblemError where float64 cannot hold the terms ½ H_ii w_i² of the objective."""
     if not problem.measured:
         return
-    scale = problem.scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = problem.scale
     lost = scale < _LEAST_SCALE and bool((problem.diagonal * np.abs(problem.weights) > 0.0).any())
     if lost or not math.isfinite(scale):
         raise ProblemError(

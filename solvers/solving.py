@@ -5,24 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-<<<<<<< HEAD
 import numpy as np
 
 from solvers.allocation import allocated
-from solvers.composites.nested import merged, run_parts
-from solvers.errors import OptionError
-from solvers.problem import Mask, SelectionProblem
-from solvers.registry import make_solver
-from solvers.running import check_capabilities, run_backend
-from solvers.separate import parts_for
-=======
-from solvers.allocation import solve_blockwise
 from solvers.arguments import instance, seconds, seed_of
+from solvers.composites.nested import merged, run_parts
 from solvers.errors import OptionError, ProblemError
 from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
 from solvers.running import check_capabilities, check_range, run_backend
->>>>>>> 8b79eeb (Check arguments by type at one place; write files whole and folders by one process)
+from solvers.separate import parts_for
 from solvers.solution import Proposal, Solution
 from solvers.solver import CalibrationLoss, Context, Deadline, Solver
 from solvers.verify import evaluate, verified
@@ -86,26 +78,13 @@ def solve(
     check_range(problem)
     if start is not None:
         start = problem.check_mask(start)
-<<<<<<< HEAD
     given = problem if allocation is None else allocated(problem, allocation)
-    check_capabilities(
-        chosen, given, time_limit, None if start is not None and given.budget.violation(start) else start
-    )
-    context = Context(seed=seed, deadline=Deadline(time_limit), start=start, calibration_loss=calibration_loss)
-=======
-    if allocation is None:
-        check_capabilities(chosen, problem, limit, start)
+    check_capabilities(chosen, given, limit, None if start is not None and given.budget.violation(start) else start)
     context = Context(seed=seed, deadline=Deadline(limit), start=start, calibration_loss=calibration_loss)
->>>>>>> 8b79eeb (Check arguments by type at one place; write files whole and folders by one process)
     only = problem.budget.only_mask(problem.n)
     if only is not None:
         value, _ = evaluate(problem, only, with_refit=False)
         proposal = Proposal(only, bound=-math.inf if math.isnan(value) else value)
-<<<<<<< HEAD
-=======
-    elif allocation is not None:
-        proposal = solve_blockwise(problem, chosen, context, allocation, limit)
->>>>>>> 8b79eeb (Check arguments by type at one place; write files whole and folders by one process)
     else:
         proposal = _run(chosen, given, context)
         if given is not problem:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from cbs_opt.data.trees import Tree, leaves, map_tree
-from cbs_opt.network.numbers import check_count
+from solvers.arguments import flag, integer, seed_of
 from solvers.errors import DataError, OptionError
 
 Index = npt.NDArray[np.int64]
@@ -55,7 +55,9 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if self.n_samples is not None:
-            check_count("n_samples, if not None,", self.n_samples)
+            object.__setattr__(self, "n_samples", integer("n_samples, if not None,", self.n_samples))
+        object.__setattr__(self, "seed", seed_of(self.seed))
+        flag("check_passes", self.check_passes)
         if self.order not in ("random", "first"):
             raise OptionError(f"order must be 'random' or 'first', not {self.order!r}")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
 from cbs_opt.engine.update import Update, check_scale
-from cbs_opt.network.numbers import check_count, check_sparsity
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
+from solvers.arguments import integer, seconds, seed_of, sparsity_of
 from solvers.arrays import Mask
 from solvers.errors import OptionError, UnknownNameError
 from solvers.solver import Need
@@ -84,23 +85,21 @@ class Choice:
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
-        if allocation is not None and allocation not in ALLOCATIONS:
+        if allocation is not None and (not isinstance(allocation, str) or allocation not in ALLOCATIONS):
             raise UnknownNameError.of("allocation", str(allocation), ALLOCATIONS)
-        if time_limit is not None and not (time_limit > 0 and math.isfinite(time_limit)):
-            raise OptionError(
-                f"time_limit must be positive and finite seconds, not {time_limit!r}; None means no limit"
-            )
+        if start is not None and (not isinstance(start, np.ndarray) or start.dtype != np.bool_):
+            raise OptionError(f"start must be a numpy array of bool, True = removed, not {type(start).__name__}")
         values = {
-            "sparsity": None if sparsity is None else check_sparsity(sparsity),
-            "n_kept": None if n_kept is None else check_count("n_kept", n_kept, 0),
+            "sparsity": None if sparsity is None else sparsity_of(sparsity),
+            "n_kept": None if n_kept is None else integer("n_kept", n_kept, 0),
             "solver": make_solver(solver),
             "objective": None if objective is None else Objective.parse(objective),
             "update": Update.parse(update),
             "update_scale": check_scale(update_scale),
             "allocation": allocation,
-            "time_limit": time_limit,
+            "time_limit": seconds(time_limit),
             "start": start,
-            "seed": seed,
+            "seed": None if seed is None else seed_of(seed),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

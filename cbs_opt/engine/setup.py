@@ -14,7 +14,8 @@ import torch
 from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.measure.fisher import FisherOptions
-from cbs_opt.network.numbers import check_count
+from cbs_opt.network.finding import check_patterns
+from solvers.arguments import instance, integer, seed_of
 from solvers.errors import OptionError, UnknownNameError
 
 #: Kinds of curvature that can be measured.
@@ -57,10 +58,16 @@ class Setup:
     loss_samples: int = MOST_SAMPLES
 
     def __post_init__(self) -> None:
-        if self.curvature not in CURVATURES:
+        if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
             raise UnknownNameError.of("curvature", str(self.curvature), CURVATURES)
-        for name, least in (("seed", 0), ("loss_samples", 1)):
-            object.__setattr__(self, name, check_count(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", seed_of(self.seed))
+        object.__setattr__(self, "loss_samples", integer("loss_samples", self.loss_samples))
+        if self.fisher is not None:
+            instance("fisher", self.fisher, FisherOptions)
+        if self.calibration is not None:
+            instance("calibration", self.calibration, CalibrationOptions)
+        for name in ("include", "exclude"):
+            check_patterns(name, getattr(self, name))
         object.__setattr__(self, "device", resolve_device(self.device))
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -12,7 +11,7 @@ import torch
 
 from cbs_opt.data.distillation import Distillation
 from cbs_opt.data.trees import Tree
-from cbs_opt.network.numbers import check_count, check_sparsity
+from solvers.arguments import integer, number, sparsity_of
 from solvers.errors import OptionError, UnknownNameError
 
 #: Fewest samples whose batch statistics a gradient is taken under.
@@ -124,24 +123,22 @@ class StageOptions:
             ("settle", 0),
             ("batch_norm_samples", 1),
         ):
-            check_count(name, getattr(self, name), least)
+            integer(name, getattr(self, name), least)
         Schedule.parse(self.schedule)
         if self.first_sparsity is not None:
-            check_sparsity(self.first_sparsity)
+            sparsity_of(self.first_sparsity)
         if self.levels is not None:
             if not self.levels:
                 raise OptionError("levels is empty; give the sparsity after each stage, or None for a schedule")
-            levels = [check_sparsity(level) for level in self.levels]
+            levels = [sparsity_of(level) for level in self.levels]
             if any(b < a for a, b in pairwise(levels)):
                 raise OptionError(f"levels must not fall, not {self.levels!r}: weights are removed stage by stage")
-        if self.step_damping is not None and not (math.isfinite(self.step_damping) and self.step_damping > 0):
-            raise OptionError(f"step_damping must be positive and finite, or None, not {self.step_damping!r}")
-        if not (isinstance(self.regrow, (int, float)) and math.isfinite(self.regrow) and self.regrow >= 0):
-            raise OptionError(f"regrow must be a finite number, zero or more, not {self.regrow!r}")
-
+        if self.step_damping is not None:
+            number("step_damping, if not None,", self.step_damping, positive=True)
+        number("regrow", self.regrow, least=0)
         if self.regrow > 0 and self.first_order is False:
             raise OptionError("regrow needs the gradient: weights come back by it; leave first_order=False out")
-        if not (isinstance(self.momentum, (int, float)) and 0.0 <= self.momentum < 1.0):
+        if number("momentum", self.momentum, least=0) >= 1.0:
             raise OptionError(f"momentum must lie in [0, 1), not {self.momentum!r}")
 
     @classmethod
@@ -155,7 +152,7 @@ class StageOptions:
         """
         if isinstance(stages, cls):
             return stages
-        return cls(n_stages=check_count("stages, if not StageOptions,", stages))
+        return cls(n_stages=integer("stages, if not StageOptions,", stages))
 
     def describe(self) -> str:
         """All options in one line, the same for equal options, for journals."""

@@ -28,6 +28,7 @@ from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.step_search import search_step
 from solvers import QuadraticBlock, SelectionProblem
+from solvers.arguments import number
 from solvers.arrays import Array, Mask
 from solvers.errors import OptionError, UnknownNameError
 from solvers.refit import refit
@@ -77,13 +78,7 @@ class Updated:
 
 def check_scale(scale: float) -> float:
     """`scale` as a finite number ≥ 0; raises OptionError."""
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        raise OptionError(f"update_scale must be a number, not {scale!r}") from None
-    if not math.isfinite(value) or value < 0:
-        raise OptionError(f"update_scale must be finite and not negative, not {value!r}; 1 is the full update")
-    return value
+    return number("update_scale", scale, least=0, remedy="1 is the full update")
 
 
 def update_weights(

@@ -6,7 +6,6 @@ the scale of a factor built from means over b samples (`GradientSample.gradient`
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,8 @@ from cbs_opt.measure.blocks import BlockSpec, Partition, contiguous_partition, i
 from cbs_opt.measure.gradient_methods import GradientMethod, parse_method
 from cbs_opt.measure.gradients import GradientSample
 from cbs_opt.network.layers import PrunableLayers
-from cbs_opt.network.numbers import check_count
 from solvers import QuadraticBlock
+from solvers.arguments import flag, integer, number, seed_of
 from solvers.curvature import Unmeasured
 from solvers.errors import DataError, OptionError
 
@@ -41,6 +40,10 @@ class FisherOptions:
         Samples b whose gradients are averaged into a row.
     damping : float
         λ ≥ 0.
+    relative_damping : float, optional
+        λ as a multiple of the mean diagonal entry of AᵀA over all prunable weights, instead of `damping`: the same
+        number fits losses of any scale. 1e-2 is a good first value where the report warns that λ is larger than the
+        curvature.
     blocks : str
         ``one``, ``per_layer``, ``per_row``, ``fixed:SIZE``, ``components[:τ]`` or ``clusters:SIZE``.
     first_order : bool
@@ -69,17 +72,20 @@ class FisherOptions:
     dtype: str = "float32"
     method: str = "auto"
     memory_budget: int | None = None
+    relative_damping: float | None = None
 
     def __post_init__(self) -> None:
-        if self.n_rows is not None:
-            check_count("n_rows", self.n_rows)
-        check_count("batch_size", self.batch_size)
-        if self.memory_budget is not None:
-            check_count("memory_budget", self.memory_budget)
-        number = isinstance(self.damping, (int, float, np.number)) and not isinstance(self.damping, bool)
-        if not number or not math.isfinite(self.damping) or self.damping < 0:
-            raise OptionError(f"damping must be a finite number, zero or more, not {self.damping!r}")
-        if self.dtype not in _DTYPES:
+        for name in ("n_rows", "batch_size", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None or name == "batch_size":
+                object.__setattr__(self, name, integer(name, value))
+        object.__setattr__(self, "damping", number("damping", self.damping, least=0))
+        if self.relative_damping is not None:
+            object.__setattr__(self, "relative_damping", number("relative_damping", self.relative_damping, least=0))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", seed_of(self.seed))
+        flag("first_order", self.first_order)
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise OptionError(f"dtype must be 'float32' or 'float64', not {self.dtype!r}")
         _ = self.spec, self.gradient_method
 

@@ -33,7 +33,7 @@ from cbs_opt.measure.subject import Rows, Subject
 from cbs_opt.network.batch_norm import batch_statistics
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import evaluation_mode as evaluation_mode
-from cbs_opt.network.numbers import check_count
+from solvers.arguments import integer
 from solvers.errors import DataError, ModelError, OptionError
 
 Progress = Callable[[int, int], None]
@@ -291,7 +291,7 @@ def _allocate(rows: int, n: int, dtype: torch.dtype, device: torch.device, out: 
 def _chunk_rows(subject: Subject, index: Index, budget: int | None, engine: Engine) -> int:
     """Rows per chunk so that activations and temporary gradients stay within the budget."""
     model, layers, kind = subject.model, subject.layers, subject.device.type
-    budget = MEMORY_BUDGET.get(kind, MEMORY_BUDGET["cpu"]) if budget is None else check_count("memory_budget", budget)
+    budget = MEMORY_BUDGET.get(kind, MEMORY_BUDGET["cpu"]) if budget is None else integer("memory_budget", budget)
     if engine is loop_rows:
         return max(1, min(64, len(index)))
     elements = 0

@@ -13,7 +13,8 @@ from cbs_opt.network.adapters import LayerAdapter, adapter_of, layer_name, regis
 from cbs_opt.network.identity import key_of, places_of
 from cbs_opt.network.layers import Layer, PrunableLayers, Skipped
 from cbs_opt.network.masks import PruningMask
-from solvers.errors import ModelError, UnknownNameError
+from solvers.arguments import instance
+from solvers.errors import ModelError, OptionError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def find_layers(
         If nothing prunable is left, a weight is uninitialised, complex, or computed by something other than a pruning
         mask, or parameters share memory in different layouts.
     """
+    instance("model", model, nn.Module, error=ModelError)
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
     places = places_of(model)
     candidates = _candidates(model)
     if not candidates:
@@ -209,6 +213,13 @@ def _matching(candidates: Sequence[_Candidate], patterns: Sequence[str] | str, w
 
 def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def check_patterns(name: str, patterns: object) -> None:
+    """Raise OptionError unless `patterns` is a pattern or several of them."""
+    several = isinstance(patterns, (list, tuple, set, frozenset)) and all(isinstance(p, str) for p in patterns)
+    if not several and not isinstance(patterns, str):
+        raise OptionError(f"{name} must be a pattern such as 'layer?.*' or a list of them, not {patterns!r}")
 
 
 def _skipped(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cbs_opt.network.adapters import MatrixView
-from cbs_opt.network.numbers import check_sparsity
+from solvers.arguments import sparsity_of
 from solvers.errors import ModelError, UnknownNameError
 
 
@@ -258,7 +258,7 @@ class PrunableLayers:
         OptionError
             If `sparsity` is not in [0, 1).
         """
-        return int(self.n * (1.0 - check_sparsity(sparsity)))
+        return int(self.n * (1.0 - sparsity_of(sparsity)))
 
     def n_prune(self, sparsity: float) -> int:
         """Number of weights that go at a sparsity: n − n_kept."""

@@ -30,7 +30,7 @@ class Cardinality(Budget):
     k: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", integer("n_prune", self.k, error=ProblemError))
+        object.__setattr__(self, "k", integer("n_prune", self.k, 0, error=ProblemError))
 
     @property
     def n_prune(self) -> int:
