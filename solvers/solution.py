@@ -85,7 +85,7 @@ class Solution:
     bound : float
         The backend's proven lower bound, checked not to exceed the objective; −inf where there is none.
     gap : float
-        (objective − bound) / max(|objective|, tiny), tiny being 1e-12 of the problem's scale; inf without a bound.
+        (objective − bound) / |objective|; inf without a bound, and where the objective is 0 and the bound is not.
     status : Status
     reason : Reason
     refit_objective : float

@@ -10,16 +10,19 @@ import math
 
 import numpy as np
 
+from solvers.bounds.certificate import relative_gap
 from solvers.errors import BackendError
 from solvers.problem import Array, Mask, Objective, SelectionProblem
+from solvers.rational import exact_value
 from solvers.refit import Refit
 from solvers.solution import Proposal, Solution, Status
 from solvers.solver import Context
 
 #: Relative gap at which a mask counts as proven optimal.
 OPTIMALITY_TOLERANCE = 1e-6
-#: Absolute tolerances are this fraction of the problem's scale (½ Σ H_ii w_i² + Σ |g_i w_i|).
-SCALE_TOLERANCE = 1e-12
+#: The objective is evaluated in exact arithmetic for up to this many weights where its rounding could decide.
+EXACT_LIMIT = 64
+_EPS = float(np.finfo(np.float64).eps)
 
 
 def check_support(problem: SelectionProblem, proposal: Proposal, solver: str) -> Mask:
@@ -63,8 +66,40 @@ def evaluate(problem: SelectionProblem, pruned: Mask, with_refit: bool) -> tuple
     return problem.selection_value(pruned), problem.refit(pruned) if with_refit else None
 
 
-def certify(problem: SelectionProblem, objective: float, bound: float, solver: str) -> tuple[float, float, Status]:
-    """(bound, gap, status) from a claimed bound.
+def rounding_of(problem: SelectionProblem, pruned: Mask, refitted: Refit | None) -> float:
+    """Roughly what rounding may change about the objective of a mask: eps (Σ √H_ii |d_i|)² + eps Σ |g_i d_i|.
+
+    d is the change of the weights that the objective prices; weights that do not change play no role.
+    """
+    if problem.objective is Objective.JOINT and refitted is not None:
+        step = refitted.weights - problem.weights
+    else:
+        step = np.where(pruned, problem.weights, 0.0)
+    size = float(np.sqrt(problem.diagonal) @ np.abs(step)) ** 2
+    if problem.gradient is not None:
+        size += float(np.abs(problem.gradient) @ np.abs(step))
+    return 4.0 * _EPS * size
+
+
+def exactly(problem: SelectionProblem, pruned: Mask, objective: float) -> float:
+    """The objective of a mask in rational arithmetic, rounded once; −inf where it is unbounded below."""
+    if not math.isfinite(objective):
+        return objective
+    value = exact_value(problem, pruned)
+    return -math.inf if value is None else float(value)
+
+
+def certify(objective: float, bound: float, solver: str, rounding: float = 0.0) -> tuple[float, float, Status]:
+    """(bound, gap, status) from a claimed bound; every tolerance is relative to the objective's own value.
+
+    Parameters
+    ----------
+    objective : float
+    bound : float
+        −inf where none is claimed.
+    solver : str
+    rounding : float
+        What the objective may be off by: where that is more than the tolerance nothing is proven.
 
     Raises
     ------
@@ -75,19 +110,18 @@ def certify(problem: SelectionProblem, objective: float, bound: float, solver: s
         raise BackendError(f"solver {solver!r} returned a bound that is not a number")
     if math.isnan(objective):
         return -math.inf, math.inf, Status.FEASIBLE
-    tiny = float(max(SCALE_TOLERANCE * problem.scale, np.finfo(np.float64).tiny))
-    tolerance = OPTIMALITY_TOLERANCE * abs(objective) + tiny
-    if bound > objective + tolerance:
+    tolerance = OPTIMALITY_TOLERANCE * abs(objective)
+    if bound > objective + tolerance + rounding:
         raise BackendError(
             f"solver {solver!r} claims the lower bound {bound!r} for a mask whose objective is {objective!r}; "
             "the bound is wrong"
         )
-    objective, bound = float(objective), float(min(bound, objective))
-    if bound == objective:
-        return bound, 0.0, Status.OPTIMAL
-    gap = (objective - bound) / max(abs(objective), tiny) if math.isfinite(bound) else math.inf
-    proven = math.isfinite(bound) and objective - bound <= tolerance
-    return bound, gap, Status.OPTIMAL if proven else Status.FEASIBLE
+    bound = min(bound, objective)
+    gap = relative_gap(objective, bound)
+    proven = math.isfinite(bound) and gap <= OPTIMALITY_TOLERANCE and rounding <= tolerance
+    if not proven and math.isfinite(gap) and objective:
+        gap = max(gap, rounding / abs(objective))
+    return float(bound), gap, Status.OPTIMAL if proven else Status.FEASIBLE
 
 
 def verified(
@@ -101,7 +135,12 @@ def verified(
         objective, refitted = evaluate(problem, pruned, with_refit)
     else:
         objective, refitted = own_objective, None
-    bound, gap, status = certify(problem, objective, proposal.bound, solver)
+    rounding = 0.0
+    if math.isfinite(proposal.bound) and math.isfinite(objective):
+        rounding = rounding_of(problem, pruned, refitted)
+        if rounding > 0.1 * OPTIMALITY_TOLERANCE * abs(objective) and problem.n <= EXACT_LIMIT:
+            objective, rounding = exactly(problem, pruned, objective), 0.0
+    bound, gap, status = certify(objective, proposal.bound, solver, rounding)
     return Solution(
         pruned=pruned,
         objective=objective,

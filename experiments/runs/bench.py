@@ -206,7 +206,7 @@ class Bench:
         if key not in self._bounds:
             self._bounds[key] = solvers.bound(problem, method=str(self.options.choice.bound)).value
         best = max(solution.bound, self._bounds[key])
-        bound, gap, status = certify(problem, solution.objective, best, solution.solver)
+        bound, gap, status = certify(solution.objective, best, solution.solver)
         return replace(solution, bound=bound, gap=gap, status=status)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:

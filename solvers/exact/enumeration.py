@@ -5,7 +5,7 @@ one weight after another and carries H, g and the constant of the undecided weig
 to twice the constant and −w_i H_:i to g; keeping i (joint) takes the Schur complement. All sums are in double-double
 arithmetic, so that a value far below the scale of what is kept has its digits; the error allowed for grows with
 the terms that cancelled and with the loss of the smallest pivot. What even that cannot decide is evaluated in
-rational arithmetic (`solvers.exact.rational`).
+rational arithmetic (`solvers.rational`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from solvers.arrays import Array, Mask, ProblemArrays
 from solvers.exact.double_double import EPSILON, add, divide, multiply, product
-from solvers.exact.rational import ExactProblem
 from solvers.problem import Objective
+from solvers.rational import ExactProblem
 
 #: Most weights, as C(20, 10) masks fit in memory and take about a second.
 MOST_WEIGHTS = 20

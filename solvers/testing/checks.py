@@ -16,7 +16,6 @@ from solvers.solver import Capability
 from solvers.solving import solve
 from solvers.testing.instances import random_problem
 from solvers.testing.subject import (
-    ABSOLUTE,
     BOUND_ROUNDING,
     NotApplicable,
     Subject,
@@ -65,7 +64,7 @@ def check_bounds(subject: Subject) -> None:
             f"objective {solution.objective!r} is below the optimum {optimum!r} on {told(problem)}; "
             "please report this: the framework computes it"
         )
-        limit = optimum + BOUND_ROUNDING * abs(optimum) + ABSOLUTE * problem.scale
+        limit = optimum + BOUND_ROUNDING * abs(optimum)
         assert solution.bound <= limit, f"bound {solution.bound!r} exceeds the optimum {optimum!r} on {told(problem)}"
         if not subject.can(Capability.BOUND):
             assert solution.bound == -math.inf, "it returns a bound without declaring Capability.BOUND"
@@ -194,7 +193,7 @@ def check_trace(subject: Subject) -> None:
             solution, optimum = subject.solve(problem), optimum_of(problem)
             times = [point.seconds for point in solution.trace]
             assert times == sorted(times), f"the trace runs backwards in time on {told(problem)}"
-            limit = optimum + BOUND_ROUNDING * abs(optimum) + ABSOLUTE * problem.scale
+            limit = optimum + BOUND_ROUNDING * abs(optimum)
             worst = max((point.bound for point in solution.trace), default=-math.inf)
             assert worst <= limit, f"the trace has a bound {worst!r} above the optimum {optimum!r} on {told(problem)}"
 

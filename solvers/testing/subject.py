@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from solvers.errors import CapabilityError, CBSError, ProblemError, SingularHessianError
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.solution import Solution
 from solvers.solver import CalibrationLoss, Capability, Solver
 from solvers.solving import solve
 from solvers.testing.instances import KINDS, random_problem
+from solvers.verify import rounding_of
 
-#: Relative to the objective, and absolute relative to the problem's scale, where an optimum must be met.
+#: Relative to the objective, where an optimum must be met.
 RELATIVE = 1e-6
-ABSOLUTE = 1e-11
 #: A claimed bound may exceed the optimum by rounding only.
 BOUND_ROUNDING = 1e-9
 
@@ -131,7 +133,7 @@ def ignore(solution: Solution) -> None:
 
 def tolerance_of(problem: SelectionProblem, value: float) -> float:
     """Within which an optimum must be met."""
-    return RELATIVE * abs(value) + ABSOLUTE * problem.scale
+    return RELATIVE * abs(value) + rounding_of(problem, np.ones(problem.n, dtype=bool), None)
 
 
 def refused(subject: Subject, problem: SelectionProblem, what: str) -> None:

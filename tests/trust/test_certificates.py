@@ -18,7 +18,7 @@ import pytest
 from solvers import Capability, Context, QuadraticBlock, SelectionProblem, SingularHessianError, Status, make_solver
 from solvers.errors import ProblemError
 from solvers.exact.enumeration import enumerate_masks
-from solvers.exact.rational import ExactProblem, exact_value
+from solvers.rational import ExactProblem, exact_value
 from solvers.solver import Deadline
 
 BACKENDS = ("brute_force", "branch_bound", "by_component", "lns", "ortools_miqp", "ortools_cpsat", "cvxpy_miqp")
