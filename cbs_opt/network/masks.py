@@ -36,7 +36,7 @@ class PruningMask(nn.Module):
 
     def __init__(self, mask: Tensor, order: tuple[str, ...] = ("weight",)) -> None:
         super().__init__()
-        self.order = order
+        self.order, self.settled = order, False
         # Not persistent: the state dict shows the mask as zeros in the weight.
         self.register_buffer("mask", mask.detach().clone().bool(), persistent=False)
 
@@ -47,7 +47,7 @@ class PruningMask(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is stored when the weight is assigned: zeros under the mask."""
-        return torch.where(self.mask, weight, 0.0)
+        return weight if self.settled else torch.where(self.mask, weight, 0.0)
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
@@ -279,7 +279,13 @@ def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
         return
     _own_class(module)
     order = next((other.order for other in _masks_of(module).values()), tuple(module._parameters))
-    parametrize.register_parametrization(module, attribute, PruningMask(mask, order))
+    with torch.no_grad():
+        stored.masked_fill_(~mask, 0.0)
+    pruning = PruningMask(mask, order)
+    # Registering asks for what to store: the weight as it is, not another copy of a large network.
+    pruning.settled = True
+    parametrize.register_parametrization(module, attribute, pruning)
+    pruning.settled = False
     if isinstance(module, nn.RNNBase):
         # It would keep the masked weights of its last call, which belong to a graph that deepcopy refuses.
         module.__dict__.pop("_flat_weights", None)
