@@ -64,11 +64,24 @@ def cholesky_solve(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1).double()
 
 
+def triangular_inverse(factor: torch.Tensor, panel: int = 128) -> torch.Tensor:
+    """L⁻¹ of a lower triangular L (n, n), by halves: a third of the work of solving for the identity, as products."""
+    size = factor.shape[0]
+    if size <= panel:
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        solved: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return solved
+    half = size // 2
+    out = torch.zeros_like(factor)
+    out[:half, :half] = triangular_inverse(factor[:half, :half], panel)
+    out[half:, half:] = triangular_inverse(factor[half:, half:], panel)
+    out[half:, :half] = -(out[half:, half:] @ (factor[half:, :half] @ out[:half, :half]))
+    return out
+
+
 def inverse_diagonal_of(factor: torch.Tensor) -> torch.Tensor:
     """diag((L Lᵀ)⁻¹), (n,)."""
-    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse.square().sum(0)
+    return triangular_inverse(factor).square().sum(0)
 
 
 def lower_gram(rows: torch.Tensor, panel: int = 1024) -> torch.Tensor:

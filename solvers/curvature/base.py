@@ -18,6 +18,7 @@ A new kind is one file: derive from `Curvature`, implement what is abstract, and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -165,6 +166,19 @@ class Curvature(ABC):
         shifted.diagonal().add_(ridge)
         factor = strict_cholesky(shifted, "H + ridge")
         return lambda x: cholesky_solve(factor, x)
+
+    def penalised(self, metric: torch.Tensor) -> Callable[[float], Apply]:
+        """ρ ↦ (x ↦ (D⁻¹HD⁻¹ + ρI)⁻¹x), D = diag(metric), for vectors (n,) of the metric's dtype and ρ > 0.
+
+        What does not depend on ρ is done once. Raises SingularHessianError.
+        """
+        wide = metric.double()
+
+        def at(penalty: float) -> Apply:
+            inverse = self.shifted_inverse(penalty * wide.square())
+            return lambda x: (wide * inverse(wide * x.double())).to(metric.dtype)
+
+        return at
 
     def restrict(self, kept: torch.Tensor) -> Restricted:
         """H_SS for the kept weights, a bool mask (n,), ready to be multiplied with and solved."""

@@ -9,7 +9,7 @@ import torch
 from solvers.arguments import real_tensor, ridge_of
 from solvers.curvature.base import Curvature, Index
 from solvers.errors import ProblemError
-from solvers.linalg import symmetric_root
+from solvers.linalg import cholesky, symmetric_root, triangular_inverse
 
 #: An eigenvalue below zero by more than this, relative to the largest, is no rounding.
 _INDEFINITE = 1e-9
@@ -68,6 +68,20 @@ class Dense(Curvature):
         if bool((error > _INDEFINITE * (scale.unsqueeze(0) * scale.unsqueeze(1))).any()):
             raise ProblemError("a dense curvature must be positive semidefinite; this one has a negative eigenvalue")
         return root
+
+    @cached_property
+    def inverse(self) -> torch.Tensor:
+        """H⁻¹ (n, n), float64; raises SingularHessianError."""
+        return torch.cholesky_inverse(self.cholesky)
+
+    @cached_property
+    def inverse_root(self) -> torch.Tensor:
+        """U upper triangular with UᵀU = H⁻¹, float64 (n, n); raises SingularHessianError.
+
+        U = J L⁻¹ J where JHJ = LLᵀ and J turns the order of the weights round, so that no inverse is factorised.
+        """
+        factor = cholesky(self.matrix.flip(0, 1), f"H of {self.n} weights (damping {self.damping:g})")
+        return triangular_inverse(factor).flip(0, 1)
 
     @property
     def rank(self) -> int:  # type: ignore[override]

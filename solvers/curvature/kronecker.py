@@ -10,6 +10,7 @@ the mean squared gradient of the loss at each output it is in units of the loss 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -19,7 +20,7 @@ from solvers.curvature.base import Curvature
 from solvers.curvature.dense import Dense
 from solvers.curvature.kronecker_restricted import KroneckerRestricted
 from solvers.errors import CapabilityError, ProblemError, SingularHessianError
-from solvers.linalg import Apply, cholesky_solve, strict_cholesky
+from solvers.linalg import Apply
 
 
 class Kronecker(Curvature):
@@ -146,29 +147,48 @@ class Kronecker(Curvature):
     def inverse_diagonal(self) -> torch.Tensor:
         return torch.outer(self._inverse_scale, self.inputs.inverse_diagonal).reshape(-1)
 
-    @cached_property
-    def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eigenvalues (d,) and eigenvectors (d, d) of C + λI."""
-        values, vectors = torch.linalg.eigh(self.inputs.matrix)
-        return values.clamp_min(0.0), vectors
+    def _spectrum(self, profile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues (d,) and eigenvectors (d, d) of E⁻¹(C + λI)E⁻¹, E = diag(profile), in its dtype; kept."""
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = self.__dict__.get("_scaled_spectrum")
+        if found is None or found[0].dtype != profile.dtype or not torch.equal(found[0], profile):
+            wide = profile.double()
+            scaled = (self.inputs.matrix / wide.unsqueeze(0) / wide.unsqueeze(1)).to(profile.dtype)
+            values, vectors = torch.linalg.eigh(scaled)
+            found = profile, values.clamp_min(0.0), vectors
+            self.__dict__["_scaled_spectrum"] = found
+        return found[1], found[2]
 
-    def shifted_inverse(self, ridge: torch.Tensor) -> Apply:
-        """As `Curvature.shifted_inverse`, for a ridge with entries s_r e_c, or equal within each row."""
-        table = ridge.reshape(self.n_rows, self.n_inputs)
-        busy = int(self.row_scale.argmax())
-        profile = table[busy] / self.row_scale[busy].clamp_min(1e-300)
-        if torch.allclose(table, torch.outer(self.row_scale, profile), rtol=1e-9, atol=0.0):
-            shifted = self.inputs.matrix + torch.diag(profile)
-            factor = strict_cholesky(shifted, "C + λI + ridge")
-            inverse = self._inverse_scale.unsqueeze(1)
-            return lambda x: (cholesky_solve(factor, x.reshape(table.shape).T).T * inverse).reshape(x.shape)
-        if not torch.allclose(table, table[:, :1].expand_as(table), rtol=1e-9, atol=0.0):
+    def penalised(self, metric: torch.Tensor) -> Callable[[float], Apply]:
+        """As `Curvature.penalised`, for a metric t_r e_c; one eigendecomposition serves all rows, ρ and masks.
+
+        With D = diag(t) ⊗ E and E⁻¹(C + λI)E⁻¹ = QΛQᵀ the inverse is Q(s_r/t_r² Λ + ρI)⁻¹Qᵀ for row r, one d × d
+        matrix for all rows where s_r/t_r² is the same in all. Rows of t_r = 0 are left as if s_r/t_r² were 1.
+
+        Raises
+        ------
+        CapabilityError
+            For any other metric.
+        """
+        table = metric.view(self.n_rows, self.n_inputs)
+        profile = table[table[:, 0].argmax()]
+        size = (table[:, 0] / profile[0]).double()
+        if not torch.allclose(table, torch.outer(size.to(metric.dtype), profile), rtol=1e-5, atol=0.0):
             raise CapabilityError(
-                "a Kronecker curvature takes a ridge s_r e_c, or one that is equal within each row; use metric=obs"
+                "a Kronecker curvature takes a metric t_r e_c, one profile over the inputs of all rows"
             )
-        values, vectors = self._spectrum
-        weights = 1.0 / (torch.outer(self.row_scale, values) + table[:, :1])
-        return lambda x: ((x.reshape(table.shape) @ vectors * weights) @ vectors.T).reshape(x.shape)
+        ratio = torch.where(size > 0.0, self.row_scale / size.square().clamp_min(1e-300), 1.0)
+        values, vectors = self._spectrum(profile)
+        shared = bool(torch.allclose(ratio, ratio[size.argmax()], rtol=1e-5, atol=0.0))
+
+        def at(penalty: float) -> Apply:
+            if shared and 3 * self.n_rows >= self.n_inputs:
+                # Formed once per penalty, it saves a product per application.
+                inverse = (vectors / (ratio[0].to(values.dtype) * values + penalty)) @ vectors.T
+                return lambda x: (x.view(table.shape) @ inverse).view(-1)
+            weights = 1.0 / (torch.outer(ratio.to(values.dtype), values) + penalty)
+            return lambda x: ((x.view(table.shape) @ vectors).mul_(weights) @ vectors.T).view(-1)
+
+        return at
 
     def restrict(self, kept: torch.Tensor) -> KroneckerRestricted:
-        return KroneckerRestricted(self.inputs.matrix, self.row_scale, kept)
+        return KroneckerRestricted(self.inputs, self.row_scale, kept)

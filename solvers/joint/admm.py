@@ -1,12 +1,15 @@
 """`admm`: the alternating direction method for the joint objective (the ALPS family).
 
-Splitting v (smooth) from s (sparse) in  min ½ vᵀHv − cᵀv  with  v = s,  |s|₀ ≤ n_kept,  c = Hw − g, gives
+In the coordinates y = Dv of a metric D, splitting y (smooth) from z (sparse) in  min ½ yᵀH̃y − c̃ᵀy  with  y = z  and z
+within the budget,  H̃ = D⁻¹HD⁻¹,  c̃ = D⁻¹(Hw − g),  gives
 
-    v ← (H + ρD²)⁻¹ (c + ρD²(s − u)) ,      s ← the n_kept largest D|v + u| of v + u ,      u ← u + v − s .
+    y ← (H̃ + ρI)⁻¹ (c̃ + ρ(z − u)) ,      z ← y + u but for the weights that cost the budget least |y + u| ,
+    u ← u + y − z .
 
 The penalty ρ grows as the support settles (by 1.3 while more than a tenth of it changes, 1.2 above half a percent,
-1.1 below), and the method ends when it no longer moves. How (H + ρD²)⁻¹ is applied is the curvature's
-business (`Curvature.shifted_inverse`); it is rebuilt when ρ changes. The framework refits the last support exactly.
+1.1 below), and the method ends when it no longer moves. How (H̃ + ρI)⁻¹ is applied is the curvature's business
+(`Curvature.penalised`): for a layer one eigendecomposition of its input moment serves all rows and penalties, and where
+the moment is float32 so is all that is iterated on. The framework refits the last support exactly.
 
 Source: Meng et al., *ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models*,
 NeurIPS 2024. The metric D (ALPS scales H to unit diagonal) is an option, see `solvers.joint.support`.
@@ -18,11 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from solvers.joint.support import METRICS, keep_largest, metric_of, search_problem
+from solvers.curvature import Kronecker
+from solvers.joint.support import METRICS, metric_of, search_problem
 from solvers.linalg import Apply, named
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import ANYTIME, JOINT_PROBLEM, Context, Solver, option
+from solvers.solver import ANYTIME, JOINT_PROBLEM, RANKED, Context, Deadline, Solver, option
 from solvers.tensors import ProblemTensors
 
 #: Iterations between changes of ρ.
@@ -37,6 +41,7 @@ class AdmmSolver(Solver):
     summary = "alternating direction method with a growing penalty, then refit (ALPS family)"
     reference = "Meng et al., ALPS, NeurIPS 2024"
     capabilities = JOINT_PROBLEM | ANYTIME
+    budgets = RANKED
 
     iterations: int = option(300, "iterations at most", minimum=1)
     penalty: float = option(0.1, "first ρ, in units of the metric", minimum=1e-12)
@@ -50,54 +55,79 @@ class AdmmSolver(Solver):
             # ρ is in units of the metric, which here are none: those of the typical OBS metric, λ, are taken.
             typical = sum(block.damping for block in vectors.blocks) / len(vectors.blocks)
             squared = squared * (typical if typical > 0.0 else float(vectors.diagonal.mean()))
-        metric, linear = squared.sqrt(), vectors.linear
+        single = all(isinstance(b.curvature, Kronecker) and b.curvature.dtype == torch.float32 for b in vectors.blocks)
+        dtype = torch.float32 if single else torch.float64
+        metric = squared.sqrt()
+        linear = torch.where(metric > 0.0, vectors.linear / metric, 0.0).to(dtype)
+        search = _Alternation(problem, vectors, metric.to(dtype), linear)
+        sparse = (metric * vectors.weights).to(dtype)
         if context.start is None:
-            kept = keep_largest(metric * vectors.weights.abs(), problem.n_kept)
-            sparse = vectors.weights
+            pruned = problem.budget.cheapest(sparse.abs())
         else:
-            kept = ~vectors.of(context.start)
-            sparse = torch.where(kept, vectors.weights, 0.0)
-        scaled_dual = torch.zeros_like(sparse)
-        penalty, reason, used = self.penalty, Reason.ITERATION_LIMIT, 0
-        inverses = _inverses(vectors, penalty * squared)
-        settled = kept
-        for used in range(1, self.iterations + 1):
-            if context.deadline.expired():
-                reason = Reason.TIME_LIMIT
-                break
-            right = linear + penalty * squared * (sparse - scaled_dual)
-            parts = zip(inverses, vectors.split(right), strict=True)
-            target = torch.cat([inverse(part) for inverse, part in parts]) + scaled_dual
-            kept = keep_largest(metric * target.abs(), problem.n_kept)
-            sparse = torch.where(kept, target, 0.0)
-            scaled_dual = target - sparse
-            if used % _STRIDE:
-                continue
-            moved = int((kept & ~settled).sum())
-            settled = kept
-            if moved == 0 and used > _STRIDE:
-                reason = Reason.COMPLETED
-                break
-            growth = 1.3 if moved >= 0.1 * problem.n_kept else 1.2 if moved >= 0.005 * problem.n_kept else 1.1
-            penalty *= growth
-            scaled_dual = scaled_dual / growth
-            inverses = _inverses(vectors, penalty * squared)
-        pruned = (~kept).cpu().numpy()
-        value = problem.joint_value(pruned)
+            pruned = vectors.of(context.start)
+            sparse = sparse * ~pruned
+        pruned, sparse, statistics, reason = search.run(sparse, pruned, self.penalty, self.iterations, context.deadline)
+        found = pruned.cpu().numpy()
+        attained = torch.where(metric > 0.0, sparse.double() / metric, 0.0)
+        value = problem.change(attained.cpu().numpy())
         if context.start is not None:
-            first = problem.joint_value(context.start)
+            first, value = problem.joint_value(context.start), problem.joint_value(found)
             if first < value:
                 # The alternation is not monotone; a start that was better stands.
-                pruned, value = context.start, first
+                found, value = context.start, first
         context.record(value)
-        statistics = {"iterations": float(used), "penalty": penalty}
-        return Proposal(pruned, reason=reason, repairs=tuple(repairs), statistics=statistics)
+        return Proposal(found, reason=reason, repairs=tuple(repairs), statistics=statistics)
 
 
-def _inverses(vectors: ProblemTensors, ridge: torch.Tensor) -> list[Apply]:
-    """(H + diag(ridge))⁻¹ of every block."""
-    found = []
-    for block, part in zip(vectors.blocks, vectors.split(ridge), strict=True):
-        with named(block.name):
-            found.append(block.curvature.shifted_inverse(part))
-    return found
+class _Alternation:
+    """The problem in the coordinates of a metric (n,), in its dtype."""
+
+    def __init__(
+        self, problem: SelectionProblem, vectors: ProblemTensors, metric: torch.Tensor, linear: torch.Tensor
+    ) -> None:
+        self.problem, self.vectors, self.linear = problem, vectors, linear
+        self._penalised = []
+        for block, part in zip(vectors.blocks, vectors.split(metric), strict=True):
+            with named(block.name):
+                self._penalised.append(block.curvature.penalised(part))
+
+    def smooth(self, penalty: float) -> Apply:
+        """x ↦ (H̃ + ρI)⁻¹x."""
+        inverses = []
+        for block, at in zip(self.vectors.blocks, self._penalised, strict=True):
+            with named(block.name):
+                inverses.append(at(penalty))
+        if len(inverses) == 1:
+            return inverses[0]
+        return lambda x: torch.cat([inverse(p) for inverse, p in zip(inverses, self.vectors.split(x), strict=True)])
+
+    def run(
+        self, sparse: torch.Tensor, pruned: torch.Tensor, penalty: float, iterations: int, deadline: Deadline
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float], Reason]:
+        """(mask, z, counts, why it stopped) from z and its mask, each (n,)."""
+        dual, signed = torch.zeros_like(sparse), sparse
+        settled, reason, used = pruned, Reason.ITERATION_LIMIT, 0
+        n_kept, cheapest = self.problem.n_kept, self.problem.budget.cheapest
+        smooth = self.smooth(penalty)
+        for used in range(1, iterations + 1):
+            if deadline.expired():
+                reason = Reason.TIME_LIMIT
+                break
+            target = smooth(torch.add(self.linear, signed, alpha=penalty)).add_(dual)
+            pruned = cheapest(target.abs())
+            dual = target * pruned
+            sparse, growth = target, 1.0
+            if used % _STRIDE == 0:
+                moved = int((settled & ~pruned).sum())
+                settled = pruned
+                if moved == 0 and used > _STRIDE:
+                    reason = Reason.COMPLETED
+                    break
+                growth = 1.3 if moved >= 0.1 * n_kept else 1.2 if moved >= 0.005 * n_kept else 1.1
+                penalty *= growth
+                smooth = self.smooth(penalty)
+            # z − u, the dual being in units of ρ: z is the target where the dual is zero.
+            signed = torch.add(target, dual, alpha=-1.0 - 1.0 / growth)
+            if growth > 1.0:
+                dual /= growth
+        return pruned, sparse.masked_fill(pruned, 0.0), {"iterations": float(used), "penalty": penalty}, reason

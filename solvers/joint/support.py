@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from solvers.block import QuadraticBlock
-from solvers.curvature import LowRank
+from solvers.curvature import Kronecker, LowRank
 from solvers.curvature.factor_products import back_project, project
 from solvers.joint.kept import KEPT_SYSTEMS, kept_system, regularised
 from solvers.linalg import Apply, cholesky, cholesky_solve, named
@@ -56,6 +56,9 @@ def _obs_metric(block: QuadraticBlock) -> torch.Tensor:
         # In the working precision of the kept system, which is enough for a metric.
         everything = torch.ones(block.n, dtype=torch.bool, device=block.device)
         return 1.0 / kept_system(block, everything).scores(torch.arange(block.n, device=block.device))[1]
+    if isinstance(curvature, Kronecker):
+        # Without 1/s_r, which may be infinite.
+        return torch.outer(curvature.row_scale, 1.0 / curvature.inputs.inverse_diagonal).view(-1)
     return 1.0 / block.inverse_diagonal
 
 

@@ -10,8 +10,6 @@ Columns go in blocks. At the start of a block its mask is chosen, the least s_r 
 budget (a row, several rows or the layer), every block taking its share of each group's count. Errors reach the columns
 of later blocks by one product a block. A gradient moves the target: w − H⁻¹g takes the place of w.
 
-U = J L⁻¹ J where JMJ = LLᵀ and J turns the order of the columns round, so that no inverse is factorised.
-
 Source: Frantar and Alistarh, *SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot*, ICML 2023.
 """
 
@@ -21,12 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-from solvers.block import QuadraticBlock
 from solvers.budget import Budget, Partitioned
 from solvers.curvature import Dense, Kronecker, LowRank
 from solvers.errors import CapabilityError
 from solvers.joint.kept import regularised
-from solvers.linalg import cholesky, named
+from solvers.linalg import named
 from solvers.problem import SelectionProblem
 from solvers.ranking import smallest_of_rows
 from solvers.solution import Proposal
@@ -52,22 +49,23 @@ class SweepSolver(Solver):
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Sweep once; raises SingularHessianError, and CapabilityError for groups that are not rows of equal number."""
         block, repair = regularised(problem.blocks[0])
-        curvature, dtype = block.curvature, torch.float64
+        curvature = block.curvature
         if isinstance(curvature, Kronecker):
-            matrix, scale, dtype = curvature.inputs.matrix, curvature.row_scale, curvature.dtype
+            inputs, scale, dtype = curvature.inputs, curvature.row_scale, curvature.dtype
         else:
-            matrix, scale = curvature.dense(), torch.ones(1, dtype=torch.float64, device=block.device)
+            inputs, dtype = Dense(curvature.dense()), torch.float64
+            scale = torch.ones(1, dtype=dtype, device=block.device)
         counts = _counts(problem.budget, scale.numel())
         target = block.weights if block.gradient is None else block.weights - block.solve(block.gradient)
-        upper = _inverse_root(block, matrix).to(dtype)
+        with named(block.name):
+            upper = inputs.inverse_root.to(dtype)
         # One row per column of the layer: what is read together lies together.
         columns = torch.empty((target.numel() // scale.numel(), scale.numel()), dtype=dtype, device=block.device)
         columns.copy_(target.view(scale.numel(), -1).T)
         pruned = _sweep(columns, upper, scale.to(dtype), counts, self.columns).T.reshape(-1)
         weights = torch.where(pruned, 0.0, columns.T.reshape(-1).double())
-        return Proposal(
-            pruned.cpu().numpy(), repairs=(repair,) if repair else (), weights=weights.cpu().numpy()
-        )  # fmt: skip
+        repairs = (repair,) if repair else ()
+        return Proposal(pruned.cpu().numpy(), repairs=repairs, weights=weights.cpu().numpy())
 
 
 def _counts(budget: Budget, rows: int) -> torch.Tensor:
@@ -81,15 +79,6 @@ def _counts(budget: Budget, rows: int) -> torch.Tensor:
             f"{len(budget.sizes)} groups of {min(sizes)} to {max(sizes)} weights"
         )
     return torch.tensor([budget.n_prune])
-
-
-def _inverse_root(block: QuadraticBlock, matrix: torch.Tensor) -> torch.Tensor:
-    """U upper with UᵀU = M⁻¹."""
-    with named(block.name):
-        factor = cholesky(matrix.flip(0, 1), "C + λI")
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse.flip(0, 1)
 
 
 def _sweep(

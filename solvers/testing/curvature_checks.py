@@ -97,6 +97,9 @@ class _Check:
         if bool((ridge > 0.0).all()):
             shifted = torch.linalg.solve(self.dense + torch.diag(ridge), x[:, 0])
             self.same(curvature.shifted_inverse(ridge)(x[:, 0]), shifted, "shifted_inverse by the diagonal")
+            metric = ridge.sqrt()
+            unit = self.dense / torch.outer(metric, metric) + 2.0 * torch.eye(self.n, dtype=torch.float64).to(x)
+            self.same(curvature.penalised(metric)(2.0)(x[:, 0]), torch.linalg.solve(unit, x[:, 0]), "penalised")
         try:
             solved = curvature.solve(x)
         except SingularHessianError:
