@@ -1,7 +1,8 @@
 """The one call: network, data, loss → pruned network.
 
 Modules → prunable layers → gradients → Fisher blocks → selection problem → solver → verified solution → update →
-masks → report, once or in stages. Everything that can be refused is refused before the data are read.
+masks → report, once or in stages; or layer by layer, from what the layers see. Everything that can be refused is
+refused before the data are read.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.layerwise import prune_layerwise
 from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.update import Update
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
+from cbs_opt.measure.layer_inputs import LayerInputOptions
 from cbs_opt.report.report import PruneResult
 from solvers import Objective, Solver
+from solvers.errors import OptionError
 
 
 def prune(
     model: nn.Module,
     data: object,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None = None,
     *,
     sparsity: float | None = None,
     n_kept: int | None = None,
@@ -41,6 +45,7 @@ def prune(
     time_limit: float | None = None,
     curvature: str = "fisher",
     fisher: FisherOptions | None = None,
+    layer_inputs: LayerInputOptions | None = None,
     calibration: CalibrationOptions | None = None,
     include: Sequence[str] | str = ("*",),
     exclude: Sequence[str] | str = (),
@@ -61,11 +66,12 @@ def prune(
     data
         Training data: an iterable of (x, y) or dict batches, a DataLoader without shuffling, a Dataset, or two tensors;
         see `cbs_opt.data.calibration`.
-    loss_fn : callable
-        (output, target) → mean loss over the batch; for dict batches (output, batch).
+    loss_fn : callable, optional
+        (output, target) → mean loss over the batch; for dict batches (output, batch). Only ``layer_inputs`` does
+        without; losses in the report are then nan.
     sparsity, n_kept, solver, update, update_scale, objective, allocation, time_limit
         What is chosen; see `cbs_opt.Choice`. With neither a sparsity nor a number of weights to keep, 0.9.
-    curvature, fisher, calibration, include, exclude, device, seed, loss_samples
+    curvature, fisher, layer_inputs, calibration, include, exclude, device, seed, loss_samples
         What is measured, and on what; see `cbs_opt.Setup`.
     stages : int or StageOptions
         How often gradients are recomputed on the way to the sparsity; see `cbs_opt.engine.stages`. With more than one
@@ -73,7 +79,8 @@ def prune(
     journal : path, optional
         Folder that gets the state after each stage; a killed run that is started again goes on from there.
     progress : callable, optional
-        Called with (rows done, rows in all) while gradients are computed, or with (stages done, stages in all).
+        Called with (rows done, rows in all) while gradients are computed, or with (stages done, stages in all), or
+        with (layers done, layers in all).
 
     Returns
     -------
@@ -103,7 +110,14 @@ def prune(
         device=device,
         seed=seed,
         loss_samples=loss_samples,
+        layer_inputs=layer_inputs,
     )
     single = isinstance(stages, int) and not isinstance(stages, bool) and stages == 1
     staged = None if single else StageOptions.of(stages)
+    if setup.layerwise:
+        if staged is not None or journal is not None:
+            raise OptionError(f"curvature={curvature!r} knows no stages and no journal; leave them out")
+        return prune_layerwise(model, data, loss_fn, setup, choice, progress)
+    if loss_fn is None:
+        raise OptionError(f"curvature={curvature!r} takes a loss; pass loss_fn, or curvature='layer_inputs'")
     return run(model, data, loss_fn, setup, choice, staged, journal=journal, progress=progress)

@@ -1,7 +1,10 @@
 """Splitting one budget over the blocks of a problem, for solvers that cannot share it.
 
-Each rule returns how many weights every block removes; they sum to ``n_prune`` exactly and never exceed a
-block. A mask found block by block carries no bound on the shared budget, so none is claimed.
+Each rule says how many weights every block removes; they sum to ``n_prune`` exactly and never exceed a block. A mask
+found block by block carries no bound on the shared budget, so none is claimed.
+
+``uniform`` gives all blocks the same sparsity, ``rows`` so that also the rows of a layer lose equally many (Wanda),
+``magnitude``, ``saliency`` (H_ii w_i²) and ``surgeon`` (w_i² / [H⁻¹]_ii) what one threshold over all blocks would take.
 
 ``marginal`` splits by cost curves. Let F_b(k) be the cost of removing k weights from block b, along the block's own
 backward elimination (joint objective) or its cheapest diagonal saliencies (selection). Minimising Σ_b F_b(k_b) subject
@@ -12,7 +15,7 @@ optimum for the convexified curves; Shoham and Gersho, 1988, for bit allocation)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,40 +31,35 @@ from solvers.ranking import prune_smallest
 Counts = npt.NDArray[np.int64]
 
 
-def uniform(problem: SelectionProblem) -> Counts:
-    """The same sparsity in every block (largest remainders)."""
-    sizes = np.array([block.n for block in problem.blocks], dtype=np.int64)
-    shares = problem.n_prune * sizes / problem.n
+def uniform_shares(sizes: Sequence[int], n_prune: int) -> Counts:
+    """The same sparsity in groups of these sizes, by largest remainders; sums to `n_prune`."""
+    table = np.asarray(sizes, dtype=np.int64)
+    shares = n_prune * table / table.sum()
     counts = np.floor(shares).astype(np.int64)
-    for index in np.argsort(-(shares - counts), kind="stable")[: problem.n_prune - int(counts.sum())]:
-        counts[index] += 1
-    return counts
+    counts[np.argsort(-(shares - counts), kind="stable")[: n_prune - int(counts.sum())]] += 1
+    return np.asarray(counts)
 
 
-def _by_score(problem: SelectionProblem, score: Array) -> Counts:
-    """As many per block as a global selection of the smallest scores would take."""
-    chosen = prune_smallest(score, problem.n_prune)
-    return np.array([int(chosen[where].sum()) for where in problem.slices], dtype=np.int64)
+def _magnitude(problem: SelectionProblem) -> Array:
+    return np.abs(problem.weights)
 
 
-def by_magnitude(problem: SelectionProblem) -> Counts:
-    """The split that global magnitude pruning makes."""
-    return _by_score(problem, np.abs(problem.weights))
+def _saliency(problem: SelectionProblem) -> Array:
+    return problem.diagonal * problem.weights**2
 
 
-def by_saliency(problem: SelectionProblem) -> Counts:
-    """The split that the global diagonal saliency H_ii w_i² makes."""
-    return _by_score(problem, problem.diagonal * problem.weights**2)
+def _surgeon(problem: SelectionProblem) -> Array:
+    return np.concatenate([(b.weights.square() / b.inverse_diagonal).cpu().numpy() for b in problem.blocks])
 
 
-def by_marginal_cost(problem: SelectionProblem) -> Counts:
-    """The split at which one more removal costs the same in every block, on convexified cost curves."""
+def _marginal_slopes(problem: SelectionProblem) -> Array:
+    """Slopes of the convexified cost curves, block after block."""
     # Beyond the whole budget no more can be asked of a block.
     slopes = np.full(problem.n, np.inf)
     for block, where in zip(problem.blocks, problem.slices, strict=True):
         alone, most = SelectionProblem([block], block.n, problem.objective), min(block.n, problem.n_prune)
         slopes[where][:most] = convex_slopes(_marginal_costs(alone, most))
-    return _by_score(problem, slopes)
+    return slopes
 
 
 def _marginal_costs(alone: SelectionProblem, count: int) -> Array:
@@ -76,19 +74,24 @@ def convex_slopes(increments: Array) -> Array:
     return np.asarray(isotonic_regression(increments).x) if increments.size else increments
 
 
-ALLOCATIONS: dict[str, Callable[[SelectionProblem], Counts]] = {
-    "uniform": uniform,
-    "magnitude": by_magnitude,
-    "saliency": by_saliency,
-    "marginal": by_marginal_cost,
+#: Rules that split as one threshold on scores (n,) does: as many per block as are among the `n_prune` smallest of all.
+SCORES: dict[str, Callable[[SelectionProblem], Array]] = {
+    "magnitude": _magnitude,
+    "saliency": _saliency,
+    "surgeon": _surgeon,
+    "marginal": _marginal_slopes,
 }
+ALLOCATIONS = ("uniform", "rows", *SCORES)
 
 
 def allocate(problem: SelectionProblem, rule: str) -> Counts:
     """How many weights each block removes under `rule`, int64 (blocks,); raises UnknownNameError."""
     if rule not in ALLOCATIONS:
         raise UnknownNameError.of("allocation", rule, ALLOCATIONS)
-    return ALLOCATIONS[rule](problem)
+    if rule not in SCORES:
+        return uniform_shares([block.n for block in problem.blocks], problem.n_prune)
+    chosen = prune_smallest(SCORES[rule](problem), problem.n_prune)
+    return np.array([int(chosen[where].sum()) for where in problem.slices], dtype=np.int64)
 
 
 def allocated(problem: SelectionProblem, rule: str) -> SelectionProblem:
@@ -97,5 +100,15 @@ def allocated(problem: SelectionProblem, rule: str) -> SelectionProblem:
         raise CapabilityError(
             f"allocation={rule!r} shares out a number of weights; a {type(problem.budget).__name__} budget has done so"
         )
-    sizes = tuple(block.n for block in problem.blocks)
-    return problem.with_budget(Partitioned(sizes, tuple(allocate(problem, rule).tolist())))
+    counts = allocate(problem, rule).tolist()
+    sizes = [block.n for block in problem.blocks]
+    if rule == "rows":
+        parts = [block.curvature.n_components for block in problem.blocks]
+        counts = [share for total, n in zip(counts, parts, strict=True) for share in _evenly(total, n)]
+        sizes = [size // n for size, n in zip(sizes, parts, strict=True) for _ in range(n)]
+    return problem.with_budget(Partitioned(tuple(sizes), tuple(counts)))
+
+
+def _evenly(total: int, parts: int) -> list[int]:
+    """`total` in `parts` integers that differ by one at most, the larger ones spread out."""
+    return [(i + 1) * total // parts - i * total // parts for i in range(parts)]

@@ -100,9 +100,9 @@ class CalibrationData:
             return data._limited(options)
         if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in data):
             # Tensors in memory cannot differ between passes.
-            return _stack(iter([_as_batch(data)]))._limited(options)
-        data, options = _chosen(data, options)
-        return _read_batches(_repeatable(data, options), options)
+            return _stack(iter([as_batch(data)]))._limited(options)
+        data, options = chosen_part(data, options)
+        return _read_batches(repeatable(data, options), options)
 
     @staticmethod
     def count(data: object, options: CalibrationOptions) -> int | None:
@@ -141,7 +141,7 @@ class CalibrationData:
     def _limited(self, options: CalibrationOptions) -> CalibrationData:
         if options.n_samples is None or options.n_samples == self.n:
             return self
-        index = _choice(self.n, options)
+        index = sample_choice(self.n, options)
         inputs, targets = self.batch(index, "cpu")
         return CalibrationData(inputs, targets, len(index))
 
@@ -149,10 +149,14 @@ class CalibrationData:
 Batch = tuple[Tree, Tree | None, int]
 
 
-def _as_batch(batch: Any, number: int = 0) -> Batch:
-    """(inputs, targets or None, samples) of one raw batch, checked."""
+def as_batch(batch: Any, number: int = 0, *, alone: bool = False) -> Batch:
+    """(inputs, targets or None, samples) of one raw batch, checked; `alone` also takes inputs without targets."""
+    if alone and isinstance(batch, (tuple, list)) and len(batch) == 1:
+        batch = batch[0]
     if isinstance(batch, Mapping):
         inputs, targets = _to_tensors(dict(batch), f"batch {number}"), None
+    elif alone and isinstance(batch, (Tensor, np.ndarray)):
+        inputs, targets = _to_tensors(batch, f"batch {number}"), None
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs = _to_tensors(batch[0], f"batch {number}: inputs")
         targets = _to_tensors(batch[1], f"batch {number}: targets")
@@ -217,7 +221,7 @@ def _concatenate(trees: list[Any]) -> Any:
     return type(first)(_concatenate(list(entries)) for entries in zip(*trees, strict=True))
 
 
-def _repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
+def repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
     """Data as an iterable of batches that can be read more than once, or once if that is what was asked for."""
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, batch_size=_DEFAULT_BATCH)
@@ -233,7 +237,7 @@ def _repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
     return data
 
 
-def _chosen(data: object, options: CalibrationOptions) -> tuple[object, CalibrationOptions]:
+def chosen_part(data: object, options: CalibrationOptions) -> tuple[object, CalibrationOptions]:
     """An indexable data set cut to the samples of a random choice, so that the rest is not read; else as they are."""
     collate: Callable[[list[Any]], Any] = torch.utils.data.default_collate
     whole = data
@@ -245,7 +249,7 @@ def _chosen(data: object, options: CalibrationOptions) -> tuple[object, Calibrat
         return data, options
     if options.n_samples is None or 2 * options.n_samples > len(whole) or options.order != "random":
         return data, options
-    part = Subset(whole, _choice(len(whole), options).tolist())
+    part = Subset(whole, sample_choice(len(whole), options).tolist())
     return DataLoader(part, _DEFAULT_BATCH, collate_fn=collate), replace(options, n_samples=None)
 
 
@@ -257,9 +261,9 @@ def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> Calibrati
     def batches() -> Iterator[Batch]:
         left = first_only
         for number, raw in enumerate(data):
-            batch = _as_batch(raw, number)
+            batch = as_batch(raw, number)
             if left is not None and batch[2] > left:
-                batch = _cut(batch, np.arange(left))
+                batch = cut(batch, np.arange(left))
             if left is not None:
                 left -= batch[2]
             yield batch
@@ -276,16 +280,16 @@ def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> Calibrati
     before: list[bytes] = []
     for batch in batches():
         sizes.append(batch[2])
-        before.append(_digest(batch))
-    wanted = _choice(sum(sizes), options)
+        before.append(digest(batch))
+    wanted = sample_choice(sum(sizes), options)
     ordered = np.sort(wanted)
     after: list[bytes] = []
     picked: list[Batch] = []
     start = 0
     for batch in batches():
-        after.append(_digest(batch))
+        after.append(digest(batch))
         inside = ordered[(ordered >= start) & (ordered < start + batch[2])] - start
-        picked.append(_cut(batch, inside))
+        picked.append(cut(batch, inside))
         start += batch[2]
     _compare(before, after)
     stacked = _stack(iter(picked))
@@ -293,7 +297,7 @@ def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> Calibrati
     return CalibrationData(inputs, targets, len(wanted))
 
 
-def _choice(total: int, options: CalibrationOptions) -> Index:
+def sample_choice(total: int, options: CalibrationOptions) -> Index:
     """Numbers of the samples to keep."""
     limit = options.n_samples
     assert limit is not None
@@ -306,14 +310,15 @@ def _choice(total: int, options: CalibrationOptions) -> Index:
     return np.random.default_rng(options.seed).permutation(total)[:limit].astype(np.int64)
 
 
-def _cut(batch: Batch, index: Index) -> Batch:
+def cut(batch: Batch, index: Index) -> Batch:
+    """Some samples of a batch."""
     where = torch.from_numpy(index)
     pick: Callable[[Tensor], Tensor] = lambda t: t[where]  # noqa: E731
     inputs, targets, _ = batch
     return map_tree(pick, inputs), None if targets is None else map_tree(pick, targets), len(index)
 
 
-def _digest(batch: Batch) -> bytes:
+def digest(batch: Batch) -> bytes:
     """A hash of the contents of a batch."""
     found = hashlib.blake2b(digest_size=16)
     for path, tensor in leaves((batch[0], batch[1])):
@@ -324,7 +329,7 @@ def _digest(batch: Batch) -> bytes:
 
 
 def _digests(batches: Iterator[Batch]) -> list[bytes]:
-    return [_digest(batch) for batch in batches]
+    return [digest(batch) for batch in batches]
 
 
 def _compare(first: list[bytes], second: list[bytes]) -> None:

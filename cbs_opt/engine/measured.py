@@ -7,13 +7,14 @@ quadratic model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.update import Update, Updated, scaled, update_weights
-from cbs_opt.engine.workspace import Workspace
+from cbs_opt.engine.workspace import OpenNetwork, Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.report.records import StageRecord
@@ -211,13 +212,12 @@ class Measured:
             method="" if sample is None else sample.method,
             **StageRecord.of(solution),
         )
-        outcome = Outcome(
-            to_network(solution.pruned), weights, (record,), self.has, len(problem.blocks), terms, solution
-        )
+        model = ModelFigures.of(self.has, self.fisher, workspace.data, len(problem.blocks))
+        outcome = Outcome(to_network(solution.pruned), weights, (record,), model, terms=terms, solution=solution)
         if own:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
             del problem, chosen, self.blocks
-        return conclude(workspace, choice, outcome, self.fisher, own=own)
+        return conclude(workspace, choice, outcome, own=own)
 
     def _judged(
         self, problem: SelectionProblem, solution: Solution, updated: Updated, judge: bool
@@ -231,6 +231,29 @@ class Measured:
         return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs
 
 
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a report says of the quadratic model; see `PruneReport`."""
+
+    curvature: str
+    blocks: str
+    n_blocks: int
+    n_rows: int = 0
+    batch_size: int = 0
+    damping: float = math.nan
+
+    @classmethod
+    def of(cls, measured: Extent, fisher: FisherOptions, data: CalibrationData, n_blocks: int) -> ModelFigures:
+        """Of gradients, as much of them as was measured."""
+        name = ("none", "gradient", "fisher")[measured]
+        if measured is Extent.WEIGHTS:
+            return cls(name, "per_layer", n_blocks)
+        rows, size = fisher.rows_for(data), fisher.batch_size
+        if measured is Extent.GRADIENT:
+            return cls(name, "per_layer", n_blocks, rows, size)
+        return cls(name, str(fisher.spec), n_blocks, rows, size, float(fisher.damping))
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What a plan made of a network.
@@ -241,8 +264,9 @@ class Outcome:
     weights : float64 (n,), optional
         None where they stay as they are.
     records : tuple of StageRecord
-    measured : Extent
-    n_blocks : int
+    model : ModelFigures
+    staged : bool
+        Whether each record has an objective of its own.
     terms : float64 (n,), optional
         What each weight adds to the objective, in one shot with a curvature.
     solution : Solution, optional
@@ -252,15 +276,13 @@ class Outcome:
     pruned: Mask
     weights: Array | None
     records: tuple[StageRecord, ...]
-    measured: Extent
-    n_blocks: int
+    model: ModelFigures
+    staged: bool = False
     terms: Array | None = None
     solution: Solution | None = None
 
 
-def conclude(
-    workspace: Workspace, choice: Choice, outcome: Outcome, fisher: FisherOptions, *, own: bool = False
-) -> PruneResult:
+def conclude(workspace: OpenNetwork, choice: Choice, outcome: Outcome, *, own: bool = False) -> PruneResult:
     """Put an outcome into a network, the workspace's own or a copy, and report."""
     layers, setup, pruned, records = workspace.layers, workspace.setup, outcome.pruned, outcome.records
     norms = LayerNorms(layers, workspace.dense_layers(), pruned)
@@ -268,12 +290,11 @@ def conclude(
     model, loss = workspace.network(outcome.weights, pruned, own=own)
     rows = norms.reports(layers.parameters(model), outcome.terms)
     masks = workspace.finish(model, pruned)
-    solution, staged = outcome.solution, outcome.solution is None
+    solution, staged = outcome.solution, outcome.staged
     if not staged:
         records = (replace(records[0], loss_after=loss),)
     last = next((record for record in reversed(records) if record.solver), records[-1])
     n_kept = layers.n - int(np.count_nonzero(pruned))
-    graded, curved = outcome.measured is not Extent.WEIGHTS, outcome.measured is Extent.CURVATURE
     report = PruneReport(
         layers=rows,
         n=layers.n,
@@ -297,12 +318,7 @@ def conclude(
         loss_dense=loss_dense,
         loss_pruned=loss,
         loss_samples=workspace.meter.n_samples,
-        curvature=("none", "gradient", "fisher")[outcome.measured],
-        n_rows=fisher.rows_for(workspace.data) if graded else 0,
-        batch_size=fisher.batch_size if graded else 0,
-        damping=float(fisher.damping) if curved else math.nan,
-        blocks=str(fisher.spec) if curved else "per_layer",
-        n_blocks=outcome.n_blocks,
+        **asdict(outcome.model),
         first_order=None if staged else last.first_order,
         gradient_method=", ".join(dict.fromkeys(record.method for record in records)),
         stages=len(records),

@@ -14,7 +14,7 @@ from cbs_opt.engine.checks import check_plan
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.estimate import Estimate, announce, probe_seconds
 from cbs_opt.engine.journal import StageState
-from cbs_opt.engine.measured import Measured, Outcome, conclude, take_gradients
+from cbs_opt.engine.measured import Measured, ModelFigures, Outcome, conclude, take_gradients
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
@@ -129,5 +129,5 @@ def carry_out(
         records = (replace(records[0], repairs=(note, *records[0].repairs)), *records[1:])
     weights = np.where(state.pruned, 0.0, state.weights.cpu().numpy())
     n_blocks = len(contiguous_partition(workspace.layers, fisher.spec).sizes)
-    outcome = Outcome(state.pruned, weights, records, Extent.CURVATURE, n_blocks)
-    return conclude(workspace, choice, outcome, fisher, own=True)
+    model = ModelFigures.of(Extent.CURVATURE, fisher, workspace.data, n_blocks)
+    return conclude(workspace, choice, Outcome(state.pruned, weights, records, model, staged=True), own=True)

@@ -14,12 +14,14 @@ import torch
 from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.layer_inputs import LayerInputOptions
 from cbs_opt.network.finding import check_patterns
 from solvers.arguments import instance, integer, seed_of
 from solvers.errors import OptionError, UnknownNameError
 
-#: Kinds of curvature that can be measured.
-CURVATURES = ("fisher", "none")
+#: Kinds of curvature that can be measured, and those of them that are measured layer by layer.
+CURVATURES = ("fisher", "layer_inputs", "kfac", "none")
+LAYERWISE = ("layer_inputs", "kfac")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class Setup:
     ----------
     fisher : FisherOptions, optional
         Rows, batch size, damping and blocks of the quadratic model; None takes rows of one sample, in stages of 16.
-    curvature : {"fisher", "none"}
+    curvature : {"fisher", "layer_inputs", "kfac", "none"}
         What is measured. With ``none`` only solvers and updates that need no more than the weights can be used;
-        with ``fisher``, `cbs_opt.prune` still measures no more than solver and update need.
+        with ``fisher``, `cbs_opt.prune` still measures no more than solver and update need. The other two are
+        layer-wise, see `cbs_opt.engine.layerwise`.
+    layer_inputs : LayerInputOptions, optional
+        How layer-wise curvature is measured.
     calibration : CalibrationOptions, optional
         Which samples of the data are used; None takes all.
     include, exclude : patterns
@@ -56,6 +61,7 @@ class Setup:
     device: torch.device | str = "auto"
     seed: int = 0
     loss_samples: int = MOST_SAMPLES
+    layer_inputs: LayerInputOptions | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
@@ -64,6 +70,11 @@ class Setup:
         object.__setattr__(self, "loss_samples", integer("loss_samples", self.loss_samples))
         if self.fisher is not None:
             instance("fisher", self.fisher, FisherOptions)
+        if self.layer_inputs is not None:
+            instance("layer_inputs", self.layer_inputs, LayerInputOptions)
+        other, given = ("fisher", self.fisher) if self.layerwise else ("layer_inputs", self.layer_inputs)
+        if given is not None:
+            raise OptionError(f"curvature={self.curvature!r} does not look at {other}=...; leave it out")
         if self.calibration is not None:
             instance("calibration", self.calibration, CalibrationOptions)
         for name in ("include", "exclude"):
@@ -74,6 +85,11 @@ class Setup:
     def options(self) -> FisherOptions:
         """`fisher`, or its defaults."""
         return self.fisher or FisherOptions()
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether the curvature is measured layer by layer."""
+        return self.curvature in LAYERWISE
 
     @property
     def place(self) -> torch.device:

@@ -6,15 +6,15 @@ of the network, whose prunable weights change with every loss and gradient.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.data.forward import Forward, LossFunction
-from cbs_opt.data.losses import LossMeter
+from cbs_opt.data.losses import LossMeter, Meter
 from cbs_opt.engine.setup import Setup
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import GradientSample, Progress, sample_gradients
@@ -27,15 +27,14 @@ from solvers.arrays import Array, Mask
 from solvers.errors import ModelError, OptionError
 
 
-class Workspace:
-    """A network that may be changed, its layers and its data; `open_workspace` makes one from a network that may not.
+class OpenNetwork(ABC):
+    """A network that may be changed, and its layers; what a plan is concluded with.
 
     Parameters
     ----------
     model : nn.Module
-        Without masks, in eval mode, on the device of the setup. Its prunable weights and batch-norm statistics change.
+        Without masks. It is put into eval mode, and where `settle` says; its prunable weights change.
     layers : PrunableLayers
-    data : CalibrationData
     forward : Forward
     setup : Setup
 
@@ -47,13 +46,73 @@ class Workspace:
         Likewise the device of every tensor.
     """
 
+    def __init__(self, model: nn.Module, layers: PrunableLayers, forward: Forward, setup: Setup) -> None:
+        self.layers, self.forward, self.setup = layers, forward, setup
+        self.flags = {name: module.training for name, module in model.named_modules()}
+        self.homes = {name: tensor.device for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        self.model = self.settle(model.eval())
+
+    def settle(self, model: nn.Module) -> nn.Module:
+        """Put the network on the device of the setup."""
+        return model.to(self.setup.place)
+
+    @property
+    @abstractmethod
+    def meter(self) -> Meter:
+        """The calibration loss."""
+
+    @abstractmethod
+    def dense_layers(self) -> list[Tensor]:
+        """The prunable weights of the network given, by layer."""
+
+    @property
+    @abstractmethod
+    def dense_loss(self) -> float:
+        """Mean calibration loss of the network given."""
+
+    def network(self, weights: Array | None, pruned: Mask, *, own: bool = False) -> tuple[nn.Module, float]:
+        """A network with prunable weights (n,), zero where pruned; and its calibration loss.
+
+        Parameters
+        ----------
+        weights : float64 (n,), optional
+            None leaves those of the network as they are.
+        pruned : bool (n,)
+        own : bool
+            Give the network of this workspace away, which must not be used any more, instead of a copy.
+        """
+        model = self.model if own else copy_network(self.model)
+        if weights is not None:
+            self.layers.write(model, weights)
+        self.layers.zero(model, pruned)
+        return model, self.meter.of_network(model)
+
+    def finish(self, model: nn.Module, pruned: Mask) -> dict[str, Tensor]:
+        """Mask a network that `network` made and put it where the network given was; its masks, True = kept."""
+        for name, module in model.named_modules():
+            module.training = self.flags[name]
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.data = tensor.data.to(self.homes.get(name, tensor.device))
+        masks = self.layers.split(~pruned)
+        apply_masks(model, masks)
+        return masks
+
+
+class Workspace(OpenNetwork):
+    """A network that may be changed and its data in memory; `open_workspace` makes one from a network that may not.
+
+    Parameters
+    ----------
+    data : CalibrationData
+    model, layers, forward, setup
+        As for `OpenNetwork`; batch-norm statistics change too.
+    """
+
     def __init__(
         self, model: nn.Module, layers: PrunableLayers, data: CalibrationData, forward: Forward, setup: Setup
     ) -> None:
-        self.model, self.layers, self.forward, self.setup = model, layers, forward, setup
+        super().__init__(model, layers, forward, setup)
         self.data = data.cast(layers.parameters(model)[0].dtype)
-        self.flags = {name: module.training for name, module in model.named_modules()}
-        self.homes: dict[str, torch.device] = {}
 
     @cached_property
     def weights(self) -> Array:
@@ -117,32 +176,20 @@ class Workspace:
             progress=progress,
         )
 
-    def network(self, weights: Array | None, pruned: Mask, *, own: bool = False) -> tuple[nn.Module, float]:
-        """A network with prunable weights (n,), zero where pruned; and its calibration loss.
 
-        Parameters
-        ----------
-        weights : float64 (n,), optional
-            None leaves those of the network as they are.
-        pruned : bool (n,)
-        own : bool
-            Give the network of this workspace away, which must not be used any more, instead of a copy.
-        """
-        model = self.model if own else copy_network(self.model)
-        if weights is not None:
-            self.layers.write(model, weights)
-        self.layers.zero(model, pruned)
-        return model, self.meter.of_network(model)
-
-    def finish(self, model: nn.Module, pruned: Mask) -> dict[str, Tensor]:
-        """Mask a network that `network` made and put it where the network given was; its masks, True = kept."""
-        for name, module in model.named_modules():
-            module.training = self.flags[name]
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.data = tensor.data.to(self.homes.get(name, tensor.device))
-        masks = self.layers.split(~pruned)
-        apply_masks(model, masks)
-        return masks
+def own_copy(model: nn.Module, setup: Setup) -> tuple[nn.Module, PrunableLayers]:
+    """A checked copy of a network without masks, and its layers; raises ModelError, UnknownNameError."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_mode(model)
+    find_layers(model, include=setup.include, exclude=setup.exclude)
+    try:
+        own = remove_masks(copy_network(model))
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied: {error}") from error
+    layers = find_layers(own, include=setup.include, exclude=setup.exclude)
+    layers.check_finite(own)
+    return own, layers
 
 
 def open_workspace(
@@ -166,25 +213,12 @@ def open_workspace(
     ------
     ModelError, DataError, OptionError, UnknownNameError
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not callable(loss_fn):
         raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
-    check_mode(model)
-    find_layers(model, include=setup.include, exclude=setup.exclude)
-    try:
-        own = remove_masks(copy_network(model))
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied: {error}") from error
-    layers = find_layers(own, include=setup.include, exclude=setup.exclude)
-    layers.check_finite(own)
+    own, layers = own_copy(model, setup)
     if check is not None:
         check(own, layers)
     samples = CalibrationData.read(data, setup.samples)
     if setup.curvature != "none":
         setup.options.rows_for(samples)
-    flags = {name: module.training for name, module in own.named_modules()}
-    homes = {name: tensor.device for name, tensor in (*own.named_parameters(), *own.named_buffers())}
-    workspace = Workspace(own.to(setup.place).eval(), layers, samples, Forward(own, loss_fn), setup)
-    workspace.flags, workspace.homes = flags, homes
-    return workspace
+    return Workspace(own, layers, samples, Forward(own, loss_fn), setup)

@@ -91,15 +91,15 @@ class PruneReport:
         Likewise of the last choice, under the quadratic model it was made with; the gap is inf without a bound, the
         refit objective nan in several stages, and all are nan without a curvature.
     loss_dense, loss_pruned : float
-        Mean calibration loss of the network before and after.
+        Mean calibration loss of the network before and after; nan where none was given.
     loss_samples : int
         Samples it was taken over.
     curvature : str
-        What was measured: ``fisher``, ``gradient`` (the mean gradient alone) or ``none``.
+        What was measured: ``fisher``, ``layer_inputs``, ``kfac``, ``gradient`` (the mean gradient alone) or ``none``.
     n_rows, batch_size : int
         Rows of gradients in a factor, samples per row; 0 where no gradients were taken.
     damping : float
-        λ of the quadratic model that weights are chosen by; nan without one.
+        λ of the quadratic model that weights are chosen by; nan without one, and relative where it is layer-wise.
     blocks : str
     n_blocks : int
     first_order : bool or None
@@ -186,9 +186,12 @@ class PruneReport:
             f"whole network: {self.sparsity_of_model:.2%} of {self.n_model:,} weights removed",
             f"{self.objective_kind} objective {_number(self.objective)}, bound {_number(self.bound)}, "
             f"gap {_percent(self.gap)}, {self.status} ({self.reason}); refit objective {_number(self.refit_objective)}",
-            f"calibration loss {self.loss_dense:.6g} -> {self.loss_pruned:.6g} over {self.loss_samples:,} samples",
-            f"curvature {self.curvature}: {self.n_rows:,} gradients of {self.batch_size} ({self.gradient_method}), "
-            f"damping {_number(self.damping)}, blocks {self.blocks} ({self.n_blocks}), first order "
+            f"calibration loss {self.loss_dense:.6g} -> {self.loss_pruned:.6g} over {self.loss_samples:,} samples"
+            if self.loss_samples
+            else "no calibration loss was given",
+            f"curvature {self.curvature}"
+            + (f": {self.n_rows:,} gradients of {self.batch_size} ({self.gradient_method})" if self.n_rows else "")
+            + f", damping {_number(self.damping)}, blocks {self.blocks} ({self.n_blocks}), first order "
             f"{_FIRST_ORDER[self.first_order]}, stages {self.stages}, seed {self.seed}, {self.device}",
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",

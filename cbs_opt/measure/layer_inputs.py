@@ -1,0 +1,364 @@
+"""Layer-wise curvature: H = diag(s) ⊗ (C + λI) from what the layers of a network see.
+
+A layer with R outputs y_p = W x_p at the positions p of its samples (tokens, patches, time steps) gets
+
+    C = mean_p x_p x_pᵀ ,         s = 1                                      ``layer_inputs``
+                                  s_r = mean over samples of Σ_p (∂ℓ/∂y_pr)²    ``kfac``
+
+so that ½ (v − w)ᵀH(v − w) is half the mean squared error of the layer's output (SparseGPT, ALPS), or its part of the
+loss (K-FAC, with positions taken as uncorrelated). Rows that see inputs of their own, as those of grouped convolutions
+do, make a block for each group. λ is given relative to the mean of the diagonal of C, as in SparseGPT.
+
+Moments of batches are products in the dtype of the network, at least float32, summed in float64. Where a dict batch
+has a two-dimensional ``attention_mask``, positions under its zeros do not count.
+
+Sources: Frantar and Alistarh, *SparseGPT*, ICML 2023; Martens and Grosse, *K-FAC*, ICML 2015; Grosse and Martens, *A
+Kronecker-factored approximate Fisher matrix for convolution layers*, ICML 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from cbs_opt.data.forward import Forward
+from cbs_opt.data.loss_checks import typed_failures
+from cbs_opt.data.stream import BatchStream
+from cbs_opt.data.trees import Tree, map_tree
+from cbs_opt.network.adapters import Rows, adapter_of
+from cbs_opt.network.layers import Layer, PrunableLayers
+from solvers import QuadraticBlock
+from solvers.curvature import Kronecker
+from solvers.errors import DataError, ModelError, OptionError
+
+#: (inputs, targets, number of samples) on the device.
+Batch: TypeAlias = tuple[Tree, Tree | None, int]
+
+
+@dataclass(frozen=True)
+class LayerInputOptions:
+    """How layer-wise curvature is measured.
+
+    Attributes
+    ----------
+    damping : float ≥ 0
+        λ, relative to the mean of the diagonal of C.
+    segments : bool
+        Measure each segment of the network with those before it already pruned; else all layers of the dense network.
+
+    Raises
+    ------
+    OptionError
+    """
+
+    damping: float = 0.01
+    segments: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)):
+            raise OptionError(f"damping must be a number, not {self.damping!r}")
+        if not math.isfinite(self.damping) or self.damping < 0:
+            raise OptionError(f"damping must be finite and not negative, not {self.damping!r}; 0.01 is usual")
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """A network in eval mode, its layers, its data batch by batch, and how it is called."""
+
+    model: nn.Module
+    layers: PrunableLayers
+    stream: BatchStream
+    forward: Forward
+    device: torch.device
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of a pass, on the device."""
+        for inputs, targets, size in self.stream:
+            yield self.put(inputs), None if targets is None else self.put(targets), size
+
+    def put(self, tree: Tree) -> Any:
+        """A tree of tensors on the device."""
+        return map_tree(lambda t: t.to(self.device), tree)
+
+    def call(self, batch: Batch) -> Any:
+        """The network's output for a batch; raises ModelError for what network and batch throw."""
+        with typed_failures(batch[0], batch[1]):
+            return self.forward.output(self.model, batch[0], batch[1])
+
+    def modules(self, layers: Iterable[Layer]) -> dict[nn.Module, list[tuple[Layer, str]]]:
+        """The modules that answer for some layers, each with (layer, attribute)."""
+        found: dict[nn.Module, list[tuple[Layer, str]]] = {}
+        for layer in layers:
+            for owner, attribute in layer.uses:
+                found.setdefault(self.model.get_submodule(owner), []).append((layer, attribute))
+        return found
+
+
+class InputMoment:
+    """C of a layer, summed up batch by batch.
+
+    Attributes
+    ----------
+    total : float64 (groups, d, d)
+        Σ_p x_p x_pᵀ.
+    calls : int
+        Most calls of the layer in one pass of the network.
+    """
+
+    def __init__(self, layer: Layer, device: torch.device) -> None:
+        self.layer, self.calls = layer, 0
+        groups, inputs = layer.view.groups, layer.view.inputs
+        self.total = torch.zeros((groups, inputs, inputs), dtype=torch.float64, device=device)
+        self._counts = torch.zeros(groups, dtype=torch.int64)
+
+    @property
+    def positions(self) -> int:
+        """Positions of a group; the least of all groups."""
+        return int(self._counts.min())
+
+    def add(self, rows: Rows, counted: Callable[[Tensor], Tensor]) -> None:
+        """Add rows; `counted` leaves out the positions that are padding. Raises ValueError if they are not finite."""
+        start = 0
+        for tensor in rows:
+            x = counted(tensor)
+            x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            moment = torch.bmm(x.mT, x)
+            if not bool(torch.isfinite(moment.diagonal(dim1=1, dim2=2).sum())):
+                raise ValueError
+            stop = start + len(x)
+            self.total[start:stop] += moment
+            self._counts[start:stop] += x.shape[1]
+            start = stop
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        """C of each group, float64 (groups, d, d); zero where nothing was seen."""
+        # Products of batches are symmetric to their own rounding only.
+        means: Tensor = self.total / (2 * self._counts.clamp_min(1)).to(self.total.device).reshape(-1, 1, 1)
+        return means + means.mT
+
+    def blocks(self, weights: Tensor, damping: float, scale: Tensor | None = None) -> list[QuadraticBlock]:
+        """One block per group.
+
+        Parameters
+        ----------
+        weights : float64 (R·d,)
+        damping : float
+            Relative to the mean diagonal of C. A group that has seen nothing but zeros gets λ = 1: magnitudes decide.
+        scale : float64 (R,), optional
+            s; None is 1. All zero is taken as 1: no loss was seen through any row, and a constant changes no mask.
+        """
+        groups, rows = self.layer.view.groups, self.layer.n_rows
+        scales = torch.ones(rows, dtype=torch.float64) if scale is None or not bool(scale.any()) else scale
+        # Rows through which no loss was seen would have no H: they get the least that others have, far below it.
+        scales = scales.clamp_min(1e-8 * float(scales.max())).to(self.total.device)
+        blocks = []
+        for group in range(groups):
+            moment = self.matrices[group]
+            mean = float(moment.diagonal().mean())
+            part = slice(group * rows // groups, (group + 1) * rows // groups)
+            inputs = slice(part.start * self.layer.view.inputs, part.stop * self.layer.view.inputs)
+            name = self.layer.name if groups == 1 else f"{self.layer.name}[{part.start}:{part.stop}]"
+            curvature = Kronecker(scales[part], moment, damping * mean if mean > 0.0 else 1.0)
+            blocks.append(QuadraticBlock(weights[inputs], curvature=curvature, name=name))
+        return blocks
+
+    def notes(self, damping: float) -> list[str]:
+        """What is not as one would expect, in words."""
+        name, inputs = self.layer.name, self.layer.view.inputs
+        if self._counts.sum() == 0:
+            return [f"layer {name!r} was never called by the calibration data: its weights go by magnitude"]
+        notes = []
+        if self.calls > 1:
+            notes.append(f"layer {name!r} is called {self.calls} times in a pass: its input moments are summed up")
+        dead = int((self.total.diagonal(dim1=1, dim2=2) == 0.0).sum())
+        if dead:
+            where = f"{dead} of {self.total.shape[0] * inputs} inputs"
+            notes.append(f"layer {name!r}: {where} are zero in all samples, so only the damping holds their weights")
+        if self.positions < inputs:
+            notes.append(
+                f"layer {name!r} was seen at {self.positions} positions for {inputs} inputs: its input moment has not "
+                f"full rank, which a damping of {damping:g} of its mean diagonal makes up for"
+            )
+        return notes
+
+
+@contextmanager
+def watched(
+    network: Streamed, layers: Iterable[Layer], see: Callable[[nn.Module, list[tuple[Layer, str]], Any, Any, Any], None]
+) -> Iterator[None]:
+    """Call ``see(module, uses, args, kwargs, output)`` after every call of a module that holds one of the layers."""
+    with ExitStack() as stack:
+        for module, uses in network.modules(layers).items():
+
+            def hook(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, uses: list[tuple[Layer, str]] = uses
+            ) -> None:
+                see(module, uses, args, kwargs, output)
+
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Caches off, and modules called as modules: torch's fused attention never calls the layers it is made of."""
+    config = getattr(model, "config", None)
+    caching = getattr(config, "use_cache", None)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if caching:
+            config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        if caching:
+            config.use_cache = caching  # type: ignore[union-attr]
+
+
+class Accumulator:
+    """Input moments of some layers while a network runs; use `watching` around each call of it.
+
+    Parameters
+    ----------
+    network : Streamed
+    layers : sequence of Layer
+    """
+
+    def __init__(self, network: Streamed, layers: Iterable[Layer]) -> None:
+        self.network = network
+        self.moments = {layer.name: InputMoment(layer, network.device) for layer in layers}
+
+    @contextmanager
+    def watching(self, batch: Batch, number: int) -> Iterator[None]:
+        """Add what the layers see; raises DataError naming the sample whose inputs of a layer are not finite."""
+        counted = unpadded(batch)
+        calls: Counter[str] = Counter()
+
+        def see(module: nn.Module, uses: list[tuple[Layer, str]], args: Any, kwargs: Any, _: Any) -> None:
+            adapter = adapter_of(module)
+            assert adapter is not None
+            rows = adapter.input_rows(module, args, kwargs)
+            for layer, attribute in uses:
+                if attribute not in rows:
+                    continue
+                calls[layer.name] += 1
+                try:
+                    self.moments[layer.name].add(rows[attribute], counted)
+                except ValueError:
+                    raise DataError(_not_finite(layer, rows[attribute], batch[2], number)) from None
+
+        with watched(self.network, (moment.layer for moment in self.moments.values()), see):
+            yield
+        for name, count in calls.items():
+            self.moments[name].calls = max(self.moments[name].calls, count)
+
+
+def unpadded(batch: Batch) -> Callable[[Tensor], Tensor]:
+    """Leaves out positions (groups, positions, d) of padding, where the batch says which they are."""
+    mask = batch[0].get("attention_mask") if isinstance(batch[0], Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return lambda rows: rows
+    real = mask.reshape(-1) != 0
+    return lambda rows: rows[:, real] if rows.shape[1] == real.numel() else rows
+
+
+def _not_finite(layer: Layer, rows: Rows, samples: int, number: int) -> str:
+    """Which sample makes the moments of a layer overflow, in words."""
+    size = torch.cat([tensor.detach().abs().nan_to_num(nan=torch.inf).amax((0, 2)) for tensor in rows])
+    position = int(size.argmax()) % rows[0].shape[1]
+    return (
+        f"sample {position * samples // rows[0].shape[1]} of batch {number}: the inputs of layer {layer.name!r} are up "
+        f"to {float(size.max()):.3g}, so that their moments are not finite; remove it, or look for NaN or infinite "
+        "parameters in the layers before"
+    )
+
+
+def row_scales(network: Streamed) -> dict[str, Tensor]:
+    """s of every layer, float64 (R,), by its name: one backward pass over the loss.
+
+    Raises
+    ------
+    ModelError
+        For a loss that is no finite scalar that depends on the layers.
+    DataError
+    """
+    layers = network.layers
+    sums = {layer.name: torch.zeros(layer.n_rows, dtype=torch.float64, device=network.device) for layer in layers}
+    weights = layers.parameters(network.model)
+    asked = [weight.requires_grad for weight in weights]
+    total = 0
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for number, batch in enumerate(network.batches()):
+            for name, squares in _squared_gradients(network, batch, number):
+                # Of the mean over B samples each has a share of 1/B.
+                sums[name] += squares * batch[2] ** 2
+            total += batch[2]
+    finally:
+        for weight, flag in zip(weights, asked, strict=True):
+            weight.requires_grad_(flag)
+            weight.grad = None
+    return {name: value / total for name, value in sums.items()}
+
+
+def _squared_gradients(network: Streamed, batch: Batch, number: int) -> Iterator[tuple[str, Tensor]]:
+    """(layer, Σ_p (∂L/∂y_pr)² (R,)) of every call of a layer, for the loss L of a batch."""
+    seen: list[tuple[nn.Module, list[tuple[Layer, str]], Any, Any, Callable[[], Any]]] = []
+
+    def see(module: nn.Module, uses: list[tuple[Layer, str]], args: Any, kwargs: Any, output: Any) -> None:
+        seen.append((module, uses, args, kwargs, _gradient_of(output)))
+
+    weights = network.layers.parameters(network.model)
+    with watched(network, network.layers, see), torch.enable_grad():
+        output = network.call(batch)
+        with typed_failures(batch[0], batch[1]):
+            loss = network.forward.loss(output, batch[0], batch[1])
+        if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.requires_grad:
+            raise ModelError("loss_fn must return a scalar tensor that depends on the output, the mean over the batch")
+        if not bool(torch.isfinite(loss)):
+            raise ModelError(f"the loss of batch {number} is {float(loss)}; look for samples or targets out of range")
+        loss.backward(inputs=[w for w in weights if w.requires_grad])  # type: ignore[no-untyped-call]
+    for weight in weights:
+        weight.grad = None
+    for module, uses, args, kwargs, gradient in seen:
+        adapter, found = adapter_of(module), gradient()
+        if adapter is None or found is None:
+            continue
+        rows = adapter.output_gradient_rows(module, args, kwargs, found)
+        for layer, attribute in uses:
+            if attribute in rows:
+                squares = [tensor.double().square().sum(1).reshape(-1) for tensor in rows[attribute]]
+                yield layer.name, torch.cat(squares)
+
+
+def _gradient_of(output: Any) -> Callable[[], Any]:
+    """Tells, after the backward pass, the gradient of an output: a tree like it; None where there is none."""
+    if isinstance(output, PackedSequence):
+        output = output.data
+    if isinstance(output, Tensor):
+        found: list[Tensor] = []
+        if output.requires_grad:
+            # A hook sees the output as it is now, also if it is changed in place later on.
+            output.register_hook(found.append)  # type: ignore[no-untyped-call]
+        return lambda: found[0] if found else None
+    if not isinstance(output, (tuple, list)):
+        return lambda: None
+    parts = [_gradient_of(part) for part in output]
+
+    def collected() -> list[Any] | None:
+        values = [part() for part in parts]
+        return None if all(value is None for value in values) else values
+
+    return collected

@@ -1,0 +1,363 @@
+"""Segments: the parts of a network through which data flow once, one after the other.
+
+A *cut* is a module, called once, whose output is all that the rest of the network knows of what came before. The cuts
+c_1 … c_K of a network make K + 1 segments, segment j being whatever runs between the returns of c_j and c_{j+1}, also
+outside of modules. What a segment needs besides (masks, rotary embeddings) the network computes again each time, since
+it is called as a whole, with the modules c_1 … c_{j-1} replaced by nothing and c_j by its output kept from before.
+
+Cuts are found by calls of the network on a few samples, not by class names. Candidates are the calls inside the network
+and inside of cuts, in the order of time, that hold prunable layers. To try one, all cuts before it return NaN, the
+network (the cut around it) is given NaN, and the candidate returns its output recorded: where the network (the cut
+around it) returns the same as ever, nothing else flows on. In the same way NaN shows, later on, that data took another
+path.
+
+A layer is measured when the segments before it are pruned. In the pass for segment j each batch runs through segment
+j − 1, pruned by now, whose output is kept, and through segment j as it is, whose layers are watched. Kept outputs lie
+on the CPU, and only the two segments that run are on the device. A layer that is called in several segments makes them
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from cbs_opt.data.calibration import cut
+from cbs_opt.measure.layer_inputs import Accumulator, Batch, InputMoment, Streamed, quiet
+from cbs_opt.network.layers import Layer
+from solvers.errors import CBSError
+
+#: Samples by which cuts are found.
+_PROBES = 2
+#: Relative to the largest entry of an output: what another order of sums may change.
+_SAME = 1e-4
+
+
+class PathError(Exception):
+    """Data took another path through the network than those by which its segments were found."""
+
+
+class _Reached(BaseException):
+    """Ends a call of the network once a cut has returned."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a module: what it holds, its output, when it began and ended."""
+
+    name: str
+    module: nn.Module
+    start: int
+    stop: int = 0
+    output: Any = None
+    inner: list[_Call] = field(default_factory=list)
+
+    def walk(self) -> Iterator[_Call]:
+        yield self
+        for call in self.inner:
+            yield from call.walk()
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Cuts of a network in order, and the layers of each of the segments they make.
+
+    Attributes
+    ----------
+    cuts : tuple of str
+        Names of modules.
+    segments : tuple of tuples of Layer
+        One more than cuts.
+    """
+
+    cuts: tuple[str, ...]
+    segments: tuple[tuple[Layer, ...], ...]
+
+
+def whole(network: Streamed) -> Chain:
+    """All layers in one segment."""
+    return Chain((), (tuple(network.layers),))
+
+
+def find_chain(network: Streamed) -> Chain:
+    """The finest chain of a network; `whole` where there is none. Raises ModelError, DataError if it cannot be run."""
+    first = network.stream.first()
+    inputs, targets, size = cut(first, np.arange(min(first[2], _PROBES)))
+    return _Finder(network, (network.put(inputs), None if targets is None else network.put(targets), size)).chain()
+
+
+class _Finder:
+    """The search for cuts; see the module's docstring."""
+
+    def __init__(self, network: Streamed, batch: Batch) -> None:
+        self.network, self.batch = network, batch
+        with torch.no_grad(), quiet(network.model):
+            self.root = _recorded(network, batch)
+        self.calls = list(self.root.walk())
+        owners = network.modules(network.layers)
+        #: Times at which each layer is called.
+        self.times: dict[str, list[int]] = {layer.name: [] for layer in network.layers}
+        for call in self.calls:
+            for layer, _ in owners.get(call.module, ()):
+                self.times[layer.name].append(call.stop)
+
+    def chain(self) -> Chain:
+        cuts: list[_Call] = []
+        with torch.no_grad(), quiet(self.network.model):
+            self._descend(self.root, cuts)
+        spans = [(min(times), max(times)) for times in self.times.values() if times]
+        cuts = [cut for cut in cuts if not any(first <= cut.stop < last for first, last in spans)]
+        cuts = self._useful(sorted(cuts, key=lambda cut: cut.stop))
+        names = tuple(cut.name for cut in cuts)
+        segments: list[list[Layer]] = [[] for _ in range(len(cuts) + 1)]
+        for layer in self.network.layers:
+            segments[self._segment(layer, cuts)].append(layer)
+        return Chain(names, tuple(tuple(segment) for segment in segments))
+
+    def _useful(self, cuts: list[_Call]) -> list[_Call]:
+        """The first of the cuts after each layer, and none after the last one."""
+        ends = sorted(max(times) for times in self.times.values() if times)
+        first = {next((i for i, cut in enumerate(cuts) if cut.stop >= end), len(cuts)) for end in ends}
+        kept = [cut for i, cut in enumerate(cuts) if i in first]
+        return [cut for cut in kept if ends and cut.stop < ends[-1]]
+
+    def _segment(self, layer: Layer, cuts: Sequence[_Call]) -> int:
+        times = self.times[layer.name]
+        if times:
+            return sum(cut.stop < max(times) for cut in cuts)
+        # Not called by the samples tried: with the part of the network that it stands in.
+        owner = layer.uses[0][0]
+        return next((i for i, cut in enumerate(cuts) if owner.startswith(f"{cut.name}.")), len(cuts))
+
+    def _descend(self, parent: _Call, cuts: list[_Call]) -> None:
+        """Find the cuts inside a call whose own output is one, innermost first."""
+        for call in parent.inner:
+            once = sum(other.module is call.module for other in self.calls) == 1
+            if not once or not self._holds_layers(call) or not self._is_cut(call, parent, cuts):
+                continue
+            if len(call.inner) > 1 or any(self._holds_layers(inner) for inner in call.inner):
+                self._descend(call, cuts)
+            cuts.append(call)
+
+    def _holds_layers(self, call: _Call) -> bool:
+        return any(call.start < time <= call.stop for times in self.times.values() for time in times)
+
+    def _is_cut(self, call: _Call, parent: _Call, cuts: Sequence[_Call]) -> bool:
+        """Whether `parent` returns what it did where only the output of `call` is known of what came before."""
+        if not any(t.is_floating_point() for t in _tensors(call.output)):
+            return False
+        stubs = {cut.name: tree_map_only(Tensor, _filled, cut.output) for cut in cuts if cut.stop < call.start}
+        stubs[call.name] = call.output
+        try:
+            with _replaced(self.network.model, stubs), _blinded(parent.module):
+                found = _outputs(self.network, self.batch, [parent.name]).get(parent.name)
+        except Exception:
+            # Whatever the network says about NaN: it looks at what should play no part.
+            return False
+        return _same(found, parent.output)
+
+
+def _recorded(network: Streamed, batch: Batch) -> _Call:
+    """All calls of modules in a call of the network."""
+    clock = 0
+    root = _Call("", network.model, 0)
+    stack: list[_Call] = []
+
+    def enter(module: nn.Module, _: Any, name: str) -> None:
+        nonlocal clock
+        clock += 1
+        call = root if module is network.model else _Call(name, module, clock)
+        if stack:
+            stack[-1].inner.append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal clock
+        clock += 1
+        call = stack.pop()
+        # A copy: it may be changed in place by what comes next.
+        call.stop, call.output = clock, tree_map_only(Tensor, torch.clone, output)
+
+    with ExitStack() as hooks:
+        for name, module in network.model.named_modules():
+
+            def named(module: nn.Module, args: Any, name: str = name) -> None:
+                enter(module, args, name)
+
+            hooks.callback(module.register_forward_pre_hook(named).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        network.call(batch)
+    return root
+
+
+@contextmanager
+def _replaced(model: nn.Module, outputs: dict[str, Any]) -> Iterator[None]:
+    """Some modules return copies of given outputs instead of being called."""
+    with ExitStack() as stack:
+        for name, output in outputs.items():
+            module = model.get_submodule(name)
+            own = module.__dict__.get("forward")
+
+            def stub(*_: Any, output: Any = output, **__: Any) -> Any:
+                return tree_map_only(Tensor, torch.clone, output)
+
+            def restore(module: nn.Module = module, own: Any = own) -> None:
+                module.__dict__.pop("forward", None)
+                if own is not None:
+                    module.__dict__["forward"] = own
+
+            module.__dict__["forward"] = stub
+            stack.callback(restore)
+        yield
+
+
+@contextmanager
+def _blinded(module: nn.Module) -> Iterator[None]:
+    """A module sees NaN for the first tensor of numbers that it is given: what it passes on must come from a cut."""
+
+    def blind(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = [*args, *kwargs.values()]
+        for at, value in enumerate(given):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                given[at] = _filled(value)
+                break
+        return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
+
+    handle = module.register_forward_pre_hook(blind, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _outputs(network: Streamed, batch: Batch, names: Sequence[str], *, stop: bool = True) -> dict[str, Any]:
+    """Copies of the outputs of some modules, the network itself being ``""``; `stop` ends the call with the last."""
+    found: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                if name in found:
+                    raise PathError(f"{name} is called twice")
+                found[name] = tree_map_only(Tensor, torch.clone, output)
+                if stop and name == names[-1]:
+                    raise _Reached
+
+            hooks.callback(network.model.get_submodule(name).register_forward_hook(keep).remove)
+        with suppress(_Reached):
+            network.call(batch)
+    return found
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    """NaN for numbers, zeros for integers."""
+    return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    pairs = list(zip(_tensors(found), _tensors(expected), strict=False))
+    if not pairs or len(pairs) != len(_tensors(expected)):
+        return False
+    for one, other in pairs:
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if one.is_floating_point():
+            size = float(other.abs().max()) if other.numel() else 0.0
+            if not torch.allclose(one, other, rtol=0.0, atol=_SAME * size, equal_nan=False):
+                return False
+        elif not torch.equal(one, other):
+            return False
+    return True
+
+
+class SegmentPasses:
+    """The passes over the data, one for each segment; see the module's docstring.
+
+    Parameters
+    ----------
+    network : Streamed
+    chain : Chain
+    """
+
+    def __init__(self, network: Streamed, chain: Chain) -> None:
+        self.network, self.chain = network, chain
+        #: By batch: the output of the last cut whose segment is pruned, and those of cuts before it without values.
+        self._kept: list[Any] = []
+        self._shapes: list[list[Any]] = []
+
+    def __iter__(self) -> Iterator[list[InputMoment]]:
+        """Moments of the layers of each segment; when the next ones are asked for, these are taken to be pruned.
+
+        Raises
+        ------
+        PathError
+            If a batch takes another path than that by which the segments were found.
+        DataError, ModelError
+        """
+        for segment in range(len(self.chain.segments)):
+            yield self._measure(segment)
+
+    @torch.no_grad()
+    def _measure(self, segment: int) -> list[InputMoment]:
+        accumulator = Accumulator(self.network, self.chain.segments[segment])
+        self._place(segment)
+        with quiet(self.network.model):
+            for number, batch in enumerate(self.network.batches()):
+                try:
+                    self._run(segment, number, batch, accumulator)
+                except CBSError as error:
+                    if not segment:
+                        raise
+                    # What was left out may be what this batch needs: the network as a whole will tell.
+                    raise PathError(str(error)) from error
+        return list(accumulator.moments.values())
+
+    def _run(self, segment: int, number: int, batch: Batch, accumulator: Accumulator) -> None:
+        """One batch through the segment before, whose output is kept, and through this one."""
+        cuts, stubs = self.chain.cuts, {}
+        if segment >= 2:
+            before = zip(cuts, self._shapes[number], strict=False)
+            stubs = {name: tree_map_only(Tensor, self._nothing, shape) for name, shape in before}
+            stubs[cuts[segment - 2]] = tree_map_only(Tensor, self._here, self._kept[number])
+        through = cuts[max(segment - 1, 0) : segment + 1]
+        with _replaced(self.network.model, stubs), accumulator.watching(batch, number):
+            found = _outputs(self.network, batch, through, stop=segment < len(cuts))
+        if len(found) != len(through):
+            raise PathError(f"batch {number} does not pass through {', '.join(set(through) - set(found))}")
+        if segment == 0:
+            self._kept.append(None)
+            self._shapes.append([])
+            return
+        if segment >= 2:
+            self._shapes[number].append(tree_map_only(Tensor, lambda t: t.to("meta"), self._kept[number]))
+        self._kept[number] = tree_map_only(Tensor, lambda t: t.cpu(), found[cuts[segment - 1]])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.network.device)
+
+    def _nothing(self, tensor: Tensor) -> Tensor:
+        return _filled(torch.empty_like(tensor, device=self.network.device))
+
+    def _place(self, segment: int) -> None:
+        """Put what runs on the device, and cuts that do not run back to the CPU."""
+        if self.network.device.type == "cpu":
+            return
+        cuts = self.chain.cuts
+        idle = set(cuts) - set(cuts[max(segment - 1, 0) : segment + 1])
+        # A cut that holds another one may have to run for that.
+        idle = {name for name in idle if not any(cut.startswith(f"{name}.") for cut in cuts)}
+        for name, module in self.network.model.named_modules():
+            away = any(name == cut or name.startswith(f"{cut}.") for cut in idle)
+            place = torch.device("cpu") if away else self.network.device
+            module._apply(lambda t, place=place: t.to(place), recurse=False)
