@@ -18,7 +18,6 @@ Kronecker-factored approximate Fisher matrix for convolution layers*, ICML 2016.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,8 +36,9 @@ from cbs_opt.data.trees import Tree, map_tree
 from cbs_opt.network.adapters import Rows, adapter_of
 from cbs_opt.network.layers import Layer, PrunableLayers
 from solvers import QuadraticBlock
+from solvers.arguments import flag, number
 from solvers.curvature import Kronecker
-from solvers.errors import DataError, ModelError, OptionError
+from solvers.errors import DataError, ModelError
 
 #: (inputs, targets, number of samples) on the device.
 Batch: TypeAlias = tuple[Tree, Tree | None, int]
@@ -64,10 +64,8 @@ class LayerInputOptions:
     segments: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)):
-            raise OptionError(f"damping must be a number, not {self.damping!r}")
-        if not math.isfinite(self.damping) or self.damping < 0:
-            raise OptionError(f"damping must be finite and not negative, not {self.damping!r}; 0.01 is usual")
+        number("damping", self.damping, least=0, remedy="0.01 is usual")
+        flag("segments", self.segments)
 
 
 @dataclass(frozen=True, eq=False)

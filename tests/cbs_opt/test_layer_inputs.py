@@ -424,7 +424,7 @@ def test_what_does_not_fit_together_is_refused(options: dict[str, object], messa
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(OptionError, match="not negative"):
+    with pytest.raises(OptionError, match="zero or more"):
         LayerInputOptions(damping=-1.0)
     with pytest.raises(OptionError, match="layer_inputs"):
         cbs_opt.Setup(layer_inputs=LayerInputOptions())
