@@ -36,28 +36,36 @@ def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 def smallest_of_rows(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """In each row of `scores` (g, m) the `counts` (g,) smallest: bool (g, m); ties to the lower index."""
-    limit = torch.where(counts > 0, _ranked(scores, (counts - 1).clamp_min(0)), -torch.inf).unsqueeze(1)
-    chosen = scores <= limit
-    crowded = (chosen.sum(1) > counts).nonzero().squeeze(1)
+    limit, following = _around(scores, counts)
+    chosen = scores <= limit.unsqueeze(1)
+    crowded = (limit == following).nonzero().squeeze(1)
     if crowded.numel():
-        some, edge = scores[crowded], limit[crowded]
+        some, edge = scores[crowded], limit[crowded].unsqueeze(1)
         below, ties = some < edge, some == edge
         wanted = counts[crowded] - below.sum(1)
         chosen[crowded] = below | (ties & (ties.cumsum(1) <= wanted.unsqueeze(1)))
     return chosen
 
 
-def _ranked(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The entry of each row (g, m) that would stand at `places` (g,) if it were sorted, (g,)."""
-    first, last = int(places.min()), int(places.max())
+def _around(scores: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the last of the `counts` (g,) smallest of each row (g, m), the first of the others), (g,) each.
+
+    Of none the last is −inf, and after all comes inf.
+    """
+    first, last = int(counts.min()), int(counts.max())
     if scores.device.type == "cpu":
         # numpy partitions and sorts several times faster than torch.
         table = scores.numpy()
-        table = np.partition(table, first, axis=1) if first == last else np.sort(table, axis=1)
-        return torch.from_numpy(table[np.arange(table.shape[0]), places.numpy()])
-    if first == last:
-        return scores.kthvalue(first + 1, dim=1).values
-    return scores.sort(dim=1).values.gather(1, places.unsqueeze(1)).squeeze(1)
+        if 0 < first == last < table.shape[1]:
+            table = np.partition(table, first, axis=1)
+            return torch.from_numpy(table[:, :first].max(1)), torch.from_numpy(table[:, first].copy())
+        order = torch.from_numpy(np.sort(table, axis=1))
+    else:
+        order = scores.sort(dim=1).values
+    ends = torch.nn.functional.pad(order, (1, 0), value=-torch.inf)
+    ends = torch.nn.functional.pad(ends, (0, 1), value=torch.inf)
+    limits = ends.gather(1, torch.stack([counts, counts + 1], dim=1))
+    return limits[:, 0], limits[:, 1]
 
 
 def prune_smallest_magnitudes(parts: Sequence[torch.Tensor], n_prune: int) -> Mask:

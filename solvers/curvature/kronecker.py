@@ -20,7 +20,7 @@ from solvers.curvature.base import Curvature
 from solvers.curvature.dense import Dense
 from solvers.curvature.kronecker_restricted import KroneckerRestricted
 from solvers.errors import CapabilityError, ProblemError, SingularHessianError
-from solvers.linalg import Apply
+from solvers.linalg import Apply, lower_gram
 
 
 class Kronecker(Curvature):
@@ -162,7 +162,7 @@ class Kronecker(Curvature):
         """As `Curvature.penalised`, for a metric t_r e_c; one eigendecomposition serves all rows, ρ and masks.
 
         With D = diag(t) ⊗ E and E⁻¹(C + λI)E⁻¹ = QΛQᵀ the inverse is Q(s_r/t_r² Λ + ρI)⁻¹Qᵀ for row r, one d × d
-        matrix for all rows where s_r/t_r² is the same in all. Rows of t_r = 0 are left as if s_r/t_r² were 1.
+        matrix for all rows where s_r/t_r² is the same in all. Rows of t_r = 0 follow the others.
 
         Raises
         ------
@@ -176,14 +176,17 @@ class Kronecker(Curvature):
             raise CapabilityError(
                 "a Kronecker curvature takes a metric t_r e_c, one profile over the inputs of all rows"
             )
-        ratio = torch.where(size > 0.0, self.row_scale / size.square().clamp_min(1e-300), 1.0)
+        ratio = self.row_scale / size.square().clamp_min(1e-300)
+        common = ratio[size.argmax()]
+        ratio = torch.where(size > 0.0, ratio, common)
         values, vectors = self._spectrum(profile)
-        shared = bool(torch.allclose(ratio, ratio[size.argmax()], rtol=1e-5, atol=0.0))
+        shared = bool(torch.allclose(ratio, common, rtol=1e-5, atol=0.0))
 
         def at(penalty: float) -> Apply:
             if shared and 3 * self.n_rows >= self.n_inputs:
                 # Formed once per penalty, it saves a product per application.
-                inverse = (vectors / (ratio[0].to(values.dtype) * values + penalty)) @ vectors.T
+                lower = lower_gram(vectors * (values * float(common) + penalty).rsqrt(), panel=256).tril()
+                inverse = lower + lower.tril(-1).T
                 return lambda x: (x.view(table.shape) @ inverse).view(-1)
             weights = 1.0 / (torch.outer(ratio.to(values.dtype), values) + penalty)
             return lambda x: ((x.view(table.shape) @ vectors).mul_(weights) @ vectors.T).view(-1)

@@ -30,7 +30,7 @@ from solvers.solver import ANYTIME, JOINT_PROBLEM, RANKED, Context, Deadline, So
 from solvers.tensors import ProblemTensors
 
 #: Iterations between changes of ρ.
-_STRIDE = 3
+STRIDE = 3
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class _Alternation:
         self, sparse: torch.Tensor, pruned: torch.Tensor, penalty: float, iterations: int, deadline: Deadline
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float], Reason]:
         """(mask, z, counts, why it stopped) from z and its mask, each (n,)."""
-        dual, signed = torch.zeros_like(sparse), sparse
+        # Vectors are written where others were: fresh memory would cost as much as a tenth of the product.
+        dual, signed, size = torch.zeros_like(sparse), sparse.clone(), torch.empty_like(sparse)
         settled, reason, used = pruned, Reason.ITERATION_LIMIT, 0
         n_kept, cheapest = self.problem.n_kept, self.problem.budget.cheapest
         smooth = self.smooth(penalty)
@@ -113,21 +114,21 @@ class _Alternation:
             if deadline.expired():
                 reason = Reason.TIME_LIMIT
                 break
-            target = smooth(torch.add(self.linear, signed, alpha=penalty)).add_(dual)
-            pruned = cheapest(target.abs())
-            dual = target * pruned
+            target = smooth(torch.add(self.linear, signed, alpha=penalty, out=signed)).add_(dual)
+            pruned = cheapest(torch.abs(target, out=size))
+            torch.mul(target, pruned, out=dual)
             sparse, growth = target, 1.0
-            if used % _STRIDE == 0:
+            if used % STRIDE == 0:
                 moved = int((settled & ~pruned).sum())
                 settled = pruned
-                if moved == 0 and used > _STRIDE:
+                if moved == 0 and used > STRIDE:
                     reason = Reason.COMPLETED
                     break
                 growth = 1.3 if moved >= 0.1 * n_kept else 1.2 if moved >= 0.005 * n_kept else 1.1
                 penalty *= growth
                 smooth = self.smooth(penalty)
             # z − u, the dual being in units of ρ: z is the target where the dual is zero.
-            signed = torch.add(target, dual, alpha=-1.0 - 1.0 / growth)
+            torch.add(target, dual, alpha=-1.0 - 1.0 / growth, out=signed)
             if growth > 1.0:
                 dual /= growth
         return pruned, sparse.masked_fill(pruned, 0.0), {"iterations": float(used), "penalty": penalty}, reason
