@@ -29,7 +29,7 @@ from cbs_opt.data.trees import map_tree
 from solvers.errors import DataError
 
 #: Samples per batch of data that lie in memory.
-_BATCH = 64
+_BATCH = 32
 _EMPTY = "the calibration data are empty; pass at least one batch of training samples"
 
 

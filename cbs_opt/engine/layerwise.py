@@ -126,7 +126,7 @@ def prune_layerwise(
     if loss_fn is not None and not callable(loss_fn):
         raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
     own, layers = own_copy(model, setup)
-    _check(layers, choice)
+    check_layerwise(layers, choice)
     network = LayerwiseNetwork(own, layers, setup, model, BatchStream(data, setup.samples), loss_fn)
     # Asked now, as the network changes.
     _ = network.dense_loss
@@ -141,8 +141,8 @@ def _no_loss(*_: object) -> Tensor:
     raise OptionError("no loss was given")
 
 
-def _check(layers: PrunableLayers, choice: Choice) -> None:
-    """Raise for what layers cannot be pruned by, before any data are read."""
+def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
+    """Raise OptionError, CapabilityError for what layers cannot be pruned by; no data are needed for that."""
     choice.kept(layers.n)
     if choice.update is Update.SEARCHED:
         raise OptionError("update 'searched' asks the loss of the whole network; layer by layer use 'combinatorial'")
@@ -246,16 +246,14 @@ class _Run:
         self.notes += moment.notes(self.options.damping)
         problem = SelectionProblem(self._blocks(moment), n_prune, choice.goal())
         shares = len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in choice.solver.capabilities
-        refits = choice.update is Update.COMBINATORIAL
         solution = solve(
             problem,
             choice.solver,
             time_limit=choice.time_limit,
             seed=self.setup.seed if choice.seed is None else choice.seed,
             allocation=self.rule if shares or self.rule == "rows" else None,
-            with_refit=refits,
         )
-        if refits and solution.refit_weights is not None:
+        if choice.update is Update.COMBINATORIAL and solution.refit_weights is not None:
             updated = Updated(solution.refit_weights, solution.refit_objective, 0.0)
             updated = scaled(problem, solution.pruned, updated, choice.update_scale)
         else:

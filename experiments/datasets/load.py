@@ -15,7 +15,7 @@ from experiments.datasets.cache import CacheWarning, cache_dir, try_write
 from experiments.datasets.digits import load_digits
 from experiments.datasets.hub import download
 from experiments.datasets.images import Dataset, ImageSet
-from experiments.datasets.parquet import SOURCES, Source, find_files, read_files
+from experiments.datasets.parquet import SOURCES, Source, find_files, how_to_get, read_files
 from solvers.errors import DataError
 
 DATASETS = ("digits", *SOURCES)
@@ -27,7 +27,7 @@ def load_dataset(name: str, data_dir: Path | str | None = None) -> Dataset:
     Parameters
     ----------
     name
-        ``digits``, ``mnist`` or ``cifar10``.
+        ``digits``, ``mnist``, ``cifar10`` or ``imagenet-sample``.
     data_dir
         Folder with the set's parquet files, or the folder above it. None downloads with the ``datasets``
         library, which keeps its own cache. Digits are embedded and need neither.
@@ -42,6 +42,14 @@ def load_dataset(name: str, data_dir: Path | str | None = None) -> Dataset:
     if name not in SOURCES:
         raise DataError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
     source = SOURCES[name]
+    if data_dir is None and not source.repository:
+        raise DataError(f"{name}: {how_to_get(source)}")
+    if source.held_out and data_dir is not None:
+        found = find_files(source, Path(data_dir).expanduser(), "train")
+        whole = _image_set(source, *_cached(source, "train", found))
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(whole)))
+        train, test = whole.subset(order[source.held_out :]), whole.subset(order[: source.held_out])
+        return Dataset(name, train, test, source=str(found[0].parent))
     if data_dir is None:
         train, test = (_image_set(source, *download(source, split)) for split in ("train", "test"))
         return Dataset(name, train, test, source=f"downloaded from {source.repository}")

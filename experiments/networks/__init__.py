@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from experiments.networks.cifarnet import CIFARNET, CIFARNet
 from experiments.networks.digits import DIGITS, DigitsMLP
+from experiments.networks.efficientnet_lite0 import EFFICIENTNET_LITE0, EfficientNetLite0
 from experiments.networks.experiment import Experiment
 from experiments.networks.load import Network, load_network
 from experiments.networks.mlpnet import MLPNET, MLPNet
 from experiments.networks.resnet20 import RESNET20, ResNet20
 from solvers.errors import UnknownNameError
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (DIGITS, MLPNET, RESNET20, CIFARNET)}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (DIGITS, MLPNET, RESNET20, CIFARNET, EFFICIENTNET_LITE0)}
 DEFAULT = DIGITS.name
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "EXPERIMENTS",
     "CIFARNet",
     "DigitsMLP",
+    "EfficientNetLite0",
     "Experiment",
     "MLPNet",
     "Network",

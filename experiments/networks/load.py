@@ -59,7 +59,7 @@ class Network:
 
 def open_network(experiment: Experiment, source: Source, say: Say = lambda message: None) -> Network:
     """Data and network of an experiment; see `load_dataset` and `load_network`."""
-    if source.data_dir is None and experiment.dataset in SOURCES:
+    if source.data_dir is None and experiment.dataset in SOURCES and SOURCES[experiment.dataset].repository:
         say(f"no --data-dir: asking the Hugging Face hub for {SOURCES[experiment.dataset].repository}")
     dataset = load_dataset(experiment.dataset, source.data_dir)
     say(f"data: {dataset.source}")

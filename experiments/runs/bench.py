@@ -17,7 +17,9 @@ from torch.nn import functional as F
 import cbs_opt
 import solvers
 from cbs_opt.engine.checks import check_plan
+from cbs_opt.engine.layerwise import check_layerwise, prune_layerwise
 from cbs_opt.engine.run import run
+from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.prepared import prepare_setup
 from experiments.datasets.augmentation import CropAndFlip
 from experiments.networks.load import open_network
@@ -76,7 +78,7 @@ class Bench:
         if self.options.save_masks:
             cbs_opt.save_masks(self.folder / "masks" / f"{key}.safetensors", result.masks)
         report = result.report
-        has = report.curvature == "fisher"
+        has = report.curvature in ("fisher", *LAYERWISE)
         return {
             "n_weights": report.n,
             "n_kept": report.n_kept,
@@ -107,6 +109,15 @@ class Bench:
                 self._stages(),
                 journal=self.journal(key),
                 progress=self._progress(f"{what}, stages"),
+            )
+        if options.layerwise:
+            return prune_layerwise(
+                self.network.model,
+                self._data(task.seed),
+                F.cross_entropy,
+                options.setup(task.seed),
+                options.choice_of(task, self.layers.n),
+                self._progress(f"{what}, layers"),
             )
         prepared = self.prepared(task.seed)
         self.listener.working(what, 0, 0)
@@ -171,6 +182,9 @@ class Bench:
             return
         for task in self.tasks:
             choice = self.options.choice_of(task, self.layers.n)
+            if self.options.layerwise:
+                check_layerwise(self.layers, choice)
+                continue
             check_plan(self.network.model, self.layers, setup, choice, self._plan(choice))
 
     def _plan(self, choice: cbs_opt.Choice) -> cbs_opt.Plan:
@@ -195,6 +209,8 @@ class Bench:
         """A sample of the training set, drawn with the seed: normalised images and labels."""
         fisher = self.options.fisher
         count = max(CALIBRATION_SAMPLES, (fisher.n_rows or 0) * fisher.batch_size)
+        if self.options.layerwise:
+            count = fisher.n_rows or CALIBRATION_SAMPLES
         if self.options.staged:
             # Every stage draws rows of its own.
             count = max(count, STAGE_SAMPLES)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import cbs_opt
 from cbs_opt.engine.choice import Extent
+from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.measure.fisher import DEFAULT_ROWS
 from experiments.networks import DEFAULT, EXPERIMENTS, Experiment, get_experiment
 from experiments.networks.load import Source
@@ -63,9 +64,12 @@ class NetworkOptions:
 class CurvatureOptions:
     """The quadratic model of the loss."""
 
+    curvature: Annotated[
+        str, "fisher, or layer by layer from the images of --fisher-samples: layer_inputs or kfac."
+    ] = "fisher"
     fisher_samples: Annotated[int | None, "Gradients, rows of the factor."] = None
     fisher_batch: Annotated[int | None, "Images averaged into each gradient."] = None
-    damping: Annotated[float | None, "Added to the diagonal of the Fisher matrix."] = None
+    damping: Annotated[float | None, "Added to the diagonal; layer by layer relative to its mean, usually 0.01."] = None
     blocks: Annotated[
         str | None, "Fisher blocks: one, per_layer, per_row, fixed:SIZE, components[:T], clusters:SIZE."
     ] = None
@@ -151,6 +155,10 @@ class RunOptions:
             raise OptionError("--measure-only needs a folder for what is measured; give --gradients DIR")
         if curvature.gradients is not None and self.staged:
             raise OptionError("stages measure anew at every step; leave --gradients out")
+        if self.layerwise and (self.staged or sweep.masks or choice.bound or curvature.gradients):
+            raise OptionError(
+                f"--curvature {curvature.curvature} knows no --stages, --masks, --bound and --gradients; leave them out"
+            )
         if choice.stages < 1:
             raise OptionError(f"--stages must be at least 1, got {choice.stages}")
         if choice.bound is not None and choice.bound not in METHODS:
@@ -168,6 +176,11 @@ class RunOptions:
     def experiment(self) -> Experiment:
         """The experiment of that name."""
         return get_experiment(self.network.experiment)
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether the curvature is measured layer by layer."""
+        return self.curvature.curvature in LAYERWISE
 
     @property
     def staged(self) -> bool:
@@ -194,9 +207,14 @@ class RunOptions:
 
     def setup(self, seed: int) -> cbs_opt.Setup:
         """The model side of the rows of a seed; no more is measured than one of them needs."""
+        damping, curvature = self.curvature.damping, self.curvature.curvature
+        if curvature == "fisher" and self.need is Extent.WEIGHTS:
+            curvature = "none"
+        given = None if not self.layerwise or damping is None else cbs_opt.LayerInputOptions(damping)
         return cbs_opt.Setup(
-            fisher=self.fisher,
-            curvature="fisher" if self.need > Extent.WEIGHTS else "none",
+            fisher=None if self.layerwise else self.fisher,
+            curvature=curvature,
+            layer_inputs=given,
             include=self.network.include or self.experiment.include or ("*",),
             exclude=self.network.exclude or self.experiment.exclude,
             device=self.source.device,

@@ -117,6 +117,8 @@ class Sweep:
         o = self.options
         setup, choice = o.setup(task.seed), o.choice_of(task)
         extra = {"include": list(o.network.include or o.experiment.include), "exclude": list(setup.exclude)}
+        if o.layerwise:
+            extra["curvature"], extra["layer_damping"] = setup.curvature, o.curvature.damping
         solver = task.solver
         if o.sweep.masks:
             solver = Path(task.solver).stem

@@ -67,6 +67,23 @@ def test_reads_pixels_and_labels(made: tuple[str, Path, np.ndarray], own_cache: 
         assert name in dataset.source
 
 
+def test_one_split_is_cut_in_two_and_images_are_cropped(tmp_path: Path, own_cache: Path) -> None:
+    folder = tmp_path / "imagenet-sample" / "data"
+    folder.mkdir(parents=True)
+    wide = np.zeros((256, 300, 3), dtype=np.uint8)
+    wide[16:240, 38:262] = 127
+    rows = [{"bytes": picture(wide), "path": f"{i}.png"} for i in range(504)]
+    table = pa.table({"image": rows, "label": list(range(504)), "wnid": ["n"] * 504})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    dataset = load_dataset("imagenet-sample", tmp_path)
+    assert (len(dataset.train), len(dataset.test)) == (4, 500)
+    assert sorted([*dataset.train.labels.tolist(), *dataset.test.labels.tolist()]) == list(range(504))
+    images, _ = dataset.train.batch(slice(None))
+    assert images.shape == (4, 3, 224, 224) and float(images.abs().max()) < 1e-6
+    with pytest.raises(DataError, match="on no hub"):
+        load_dataset("imagenet-sample")
+
+
 def test_cache_is_used_and_noticed_when_stale_or_damaged(
     made: tuple[str, Path, np.ndarray], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

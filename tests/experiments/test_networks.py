@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cbs_opt import find_layers
 from experiments.datasets import Dataset, load_dataset
 from experiments.datasets.images import ImageSet
 from experiments.networks import DEFAULT, EXPERIMENTS, ResNet20, get_experiment
@@ -24,7 +25,8 @@ QUICK: Experiment = replace(EXPERIMENTS[DEFAULT], recipe=replace(EXPERIMENTS[DEF
 
 def test_catalogue() -> None:
     assert DEFAULT == "digits-mlp"
-    assert set(EXPERIMENTS) == {"digits-mlp", "mlpnet-mnist", "resnet20-cifar10", "cifarnet-cifar10"}
+    images = {"resnet20-cifar10", "cifarnet-cifar10", "efficientnet-lite0-imagenet"}
+    assert set(EXPERIMENTS) == {"digits-mlp", "mlpnet-mnist", *images}
     with pytest.raises(UnknownNameError, match="mlpnet-mnist"):
         get_experiment("mlpnet-mnits")
 
@@ -100,3 +102,10 @@ def test_published_rounding_and_quoted_accuracies() -> None:
     assert columns("mlpnet-mnist")["CBS"][0.98] == 55.45
     assert columns("resnet20-cifar10")["C++"][0.9] == 79.32
     assert columns("digits-mlp") == {}
+
+
+def test_efficientnet_has_the_weights_of_its_paper() -> None:
+    model = EXPERIMENTS["efficientnet-lite0-imagenet"].model().eval()
+    assert find_layers(model).n == 4_608_992
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 65, 64)).shape == (1, 1000)

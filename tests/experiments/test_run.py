@@ -94,6 +94,22 @@ def test_a_row_for_every_combination(finished: Path) -> None:
     assert png.startswith(b"\x89PNG") and len(png) > 5_000
 
 
+@pytest.mark.parametrize("curvature", ["layer_inputs", "kfac"])
+def test_layers_one_by_one(curvature: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--solver", "sweep", "obd", "--sparsity", "0.7", "--curvature", curvature, "--fisher-samples", "300"]
+    run(*asked, "--output-dir", tmp_path)
+    rows = rows_of(tmp_path)
+    assert [(r["solver"], r["n_kept"], r["extra"]["curvature"]) for r in rows] == [
+        ("sweep", 816, curvature),
+        ("obd", 816, curvature),
+    ]
+    assert all(0.0 < r["refit_objective"] <= r["objective"] * (1 + 1e-9) and r["accuracy"] > 50.0 for r in rows)
+    # What is there is not measured again.
+    run(*asked, "--output-dir", tmp_path)
+    assert rows_of(tmp_path) == rows
+    assert "--stages" in fails(capsys, *asked, "--stages", "2", "--output-dir", tmp_path)
+
+
 def test_updates_share_the_mask_and_the_seed_decides(finished: Path) -> None:
     rows: dict[tuple, Mapping[str, Any]] = {
         (r["solver"], r["sparsity"], r["seed"], r["update"]): r for r in rows_of(finished)
