@@ -27,6 +27,11 @@ class Forward:
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         self.loss_fn = loss_fn
+        # What torch.compile and DataParallel put around a network takes anything.
+        while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module) and (
+            "_orig_mod" in model._modules or isinstance(model, nn.DataParallel)
+        ):
+            model = inner
         parameters = inspect.signature(model.forward).parameters
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self.names = None if takes_all else frozenset(parameters)
