@@ -38,6 +38,7 @@ from cbs_opt.engine.workspace import open_workspace
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.report import PruneResult
 from solvers import Objective, Reason, Solution, Solver, Status
 from solvers.arrays import Array, Mask
@@ -68,6 +69,7 @@ class Prepared(Measured):
         )
         return self.one_shot(made)
 
+    @in_plain_state
     def update_masks(
         self,
         masks: Mapping[str, Tensor],
@@ -118,6 +120,7 @@ class Prepared(Measured):
         )
         return self.one_shot(choice, (problem, given), judge=judge)
 
+    @in_plain_state
     def with_fisher(self, fisher: FisherOptions) -> Prepared:
         """The same gradients under another damping, block structure or first-order term.
 
@@ -133,6 +136,7 @@ class Prepared(Measured):
             )
         return Prepared(self.workspace, fisher, self._gradients, self._weights)
 
+    @in_plain_state
     def relinearised(
         self,
         weights: Array,
@@ -162,6 +166,7 @@ class Prepared(Measured):
         # As the network holds them: the quadratic model is built at the rounded weights.
         return Prepared(self.workspace, options, gradients, self.layers.read(self.workspace.model).numpy())
 
+    @in_plain_state
     def save(self, folder: Path | str) -> None:
         """Keep the gradients in a folder, for `load_prepared`; raises OutputError, or OptionError if there are none."""
         gradient_files.save(folder, self.workspace, self.fisher, self.gradients, self.weights)
@@ -206,6 +211,7 @@ def prepare(
     return prepare_setup(model, data, loss_fn, setup, progress=progress)
 
 
+@in_plain_state
 def prepare_setup(
     model: nn.Module, data: object, loss_fn: LossFunction, setup: Setup, *, progress: Progress | None = None
 ) -> Prepared:
@@ -223,6 +229,7 @@ def prepare_setup(
     return Prepared(workspace, setup.options, take_gradients(workspace, need, progress))
 
 
+@in_plain_state
 def load_prepared(
     folder: Path | str, model: nn.Module, data: object, loss_fn: LossFunction, setup: Setup | None = None
 ) -> Prepared:

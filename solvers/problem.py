@@ -27,6 +27,7 @@ from solvers.arrays import ProblemArrays as ProblemArrays
 from solvers.block import QuadraticBlock
 from solvers.budget import Budget, Cardinality
 from solvers.errors import ProblemError, UnknownNameError
+from solvers.plain import plainly
 from solvers.refit import Refit, refit
 from solvers.tensors import ProblemTensors
 
@@ -210,6 +211,7 @@ class SelectionProblem:
         parts = zip(self.blocks, self.slices, strict=True)
         return sum(block.change(block.tensor_of(weights[where]) - block.weights) for block, where in parts)
 
+    @plainly
     def selection_value(self, pruned: Mask) -> float:
         """CBS-S of a mask, float64; the mask may remove any number of weights."""
         total = 0.0
@@ -218,6 +220,7 @@ class SelectionProblem:
             total += block.change(torch.where(mask, -block.weights, 0.0))
         return total
 
+    @plainly
     def refit(self, pruned: Mask) -> Refit:
         """CBS-U of a mask that may remove any number of weights; raises ProblemError if it does not fit."""
         return refit(self, pruned)

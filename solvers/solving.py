@@ -11,6 +11,7 @@ from solvers.allocation import allocated
 from solvers.arguments import instance, seconds, seed_of
 from solvers.composites.nested import merged, run_parts
 from solvers.errors import OptionError, ProblemError
+from solvers.plain import plainly
 from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
 from solvers.running import check_capabilities, check_range, run_backend
@@ -20,6 +21,7 @@ from solvers.solver import CalibrationLoss, Context, Deadline, Solver
 from solvers.verify import evaluate, verified
 
 
+@plainly
 def solve(
     problem: SelectionProblem,
     solver: str | Solver = "greedy_ls",

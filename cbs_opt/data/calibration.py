@@ -13,7 +13,8 @@ Each tensor of a batch has the samples along its first dimension. ``loss_fn`` mu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,16 +22,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from cbs_opt.data.trees import Tree, leaves, map_tree
-from solvers.arguments import flag, integer, seed_of
+from cbs_opt.data.trees import Tree, leaves, map_tree, rebuilt
+from solvers.arguments import flag, integer, odd_kind, seed_of
 from solvers.errors import DataError, OptionError
 
 Index = npt.NDArray[np.int64]
 
 #: Samples per batch where a data set comes without batches.
 _DEFAULT_BATCH = 256
+#: Samples, and bytes to be kept, after which data that do not say how long they are count as endless.
+_MOST_UNSIZED, _MOST_BYTES = 200_000, 8 << 30
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class CalibrationData:
         if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (Tensor, np.ndarray)):
             return len(data[0])
         whole = data.dataset if isinstance(data, DataLoader) else data
-        return len(whole) if isinstance(whole, Dataset) and isinstance(whole, Sized) else None
+        return len(whole) if isinstance(whole, Dataset) and _sized(whole) else None  # type: ignore[arg-type]
 
     def batch(self, index: Index | Tensor | slice, device: torch.device | str) -> tuple[Tree, Tree | None]:
         """(inputs, targets) of some samples on a device."""
@@ -182,15 +185,22 @@ def as_batch(batch: Any, number: int = 0, *, alone: bool = False) -> Batch:
 
 def _to_tensors(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        if odd_kind(value):
+            raise DataError(f"{where} is {odd_kind(value)}; expected dense tensors")
+        # A copy of an inference tensor is a plain one.
+        return (value.clone() if value.is_inference() else value).detach().cpu()
     if isinstance(value, np.ndarray):
-        if value.dtype == object:
-            raise DataError(f"{where} is an array of objects; expected numbers")
-        return torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            raise DataError(f"{where} is a masked array, whose mask would be ignored; fill it")
+        try:
+            array = np.ascontiguousarray(value)
+            return torch.from_numpy(array if array.flags.writeable else array.copy())
+        except TypeError as error:
+            raise DataError(f"{where} is an array of {value.dtype}; expected numbers") from error
     if isinstance(value, Mapping):
         return {str(key): _to_tensors(entry, f"{where}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_to_tensors(entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        return rebuilt(value, [_to_tensors(entry, f"{where}[{i}]") for i, entry in enumerate(value)])
     raise DataError(f"{where} is a {type(value).__name__}; expected tensors or numpy arrays")
 
 
@@ -205,7 +215,7 @@ def _stack(batches: Iterator[Batch]) -> CalibrationData:
     try:
         inputs = _concatenate([part[0] for part in parts])
         targets = None if first[1] is None else _concatenate([part[1] for part in parts])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise DataError(
             f"batches of the calibration data do not fit together ({error}); pad them to one shape"
         ) from error
@@ -218,13 +228,13 @@ def _concatenate(trees: list[Any]) -> Any:
         return torch.cat(trees) if len(trees) > 1 else first
     if isinstance(first, dict):
         return {key: _concatenate([tree[key] for tree in trees]) for key in first}
-    return type(first)(_concatenate(list(entries)) for entries in zip(*trees, strict=True))
+    return rebuilt(first, [_concatenate(list(entries)) for entries in zip(*trees, strict=True)])
 
 
 def repeatable(data: object, options: CalibrationOptions) -> Iterable[Any]:
     """Data as an iterable of batches that can be read more than once, or once if that is what was asked for."""
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return DataLoader(data, batch_size=_DEFAULT_BATCH)
+        return DataLoader(_Numbered(data, range(length_of(data))), batch_size=_DEFAULT_BATCH)
     if not isinstance(data, Iterable):
         raise DataError(
             f"calibration data must be an iterable of batches, a DataLoader or a Dataset, not {type(data).__name__}"
@@ -245,23 +255,88 @@ def chosen_part(data: object, options: CalibrationOptions) -> tuple[object, Cali
         if not isinstance(data.sampler, SequentialSampler) or data.batch_size is None:
             return data, options
         whole, collate = data.dataset, data.collate_fn
-    if not isinstance(whole, Dataset) or isinstance(whole, IterableDataset) or not isinstance(whole, Sized):
+    if not isinstance(whole, Dataset) or isinstance(whole, IterableDataset):
         return data, options
-    if options.n_samples is None or 2 * options.n_samples > len(whole) or options.order != "random":
+    if options.n_samples is None or 2 * options.n_samples > length_of(whole) or options.order != "random":
         return data, options
-    part = Subset(whole, sample_choice(len(whole), options).tolist())
+    part = _Numbered(whole, sample_choice(length_of(whole), options).tolist())
     return DataLoader(part, _DEFAULT_BATCH, collate_fn=collate), replace(options, n_samples=None)
+
+
+class _Numbered(Dataset[Any]):
+    """Samples of a data set, by number; what it throws names the sample."""
+
+    def __init__(self, whole: Any, numbers: Sequence[int]) -> None:
+        self._whole, self._numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, position: int) -> Any:
+        number = self._numbers[position]
+        try:
+            sample = self._whole[number]
+        except Exception as error:
+            raise DataError(f"sample {number} of the data set fails: {type(error).__name__}: {error}") from error
+        if sample is None:
+            raise DataError(f"sample {number} of the data set is None; leave it out")
+        return sample
+
+
+def length_of(data: Any) -> int:
+    """Samples in a data set of numbered samples; raises DataError where it does not say."""
+    try:
+        return len(data)
+    except Exception as error:
+        raise DataError(
+            f"{type(data).__name__} does not say how many samples it has ({type(error).__name__}: {error}); give it a "
+            "__len__, or pass a list of batches"
+        ) from error
+
+
+def _raw(data: Iterable[Any]) -> Iterator[Any]:
+    """Batches as the data give them; what they throw names the batch, and data without an end are refused."""
+    try:
+        iterator = iter(data)
+    except Exception as error:
+        raise DataError(f"the calibration data cannot be read: {type(error).__name__}: {error}") from error
+    for number in itertools.count():
+        try:
+            raw = next(iterator)
+        except StopIteration:
+            return
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"the calibration data fail at batch {number}: {type(error).__name__}: {error}") from error
+        yield raw
+
+
+def _sized(data: Any) -> bool:
+    """Whether data say how long they are."""
+    try:
+        return len(data) >= 0
+    except Exception:
+        return False
 
 
 def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> CalibrationData:
     """One pass that keeps what is wanted and, unless switched off, a second one that compares."""
     limit = options.n_samples
     first_only = limit if options.order == "first" else None
+    sized = _sized(data)
 
     def batches() -> Iterator[Batch]:
-        left = first_only
-        for number, raw in enumerate(data):
+        left, seen, size = first_only, 0, 0
+        for number, raw in enumerate(_raw(data)):
             batch = as_batch(raw, number)
+            seen += batch[2]
+            size += 0 if limit is not None else sum(t.nbytes for _, t in leaves(batch[:2]))
+            if left is None and not sized and (seen > _MOST_UNSIZED or size > _MOST_BYTES):
+                raise DataError(
+                    f"the data do not say how long they are and go on after {seen} samples; if they have no end, ask "
+                    "for the first ones (CalibrationOptions(n_samples=N, order='first')), else give them a __len__"
+                )
             if left is not None and batch[2] > left:
                 batch = cut(batch, np.arange(left))
             if left is not None:

@@ -7,6 +7,7 @@ already on the device, weights are written into one private network, and nothing
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from cbs_opt.data.stream import BatchStream
 from cbs_opt.data.trees import Tree, leaves, map_tree
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import evaluation_mode
+from solvers.errors import ModelError
 
 #: Most calibration samples a loss is taken over, as in the published experiments.
 MOST_SAMPLES = 5000
@@ -84,7 +86,54 @@ class StreamMeter:
         return total / seen
 
     def _put(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device)
+        # A copy: a network may write to what it is given.
+        return tensor.to(self._device, copy=True)
+
+
+class StoredBatches:
+    """Batches that stay in memory while a network and a loss are called on them, again and again.
+
+    Some networks normalise their inputs where they are, and some losses smooth their targets likewise. So each batch is
+    handed out as a copy first, and always if anything was written to one; else later as it is.
+
+    Parameters
+    ----------
+    batches : list of (inputs, targets, samples)
+    """
+
+    def __init__(self, batches: list[tuple[Tree, Tree | None, int]]) -> None:
+        self.batches = batches
+        self.n = sum(count for _, _, count in batches)
+        self._copies = False
+        self._seen: set[int] = set()
+
+    def __iter__(self) -> Iterator[tuple[Tree, Tree | None, int]]:
+        for number, (inputs, targets, count) in enumerate(self.batches):
+            mine = list(leaves((inputs, targets)))
+            if self._copies or number not in self._seen:
+                given = map_tree(torch.clone, inputs), None if targets is None else map_tree(torch.clone, targets)
+                yield *given, count
+                others = leaves(given)
+                self._copies |= any(not torch.equal(a, b) for (_, a), (_, b) in zip(mine, others, strict=True))
+                self._seen.add(number)
+            else:
+                versions = [t._version for _, t in mine]
+                yield inputs, targets, count
+                if versions != [t._version for _, t in mine]:
+                    raise ModelError(
+                        "network or loss have written to calibration tensors they were given, which they had not when "
+                        "first called; let them write to copies"
+                    )
+
+    def mean_loss(self, model: nn.Module, forward: Forward) -> float:
+        """Mean loss of a network as it is."""
+        total = 0.0
+        with torch.no_grad():
+            for inputs, targets, count in self:
+                with typed_failures(inputs, targets):
+                    loss = forward.loss(forward.output(model, inputs, targets), inputs, targets)
+                total += float(loss) * count
+        return total / self.n
 
 
 class LossMeter:
@@ -121,10 +170,11 @@ class LossMeter:
         images = any(t.ndim == 4 for _, t in leaves(data.inputs))
         size = _BATCH["cuda"] if device.type == "cuda" else _BATCH["images" if images else "cpu"]
         pieces = [index[i : i + size] for i in range(0, len(index), size)]
-        self._batches: list[tuple[Tree, Tree | None, int]] = []
+        batches = []
         for piece in pieces:
             inputs, targets = data.batch(piece, device)
-            self._batches.append((map_tree(_channels_last, inputs), targets, len(piece)))
+            batches.append((map_tree(_channels_last, inputs), targets, len(piece)))
+        self.batches = StoredBatches(batches)
         self.calls = 0
 
     def of_weights(self, weights: Tensor | npt.NDArray[np.float64]) -> float:
@@ -135,13 +185,8 @@ class LossMeter:
     def of_network(self, model: nn.Module) -> float:
         """Mean loss of a network of the same architecture as it is."""
         self.calls += 1
-        total = 0.0
-        with evaluation_mode(model), torch.no_grad():
-            for inputs, targets, count in self._batches:
-                with typed_failures(inputs, targets):
-                    loss = self._forward.loss(self._forward.output(model, inputs, targets), inputs, targets)
-                total += float(loss) * count
-        return total / self.n_samples
+        with evaluation_mode(model):
+            return self.batches.mean_loss(model, self._forward)
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -20,8 +20,13 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: map_tree(function, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tree(function, value) for value in tree)
+        return rebuilt(tree, [map_tree(function, value) for value in tree])
     raise DataError(f"expected tensors in tuples, lists or dicts, found {type(tree).__name__}")
+
+
+def rebuilt(like: Any, entries: list[Any]) -> Any:
+    """A list, tuple or named tuple like another, of other entries."""
+    return type(like)(*entries) if hasattr(like, "_fields") else type(like)(entries)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from cbs_opt.engine.update import Update, Updated, scaled, update_weights
 from cbs_opt.engine.workspace import OpenNetwork, Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
+from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions, skipped_warnings
 from solvers import Capability, Objective, SelectionProblem, Solution, solve
@@ -86,6 +87,7 @@ class Measured:
             raise CapabilityError("no gradients were taken; prepare the network with curvature='fisher'")
         return self._gradients
 
+    @in_plain_state
     def loss(self, weights: Array) -> float:
         """Mean calibration loss with other prunable weights (n,), in the order of the network."""
         return self.workspace.meter.of_weights(weights)
@@ -95,6 +97,7 @@ class Measured:
         mask = self.blocks.partition.to_network(pruned)
         return self.loss(np.where(mask, 0.0, self.weights))
 
+    @in_plain_state
     def problem(
         self,
         *,
@@ -106,6 +109,7 @@ class Measured:
         choice = Choice(sparsity, n_kept, "magnitude", objective)
         return SelectionProblem(self.blocks.blocks, self.n - choice.kept(self.n), choice.goal())
 
+    @in_plain_state
     def choose(self, choice: Choice, *, with_refit: bool = False) -> tuple[SelectionProblem, Solution]:
         """Choose the weights to remove.
 
@@ -142,6 +146,7 @@ class Measured:
         )
         return problem, solution
 
+    @in_plain_state
     def update(self, problem: SelectionProblem, pruned: Mask, update: Update | str, scale: float = 1.0) -> Updated:
         """New values of the kept weights, in the order of the blocks; a sweep of the scale computes them once."""
         how, key = Update.parse(update), np.packbits(pruned).tobytes()
@@ -155,6 +160,7 @@ class Measured:
             self._updates[key, how] = update_weights(problem, pruned, how, loss=lambda w: self.loss(to_network(w)))
         return scaled(problem, pruned, self._updates[key, how], scale)
 
+    @in_plain_state
     def one_shot(
         self,
         choice: Choice,

@@ -24,11 +24,13 @@ from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import PruneResult
 from solvers.errors import OptionError
 
 
+@in_plain_state
 def run(
     model: nn.Module,
     data: object,

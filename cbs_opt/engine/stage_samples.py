@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cbs_opt.data.calibration import CalibrationData, Index
 from cbs_opt.data.distillation import DistilledForward
+from cbs_opt.data.losses import StoredBatches
 from cbs_opt.data.trees import Tree
 from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
 from cbs_opt.engine.workspace import Workspace
@@ -88,13 +89,9 @@ class StageSamples:
         """Mean loss on the held-out samples; the weights stay in the network. inf where it is not finite."""
         self.evaluations += 1
         self.layers.write(self.model, weights)
-        total = 0.0
-        mode = batch_statistics(self.model) if self.follows_norms else evaluation_mode(self.model)
-        with mode, torch.no_grad():
-            for inputs, targets, count in self.held_out:
-                loss = self.forward.loss(self.forward.output(self.model, inputs, targets), inputs, targets)
-                total += float(loss) * count
-        return total / len(self._held_index) if math.isfinite(total) else math.inf
+        with batch_statistics(self.model) if self.follows_norms else evaluation_mode(self.model):
+            loss = self.held_out.mean_loss(self.model, self.forward)
+        return loss if math.isfinite(loss) else math.inf
 
     def gradients(self, stage: int) -> GradientSample:
         """Over fresh samples, the rows centred where that is asked for; the next call writes over the factor."""
@@ -106,7 +103,7 @@ class StageSamples:
         factor = self._factor
         mean = torch.zeros(self.layers.n, dtype=torch.float64, device=self.device)
         changes = torch.Generator().manual_seed(derived_seed(self.seed, stage, AUGMENT))
-        loss, seconds, methods = 0.0, 0.0, dict[str, None]()
+        loss, seconds, methods, notes = 0.0, 0.0, dict[str, None](), dict[str, None]()
         as_they_are = options.augment is None and options.distillation is None
         together = rows if as_they_are else max(1, _SAMPLES_AT_ONCE // size)
         for start in range(0, rows, together):
@@ -137,9 +134,10 @@ class StageSamples:
             loss += share * sample.loss
             seconds += sample.seconds
             methods[sample.method] = None
+            notes.update(dict.fromkeys(sample.notes))
         if options.centred and rows > 1:
             factor -= (mean / math.sqrt(rows)).to(factor.dtype)
-        return GradientSample(factor, mean, loss, rows, size, ", ".join(methods), seconds)
+        return GradientSample(factor, mean, loss, rows, size, ", ".join(methods), seconds, notes=tuple(notes))
 
     def norm_batches(self, stage: int) -> Iterator[tuple[Tree, Tree | None]]:
         """Batches to re-estimate batch-norm statistics with."""
@@ -173,11 +171,11 @@ class StageSamples:
         assert targets is not None
         return inputs, (targets, torch.cat(logits))
 
-    def _held_out_batches(self) -> list[tuple[Tree, Tree | None, int]]:
+    def _held_out_batches(self) -> StoredBatches:
         changes = torch.Generator().manual_seed(derived_seed(self.seed, 0, AUGMENT))
         size = self._at_once
         pieces = [self._held_index[i : i + size] for i in range(0, len(self._held_index), size)]
-        return [(*self._batch(piece, changes), len(piece)) for piece in pieces]
+        return StoredBatches([(*self._batch(piece, changes), len(piece)) for piece in pieces])
 
 
 def _draw(index: Index, rows: int, size: int, random: np.random.Generator) -> Index:

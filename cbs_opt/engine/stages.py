@@ -186,7 +186,7 @@ class _Stager:
         digest = hashlib.sha256(state.weights.numpy().tobytes() + state.pruned.tobytes())
         inputs = hashlib.sha256()
         inputs.update(str(self.samples.data.n).encode())
-        for batch, targets, _ in self.samples.held_out[:1]:
+        for batch, targets, _ in self.samples.held_out.batches[:1]:
             for _, leaf in leaves((batch,) if targets is None else (batch, targets)):
                 inputs.update(leaf.cpu().contiguous().numpy().tobytes())
         counts = [step.n_kept for step in plan.steps if isinstance(step, Prune)]
@@ -249,7 +249,7 @@ class _Stager:
             seconds_batch_norm=seconds_norms,
             momentum=outcome.momentum,
             first_order=best.first_order,
-            repairs=(*self._repairs(), *(best.solution.repairs if best.solution else ())),
+            repairs=(*sample.notes, *self._repairs(), *(best.solution.repairs if best.solution else ())),
             **StageRecord.of(best.solution),
         )
         return new, record

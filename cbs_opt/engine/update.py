@@ -31,6 +31,7 @@ from solvers import QuadraticBlock, SelectionProblem
 from solvers.arguments import number
 from solvers.arrays import Array, Mask
 from solvers.errors import OptionError, UnknownNameError
+from solvers.plain import plainly
 from solvers.refit import refit
 
 
@@ -81,6 +82,7 @@ def check_scale(scale: float) -> float:
     return number("update_scale", scale, least=0, remedy="1 is the full update")
 
 
+@plainly
 def update_weights(
     problem: SelectionProblem,
     pruned: Mask,

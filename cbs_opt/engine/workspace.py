@@ -22,7 +22,7 @@ from cbs_opt.network.finding import find_layers
 from cbs_opt.network.identity import copy_network
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.masks import apply_masks, remove_masks
-from cbs_opt.network.modes import check_mode
+from cbs_opt.network.modes import check_mode, in_plain_state
 from solvers.arrays import Array, Mask
 from solvers.errors import ModelError, OptionError
 
@@ -185,13 +185,14 @@ def own_copy(model: nn.Module, setup: Setup) -> tuple[nn.Module, PrunableLayers]
     find_layers(model, include=setup.include, exclude=setup.exclude)
     try:
         own = remove_masks(copy_network(model))
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{type(model).__name__} cannot be copied: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
     layers = find_layers(own, include=setup.include, exclude=setup.exclude)
     layers.check_finite(own)
     return own, layers
 
 
+@in_plain_state
 def open_workspace(
     model: nn.Module,
     data: object,

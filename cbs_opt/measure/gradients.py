@@ -34,6 +34,7 @@ from cbs_opt.measure.subject import Rows, Subject
 from cbs_opt.network.batch_norm import batch_statistics
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import evaluation_mode as evaluation_mode
+from cbs_opt.network.modes import in_plain_state
 from solvers.arguments import integer
 from solvers.errors import DataError, ModelError, OptionError
 
@@ -94,6 +95,7 @@ class GradientSample:
         return self.mean / self.batch_size
 
 
+@in_plain_state
 def sample_gradients(
     model: nn.Module,
     layers: PrunableLayers,

@@ -13,7 +13,7 @@ from cbs_opt.network.adapters import LayerAdapter, adapter_of, layer_name, regis
 from cbs_opt.network.identity import key_of, places_of
 from cbs_opt.network.layers import Layer, PrunableLayers, Skipped
 from cbs_opt.network.masks import PruningMask
-from solvers.arguments import instance
+from solvers.arguments import instance, odd_kind
 from solvers.errors import ModelError, OptionError, UnknownNameError
 
 
@@ -81,6 +81,7 @@ def find_layers(
     instance("model", model, nn.Module, error=ModelError)
     check_patterns("include", include)
     check_patterns("exclude", exclude)
+    check_tensors(model)
     places = places_of(model)
     candidates = _candidates(model)
     if not candidates:
@@ -213,6 +214,15 @@ def _matching(candidates: Sequence[_Candidate], patterns: Sequence[str] | str, w
 
 def _patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Raise ModelError for parameters and buffers without values, or not held as plain numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ModelError(f"{name!r} is not initialised yet; run one batch through the network first")
+        if odd_kind(tensor):
+            raise ModelError(f"{name!r} is {odd_kind(tensor)}; load or convert it to a dense tensor first")
 
 
 def check_patterns(name: str, patterns: object) -> None:

@@ -20,6 +20,7 @@ from torch.nn.utils import prune as torch_prune
 from cbs_opt.network.adapters import adapter_of, layer_name
 from cbs_opt.network.identity import copy_network, key_of
 from solvers.errors import ModelError
+from solvers.plain import plainly
 
 
 class PruningMask(nn.Module):
@@ -50,6 +51,7 @@ class PruningMask(nn.Module):
         return weight if self.settled else torch.where(self.mask, weight, 0.0)
 
 
+@plainly
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Mask weights of a network, in place.
 
@@ -124,6 +126,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@plainly
 def remove_masks(model: nn.Module) -> nn.Module:
     """Make masks permanent, in place: plain weights with zeros, no parametrization. Returns `model`."""
     for module in list(model.modules()):
@@ -145,6 +148,7 @@ def remove_masks(model: nn.Module) -> nn.Module:
     return model
 
 
+@plainly
 def from_torch_prune(model: nn.Module) -> nn.Module:
     """A copy of a network with its `torch.nn.utils.prune` masks turned into parametrizations.
 
@@ -187,6 +191,7 @@ def from_torch_prune(model: nn.Module) -> nn.Module:
     return apply_masks(converted, masks)
 
 
+@plainly
 def to_torch_prune(model: nn.Module) -> nn.Module:
     """A copy of a masked network with `torch.nn.utils.prune` masks instead; `model` is not changed.
 

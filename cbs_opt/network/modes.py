@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from solvers.errors import ModelError
+from solvers.plain import plain_state
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_plain_state(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function of a network, or of something that has one, under `solvers.plain.plain_state`."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = (*args, *kwargs.values())
+        held = (getattr(getattr(value, "workspace", value), "model", value) for value in given)
+        model = next((value for value in held if isinstance(value, nn.Module)), nn.Module())
+        weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+        with plain_state() if weight is None else plain_state(weight.dtype, weight.device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from solvers.bounds.lagrangian import lagrangian_bound
 from solvers.bounds.perspective import perspective_bound
 from solvers.bounds.qcr import qcr_bound
 from solvers.errors import CapabilityError, OptionError, UnknownNameError
+from solvers.plain import plainly
 from solvers.problem import Objective, SelectionProblem
 
 _SELECTION: dict[str, Callable[..., Bound]] = {
@@ -40,6 +41,7 @@ class MaskCertificate(Certificate):
         return value - 1e-13 * (problem.scale + abs(value)) if problem.n_prune else value
 
 
+@plainly
 def bound(
     problem: SelectionProblem,
     method: str = "auto",
