@@ -196,7 +196,7 @@ def _to_tensors(value: Any, where: str) -> Any:
             array = np.ascontiguousarray(value)
             return torch.from_numpy(array if array.flags.writeable else array.copy())
         except TypeError as error:
-            raise DataError(f"{where} is an array of {value.dtype}; expected numbers") from error
+            raise DataError(f"{where} is an array of {value.dtype}s; expected numbers") from error
     if isinstance(value, Mapping):
         return {str(key): _to_tensors(entry, f"{where}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
