@@ -244,6 +244,10 @@ class _Run:
     def _prune_layer(self, moment: InputMoment, n_prune: int) -> _Pruned:
         choice, layer = self.choice, moment.layer
         self.notes += moment.notes(self.options.damping)
+        self.notes += [
+            f"layer {layer.name!r} is also used by {owner!r}, as another matrix: it was not measured there"
+            for owner, _ in self.network.streamed().unlike(layer)
+        ]
         problem = SelectionProblem(self._blocks(moment), n_prune, choice.goal())
         shares = len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in choice.solver.capabilities
         solution = solve(

@@ -24,7 +24,7 @@ from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.masks import apply_masks, remove_masks
 from cbs_opt.network.modes import check_mode, in_plain_state
 from solvers.arrays import Array, Mask
-from solvers.errors import ModelError, OptionError
+from solvers.errors import CapabilityError, ModelError, OptionError
 
 
 class OpenNetwork(ABC):
@@ -216,6 +216,11 @@ def open_workspace(
     """
     if not callable(loss_fn):
         raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
+    if setup.layerwise:
+        raise CapabilityError(
+            f"curvature={setup.curvature!r} is measured segment by segment, those before being pruned already, so it "
+            "cannot be measured once for all; use cbs_opt.prune"
+        )
     own, layers = own_copy(model, setup)
     if check is not None:
         check(own, layers)

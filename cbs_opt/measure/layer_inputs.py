@@ -93,12 +93,19 @@ class Streamed:
             return self.forward.output(self.model, batch[0], batch[1])
 
     def modules(self, layers: Iterable[Layer]) -> dict[nn.Module, list[tuple[Layer, str]]]:
-        """The modules that answer for some layers, each with (layer, attribute)."""
+        """The modules that answer for some layers, each with (layer, attribute); but see `unlike`."""
         found: dict[nn.Module, list[tuple[Layer, str]]] = {}
         for layer in layers:
             for owner, attribute in layer.uses:
-                found.setdefault(self.model.get_submodule(owner), []).append((layer, attribute))
+                if (owner, attribute) not in self.unlike(layer):
+                    found.setdefault(self.model.get_submodule(owner), []).append((layer, attribute))
         return found
+
+    def unlike(self, layer: Layer) -> list[tuple[str, str]]:
+        """Uses of a layer as another matrix, as an embedding is to the head tied to it: there it is not measured."""
+        uses = [(owner, attribute, self.model.get_submodule(owner)) for owner, attribute in layer.uses]
+        adapters = [(owner, attribute, module, adapter_of(module)) for owner, attribute, module in uses]
+        return [(o, a) for o, a, m, adapter in adapters if adapter is None or adapter.view(m, a) != layer.view]
 
 
 class InputMoment:

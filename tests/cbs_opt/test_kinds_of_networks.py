@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_pruning_masking_training_copying_and_unmasking(name: str) -> None:
     torch.testing.assert_close(fresh(x), pruned(x))
     zeros = cbs_opt.masks_from_zeros(fresh)
     assert zeros and all(torch.equal(zeros.get(key, mask | True), mask) for key, mask in result.masks.items())
+
+
+@pytest.mark.parametrize("curvature", ["layer_inputs", "kfac"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers_of_every_kind_are_measured_by_what_they_see(name: str, curvature: str) -> None:
+    model, x, y = network(name)
+    result = cbs_opt.prune(model, [(x, y)], F.cross_entropy, sparsity=0.5, curvature=curvature, solver="sweep")
+    report = result.report
+    assert report.n_kept == int(report.n * 0.5) and math.isfinite(report.loss_pruned)
+    assert not any("never called" in repair for repair in report.repairs)
+    tied = [repair for repair in report.repairs if "as another matrix" in repair]
+    assert len(tied) == (name == "gpt2")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "lstm", "convolutions"])

@@ -423,6 +423,11 @@ def test_what_does_not_fit_together_is_refused(options: dict[str, object], messa
         prune(mlp(), torch.randn(20, 6), **options)
 
 
+def test_layers_are_not_measured_once_for_all() -> None:
+    with pytest.raises(CapabilityError, match=r"use cbs_opt\.prune"):
+        cbs_opt.prepare(mlp(), (torch.randn(9, 6), torch.zeros(9).long()), F.cross_entropy, curvature="kfac")
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(OptionError, match="zero or more"):
         LayerInputOptions(damping=-1.0)
