@@ -48,6 +48,10 @@ class Meter(Protocol):
         """The loss of a network as it is; nan where there is no loss."""
         ...
 
+    def is_constant(self, model: nn.Module) -> bool:
+        """Whether a network gives the same output for all samples of a batch."""
+        ...
+
 
 class StreamMeter:
     """Mean loss over the first samples of a stream, which never lie in memory together.
@@ -84,6 +88,14 @@ class StreamMeter:
                     break
         self.n_samples = seen
         return total / seen
+
+    def is_constant(self, model: nn.Module) -> bool:
+        """Whether a network gives the same output for all samples of a batch; not looked at without a loss."""
+        if self._forward is None or self._stream.once:
+            return False
+        inputs, targets, _ = self._stream.first()
+        targets = None if targets is None else map_tree(self._put, targets)
+        return same_output(model, self._forward, map_tree(self._put, inputs), targets)
 
     def _put(self, tensor: Tensor) -> Tensor:
         # A copy: a network may write to what it is given.
@@ -188,6 +200,22 @@ class LossMeter:
         with evaluation_mode(model):
             return self.batches.mean_loss(model, self._forward)
 
+    def is_constant(self, model: nn.Module) -> bool:
+        """Whether a network gives the same output for all samples of the first batch."""
+        inputs, targets, _ = next(iter(self.batches))
+        return same_output(model, self._forward, inputs, targets)
+
 
 def _channels_last(t: Tensor) -> Tensor:
     return t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+
+def same_output(model: nn.Module, forward: Forward, inputs: Tree, targets: Tree | None) -> bool:
+    """Whether a network gives the same numbers for several samples."""
+    with evaluation_mode(model), torch.no_grad(), typed_failures(inputs, targets):
+        output = forward.output(model, inputs, targets)
+    count = len(next(tensor for _, tensor in leaves(inputs)))
+    numbers = [t for _, t in leaves(output) if t.is_floating_point() and t.ndim and len(t) == count]
+    if count < 2 or not numbers:
+        return False
+    return all(float((t - t[:1]).abs().max()) <= 1e-6 * float(t.abs().max()) for t in numbers if t.numel())

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
 
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.engine.choice import Choice, Extent
@@ -19,10 +20,18 @@ from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, we
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions, skipped_warnings
+from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions
+from cbs_opt.report.warnings import (
+    collapse_warnings,
+    curvature_warnings,
+    gradient_warnings,
+    nonzero,
+    repruning_warnings,
+    skipped_warnings,
+)
 from solvers import Capability, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
-from solvers.errors import CapabilityError, OptionError
+from solvers.errors import CapabilityError, ModelError, OptionError
 from solvers.refit import refit
 
 
@@ -59,6 +68,7 @@ class Measured:
         gradients: GradientSample | None,
         weights: Array | None = None,
     ) -> None:
+        fisher = fisher if gradients is None else fisher.resolved(gradients)
         self.workspace, self.layers, self.fisher = workspace, workspace.layers, fisher
         self._gradients, self._weights = gradients, weights
         self._updates: dict[tuple[bytes, Update], Updated] = {}
@@ -215,6 +225,7 @@ class Measured:
             seconds_batch_norm=0.0,
             repairs=tuple(dict.fromkeys((*notes, *repairs))),
             first_order=problem.has_gradient,
+            warnings=self._warnings(),
             method="" if sample is None else sample.method,
             **StageRecord.of(solution),
         )
@@ -224,6 +235,15 @@ class Measured:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
             del problem, chosen, self.blocks
         return conclude(workspace, choice, outcome, own=own)
+
+    def _warnings(self) -> tuple[str, ...]:
+        """What the gradients do not say."""
+        if self.has is Extent.CURVATURE:
+            diagonal = torch.cat([block.diagonal for block in self.blocks.blocks]).cpu().numpy()
+            return curvature_warnings(self.layers, self.blocks.partition.to_network(diagonal), self.fisher.damping)
+        if self.has is Extent.GRADIENT:
+            return gradient_warnings(self.layers, self.gradients.silent(self.layers))
+        return ()
 
     def _judged(
         self, problem: SelectionProblem, solution: Solution, updated: Updated, judge: bool
@@ -291,9 +311,17 @@ class Outcome:
 def conclude(workspace: OpenNetwork, choice: Choice, outcome: Outcome, *, own: bool = False) -> PruneResult:
     """Put an outcome into a network, the workspace's own or a copy, and report."""
     layers, setup, pruned, records = workspace.layers, workspace.setup, outcome.pruned, outcome.records
-    norms = LayerNorms(layers, workspace.dense_layers(), pruned)
+    dense = workspace.dense_layers()
+    norms, before = LayerNorms(layers, dense, pruned), nonzero(dense)
+    del dense
     loss_dense = workspace.dense_loss
     model, loss = workspace.network(outcome.weights, pruned, own=own)
+    if math.isfinite(loss_dense) and not math.isfinite(loss):
+        raise ModelError(
+            f"the calibration loss of the pruned network is {loss}, that of the network given {loss_dense:.6g}; use a "
+            f"smaller update_scale than {choice.update_scale:g}, a larger damping or a lower sparsity"
+        )
+    constant = workspace.meter.is_constant(model)
     rows = norms.reports(layers.parameters(model), outcome.terms)
     masks = workspace.finish(model, pruned)
     solution, staged = outcome.solution, outcome.staged
@@ -310,7 +338,12 @@ def conclude(workspace: OpenNetwork, choice: Choice, outcome: Outcome, *, own: b
         n_model=layers.n_model,
         sparsity_of_model=(layers.n - n_kept) / layers.n_model,
         skipped=layers.skipped,
-        warnings=skipped_warnings(layers),
+        warnings=(
+            *skipped_warnings(layers),
+            *dict.fromkeys(warning for record in records for warning in record.warnings),
+            *collapse_warnings(layers, pruned, constant),
+            *repruning_warnings(n_kept, before, nonzero(layers.parameters(model)), layers.n),
+        ),
         solver=last.solver or choice.solver.spec,
         update=choice.update.value,
         update_scale=math.nan if staged else choice.update_scale,

@@ -53,6 +53,7 @@ from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
 from cbs_opt.report.records import StageRecord
+from cbs_opt.report.warnings import gradient_warnings
 from solvers import Capability, Solution, solve
 from solvers.arrays import Array, Mask
 from solvers.files import holding
@@ -249,6 +250,7 @@ class _Stager:
             seconds_batch_norm=seconds_norms,
             momentum=outcome.momentum,
             first_order=best.first_order,
+            warnings=gradient_warnings(self.layers, sample.silent(self.layers)) if number == 1 else (),
             repairs=(*sample.notes, *self._repairs(), *(best.solution.repairs if best.solution else ())),
             **StageRecord.of(best.solution),
         )

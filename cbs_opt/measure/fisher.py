@@ -6,7 +6,7 @@ the scale of a factor built from means over b samples (`GradientSample.gradient`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from cbs_opt.network.layers import PrunableLayers
 from solvers import QuadraticBlock
 from solvers.arguments import flag, integer, number, seed_of
 from solvers.curvature import Unmeasured
-from solvers.errors import DataError, OptionError
+from solvers.errors import DataError, ModelError, OptionError
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: Rows where none are asked for.
@@ -103,6 +103,18 @@ class FisherOptions:
     def torch_dtype(self) -> torch.dtype:
         """Of the factor."""
         return _DTYPES[self.dtype]
+
+    def resolved(self, sample: GradientSample) -> FisherOptions:
+        """The same with λ as a number where it was relative to the gradients; raises ModelError if they vanish."""
+        if self.relative_damping is None or not len(sample.factor):
+            return self
+        size = float(torch.linalg.vector_norm(sample.factor, dtype=torch.float64)) ** 2 / sample.factor.shape[1]
+        if size == 0.0:
+            raise ModelError(
+                "every gradient is zero, so that no damping is relative to them; look for what cuts the layers off "
+                "from the loss, or pass damping="
+            )
+        return replace(self, damping=self.relative_damping * size)
 
     def rows_for(self, data: CalibrationData) -> int:
         """Number of rows r; raises DataError if there are too few samples."""

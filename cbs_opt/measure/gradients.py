@@ -94,6 +94,11 @@ class GradientSample:
         """
         return self.mean / self.batch_size
 
+    def silent(self, layers: PrunableLayers) -> list[str]:
+        """Names of the layers whose gradients are all zero."""
+        rows = self.factor if len(self.factor) else self.mean.unsqueeze(0)
+        return [layer.name for layer in layers if not bool(rows[:, layer.slice].any())]
+
 
 @in_plain_state
 def sample_gradients(

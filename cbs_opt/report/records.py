@@ -71,6 +71,7 @@ class StageRecord:
     seconds_update: float
     seconds_batch_norm: float
     repairs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     momentum: float = 0.0
     first_order: bool = False
     refit_objective: float = math.nan
@@ -98,5 +99,6 @@ class StageRecord:
         """The inverse of `as_dict`; entries that are not known are left out."""
         known = {entry.name for entry in fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
-        chosen["repairs"] = tuple(chosen.get("repairs", ()))
+        for name in ("repairs", "warnings"):
+            chosen[name] = tuple(chosen.get(name, ()))
         return cls(**chosen)

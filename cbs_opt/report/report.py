@@ -27,8 +27,6 @@ from solvers.errors import DataError, OutputError
 from solvers.files import write_atomically
 
 _VERSION = 3
-#: Share of a network's weights that may be skipped without being asked, before it is a warning.
-_SKIPPED_SHARE = 0.1
 #: Weights looked at together.
 _CHUNK = 1 << 20
 _FIRST_ORDER = {True: "yes", False: "no", None: "by stage"}
@@ -314,19 +312,6 @@ class LayerNorms:
                 )
             )
         return tuple(rows)
-
-
-def skipped_warnings(layers: PrunableLayers) -> tuple[str, ...]:
-    """A warning where much of a network was skipped without being asked."""
-    found = [(skip.name, math.prod(skip.shape)) for skip in layers.skipped if not skip.asked]
-    share = sum(n for _, n in found) / layers.n_model
-    if share <= _SKIPPED_SHARE:
-        return ()
-    names = ", ".join(name for name, _ in found)
-    return (
-        f"{share:.1%} of the network's weights were skipped without being asked: {names}; see `skipped` for the "
-        "reasons, and exclude what is meant to stay",
-    )
 
 
 def _norm(weights: Tensor, mask: Mask | None = None) -> float:
