@@ -61,7 +61,7 @@ def curvature_warnings(layers: PrunableLayers, diagonal: Array, damping: float) 
         listed = ", ".join(f"{name} {share:.1%}" for name, share in damped.items())
         found += (
             f"λ = {damping:.3g} is larger than the curvature of most weights of {len(damped)} of {len(layers)} layers "
-            f"({listed}), whose choice is then close to magnitude's; the mean diagonal of AᵀA is {measured.mean():.3g}: "
+            f"({listed}), whose choice is then close to magnitude's; AᵀA has a mean diagonal of {measured.mean():.3g}: "
             "a smaller damping, or FisherOptions(relative_damping=1e-2), may do much better",
         )
     return found
