@@ -122,11 +122,10 @@ class _Finder:
         return Chain(names, tuple(tuple(segment) for segment in segments))
 
     def _useful(self, cuts: list[_Call]) -> list[_Call]:
-        """The first of the cuts after each layer, and none after the last one."""
+        """The last of the cuts between one layer and the next: what holds others spares the calls inside, later on."""
         ends = sorted(max(times) for times in self.times.values() if times)
-        first = {next((i for i, cut in enumerate(cuts) if cut.stop >= end), len(cuts)) for end in ends}
-        kept = [cut for i, cut in enumerate(cuts) if i in first]
-        return [cut for cut in kept if ends and cut.stop < ends[-1]]
+        last = {sum(end <= cut.stop for end in ends): cut for cut in cuts}
+        return [cut for done, cut in last.items() if 0 < done < len(ends)]
 
     def _segment(self, layer: Layer, cuts: Sequence[_Call]) -> int:
         times = self.times[layer.name]
@@ -260,6 +259,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def _inside(name: str, cuts: Sequence[str]) -> bool:
+    return any(name.startswith(f"{cut}.") for cut in cuts)
+
+
 def _filled(tensor: Tensor) -> Tensor:
     """NaN for numbers, zeros for integers."""
     return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0)
@@ -328,7 +331,9 @@ class SegmentPasses:
         cuts, stubs = self.chain.cuts, {}
         if segment >= 2:
             before = zip(cuts, self._shapes[number], strict=False)
-            stubs = {name: tree_map_only(Tensor, self._nothing, shape) for name, shape in before}
+            # What is called inside of another cut is not called any more.
+            apart = [name for name in cuts[: segment - 1] if not _inside(name, cuts[: segment - 1])]
+            stubs = {name: tree_map_only(Tensor, self._nothing, shape) for name, shape in before if name in apart}
             stubs[cuts[segment - 2]] = tree_map_only(Tensor, self._here, self._kept[number])
         through = cuts[max(segment - 1, 0) : segment + 1]
         with _replaced(self.network.model, stubs), accumulator.watching(batch, number):
@@ -356,8 +361,8 @@ class SegmentPasses:
         cuts = self.chain.cuts
         idle = set(cuts) - set(cuts[max(segment - 1, 0) : segment + 1])
         # A cut that holds another one may have to run for that.
-        idle = {name for name in idle if not any(cut.startswith(f"{name}.") for cut in cuts)}
+        idle = {name for name in idle if not any(_inside(cut, [name]) for cut in cuts)}
         for name, module in self.network.model.named_modules():
-            away = any(name == cut or name.startswith(f"{cut}.") for cut in idle)
+            away = name in idle or _inside(name, tuple(idle))
             place = torch.device("cpu") if away else self.network.device
             module._apply(lambda t, place=place: t.to(place), recurse=False)
