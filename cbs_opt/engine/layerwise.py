@@ -243,7 +243,7 @@ class _Run:
 
     def _prune_layer(self, moment: InputMoment, n_prune: int) -> _Pruned:
         choice, layer = self.choice, moment.layer
-        self.notes += moment.notes(self.options.damping)
+        self.notes += moment.notes(self.options.damping, self.scales.get(layer.name))
         self.notes += [
             f"layer {layer.name!r} is also used by {owner!r}, as another matrix: it was not measured there"
             for owner, _ in self.network.streamed().unlike(layer)

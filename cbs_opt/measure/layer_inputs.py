@@ -43,6 +43,9 @@ from solvers.errors import DataError, ModelError
 #: (inputs, targets, number of samples) on the device.
 Batch: TypeAlias = tuple[Tree, Tree | None, int]
 
+#: Least row scale, relative to the largest of the layer: H must not vanish where no loss was seen.
+_LEAST = 1e-8
+
 
 @dataclass(frozen=True)
 class LayerInputOptions:
@@ -165,7 +168,7 @@ class InputMoment:
         groups, rows = self.layer.view.groups, self.layer.n_rows
         scales = torch.ones(rows, dtype=torch.float64) if scale is None or not bool(scale.any()) else scale
         # Rows through which no loss was seen would have no H: they get the least that others have, far below it.
-        scales = scales.clamp_min(1e-8 * float(scales.max())).to(self.total.device)
+        scales = scales.clamp_min(_LEAST * float(scales.max())).to(self.total.device)
         blocks = []
         for group in range(groups):
             moment = self.matrices[group]
@@ -177,12 +180,18 @@ class InputMoment:
             blocks.append(QuadraticBlock(weights[inputs], curvature=curvature, name=name))
         return blocks
 
-    def notes(self, damping: float) -> list[str]:
-        """What is not as one would expect, in words."""
+    def notes(self, damping: float, scale: Tensor | None = None) -> list[str]:
+        """What is not as one would expect, in words; arguments as for `blocks`."""
         name, inputs = self.layer.name, self.layer.view.inputs
         if self._counts.sum() == 0:
             return [f"layer {name!r} was never called by the calibration data: its weights go by magnitude"]
         notes = []
+        dark = 0 if scale is None else int((scale <= _LEAST * scale.max()).sum())
+        if dark == self.layer.n_rows:
+            notes.append(f"layer {name!r}: no loss was seen through any output, so its row scales count as 1")
+        elif dark:
+            notes.append(f"layer {name!r}: no loss was seen through {dark} outputs, whose scale counts as {_LEAST:g} "
+                         "of the largest")  # fmt: skip
         if self.calls > 1:
             notes.append(f"layer {name!r} is called {self.calls} times in a pass: its input moments are summed up")
         dead = int((self.total.diagonal(dim1=1, dim2=2) == 0.0).sum())

@@ -457,6 +457,14 @@ def test_dead_inputs_and_too_few_positions_are_said() -> None:
     assert np.isfinite(result.weights).all()
 
 
+def test_outputs_without_loss_are_said() -> None:
+    model, x, y = mlp(), torch.randn(40, 6), torch.randint(0, 3, (40,))
+    with torch.no_grad():
+        model[2].weight[:, 4] = 0.0
+    repairs = prune(model, (x, y), F.cross_entropy, curvature="kfac").report.repairs
+    assert any("layer '0': no loss was seen through 1 outputs" in repair for repair in repairs)
+
+
 class Idle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
