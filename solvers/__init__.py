@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from solvers.block import QuadraticBlock
 from solvers.bounds import Bound, bound
-from solvers.budget import Budget, Cardinality, Partitioned
+from solvers.budget import NM, Budget, Cardinality, Partitioned
 from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import (
     BackendError,
@@ -30,6 +30,7 @@ from solvers.solving import solve
 from solvers.storage import load_block, load_problem, save_block
 
 __all__ = [
+    "NM",
     "BackendError",
     "Bound",
     "Budget",

@@ -25,7 +25,8 @@ from solvers.arrays import Array as Array
 from solvers.arrays import Mask as Mask
 from solvers.arrays import ProblemArrays as ProblemArrays
 from solvers.block import QuadraticBlock
-from solvers.budget import Budget, Cardinality
+from solvers.budget import Budget, Cardinality, Pattern, parse
+from solvers.curvature import Kronecker
 from solvers.errors import ProblemError, UnknownNameError
 from solvers.plain import plainly
 from solvers.refit import Refit, refit
@@ -58,8 +59,9 @@ class SelectionProblem:
     Parameters
     ----------
     blocks : sequence of QuadraticBlock
-    budget : Budget or int
-        Which masks are allowed; an integer k is short for ``Cardinality(k)``, exactly k removed.
+    budget : Budget, Pattern, int or str
+        Which masks are allowed; an integer k is short for ``Cardinality(k)``, exactly k removed, a text such as
+        ``"2:4"`` for what `solvers.budget.parse` makes of it.
     objective : {"selection", "joint"} or Objective
     n_prune : int
         Another name for an integer `budget`.
@@ -79,7 +81,7 @@ class SelectionProblem:
     def __init__(
         self,
         blocks: Sequence[QuadraticBlock] | QuadraticBlock,
-        budget: Budget | int | None = None,
+        budget: Budget | Pattern | int | str | None = None,
         objective: Objective | str = Objective.SELECTION,
         *,
         n_prune: int | None = None,
@@ -92,8 +94,10 @@ class SelectionProblem:
                 raise ProblemError(f"blocks must be QuadraticBlock, not {type(member).__name__}")
         if (budget is None) == (n_prune is None):
             raise ProblemError("give either a budget or n_prune, the number of weights to remove")
-        wanted = n_prune if budget is None else budget
+        wanted = n_prune if budget is None else parse(budget) if isinstance(budget, str) else budget
         self.blocks = members
+        if isinstance(wanted, Pattern):
+            wanted = wanted.resolve([_rows_of(block) for block in members])
         self.budget = wanted if isinstance(wanted, Budget) else Cardinality(wanted)  # type: ignore[arg-type]
         self.budget.check(self.n)
         self.objective = Objective.parse(objective)
@@ -182,7 +186,7 @@ class SelectionProblem:
         """The same blocks (and what is cached on them), exactly `n_prune` weights to be removed."""
         return self.with_budget(Cardinality(n_prune))
 
-    def with_budget(self, budget: Budget) -> SelectionProblem:
+    def with_budget(self, budget: Budget | Pattern | str) -> SelectionProblem:
         """The same blocks (and what is cached on them) under another budget."""
         return SelectionProblem(self.blocks, budget, self.objective)
 
@@ -232,3 +236,9 @@ class SelectionProblem:
     def value(self, pruned: Mask) -> float:
         """The problem's own objective for a mask."""
         return self.selection_value(pruned) if self.objective is Objective.SELECTION else self.joint_value(pruned)
+
+
+def _rows_of(block: QuadraticBlock) -> tuple[int, int]:
+    """(rows, weights of each) of a block; one row where its curvature knows none."""
+    curvature = block.curvature
+    return (curvature.n_rows, curvature.n_inputs) if isinstance(curvature, Kronecker) else (1, block.n)

@@ -1,15 +1,16 @@
 """Problems that fall apart: groups of a partition made of whole blocks, or whole rows of a layer, share nothing.
 
-H is block-diagonal over the components of the curvatures, so where no component is cut the best mask is the best mask
-of each group alone, and lower bounds of the groups add up. Any solver can so keep a partition, exact ones row by row.
+H is block-diagonal over the components of the curvatures, so a range of weights that cuts neither a component nor a
+group is a problem of its own, and lower bounds of such parts add up. Any solver can so keep a partition whose groups
+cut no component, exact ones row by row.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import numpy as np
 
 from solvers.block import QuadraticBlock
-from solvers.budget import Partitioned
+from solvers.budget import Budget, Cardinality, Partitioned
 from solvers.problem import SelectionProblem
 from solvers.solver import Solver
 
@@ -17,38 +18,33 @@ from solvers.solver import Solver
 def parts_for(solver: Solver, problem: SelectionProblem) -> list[SelectionProblem]:
     """The problem itself, or the independent ones it is made of that `solver` takes, in the order of the weights.
 
-    They are the blocks where no group reaches over several, and the groups of what `solver` does not take even so.
+    They are ranges of blocks, and ranges of rows where `solver` wants these apart or does not take a part as it is.
     """
     budget = problem.budget
     if not isinstance(budget, Partitioned):
         return [problem]
-    if len(problem.blocks) > 1:
-        pieces = [budget.part(where.start, where.stop) for where in problem.slices]
-        alone = [
-            SelectionProblem([block], piece, problem.objective)
-            for block, piece in zip(problem.blocks, pieces, strict=True)
-            if piece is not None
-        ]
-        if len(alone) == len(pieces):
-            return [part for one in alone for part in parts_for(solver, one)]
-    return [problem] if isinstance(budget, solver.budgets) else _groups(problem, budget) or [problem]
-
-
-def _groups(problem: SelectionProblem, budget: Partitioned) -> list[SelectionProblem]:
-    """One problem per group; none if a group cuts a component of a curvature."""
-    waiting = deque(problem.blocks)
     found = []
-    for size, count in zip(budget.sizes, budget.counts, strict=True):
-        members: list[QuadraticBlock] = []
-        while size:
-            block = waiting.popleft()
-            if block.n > size:
-                pieces = block.split()
-                if len(pieces) == 1:
-                    return []
-                waiting.extendleft(reversed(pieces))
-                continue
-            members.append(block)
-            size -= block.n
-        found.append(SelectionProblem(members, count, problem.objective))
+    for part in _ranges(problem, list(problem.blocks), budget):
+        whole = isinstance(part.budget, solver.budgets) and not solver.apart
+        if whole or isinstance(part.budget, Cardinality):
+            found.append(part)
+        else:
+            found += _ranges(part, [row for block in part.blocks for row in block.split()], part.budget)
+    takes = all(isinstance(part.budget, (Cardinality, *solver.budgets)) for part in found)
+    return found if takes and len(found) > 1 else [problem]
+
+
+def _ranges(problem: SelectionProblem, pieces: list[QuadraticBlock], budget: Budget) -> list[SelectionProblem]:
+    """The smallest ranges of whole pieces and whole groups; the problem itself where there is just one."""
+    assert isinstance(budget, Partitioned)
+    ends = np.cumsum([piece.n for piece in pieces])
+    cuts = np.intersect1d(ends, budget.starts)
+    if cuts.size == 1:
+        return [problem]
+    found, first, start = [], 0, 0
+    for stop, last in zip(cuts.tolist(), (np.searchsorted(ends, cuts) + 1).tolist(), strict=True):
+        part = budget.part(start, stop)
+        assert part is not None
+        found.append(SelectionProblem(pieces[first:last], part, problem.objective))
+        first, start = last, stop
     return found

@@ -169,6 +169,9 @@ class Solver(ABC):
     """Kinds of curvature it runs on; all by default, since problems answer the same questions whatever the kind."""
     budgets: ClassVar[tuple[type[Budget], ...]] = (Cardinality,)
     """Kinds of budget it keeps."""
+    apart: ClassVar[bool] = False
+    """Whether parts of a partitioned problem that share nothing (rows of a layer) are handed to it one by one, even
+    though it keeps a partition as a whole."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CURVATURE})
     """What it looks at; what no solver and no update needs is not measured."""
     max_weights: ClassVar[int | None] = None

@@ -5,6 +5,8 @@ min(⌊√n⌋, 1000) groups of (almost) equal size and keeps the largest |w| of
 calibration loss is returned, or, without a callback, the one with the lowest objective
 (Yu et al., *The Combinatorial Brain Surgeon*, ICML 2022, section 4.1).
 
+Under a partition each of its groups is drawn from in this way.
+
 Exactly n_kept weights are kept: group c of size m_c keeps ⌊n_kept m_c / n⌋ and the remainder is spread over
 groups drawn at random. (The published code rounds up in every group and keeps too many.)
 """
@@ -14,15 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from solvers.budget import Partitioned
 from solvers.curvature import LowRank
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import ANY_PROBLEM, Capability, Context, Deadline, Solver, option
+from solvers.solver import ANY_PROBLEM, RANKED, Capability, Context, Deadline, Solver, option
 
 Ranks = npt.NDArray[np.int32]
 
@@ -61,12 +64,43 @@ def grouped_magnitude(rank: Ranks, n_prune: int, rng: np.random.Generator) -> Ma
 
 def magnitude_draws(problem: SelectionProblem, draws: int, rng: np.random.Generator) -> Iterator[Mask]:
     """Global magnitude pruning, then `draws` − 1 grouped ones."""
+    if isinstance(problem.budget, Partitioned):
+        yield from _partition_draws(problem.weights, problem.budget, draws, rng)
+        return
     order = np.argsort(np.abs(problem.weights), kind="stable")
     rank = np.empty(problem.n, dtype=np.int32)
     rank[order] = np.arange(problem.n, dtype=np.int32)
     yield rank < problem.n_prune
     for _ in range(draws - 1):
         yield grouped_magnitude(rank, problem.n_prune, rng)
+
+
+def _partition_draws(weights: Array, budget: Partitioned, draws: int, rng: np.random.Generator) -> Iterator[Mask]:
+    """The same within every group of a partition, groups of one size together."""
+    size = np.abs(weights)
+    yield budget.cheapest_of(size)
+    for _ in range(draws - 1):
+        pruned = np.empty(weights.size, dtype=bool)
+        for first, last in budget.runs:
+            where = slice(int(budget.starts[first]), int(budget.starts[last]))
+            table, out = (
+                size[where].reshape(last - first, -1),
+                np.empty((last - first, budget.sizes[first]), dtype=bool),
+            )
+            order = rng.random(table.shape).argsort(axis=1)
+            m, counts = table.shape[1], budget.quotas[first:last, None]
+            chunks = min(math.isqrt(m), 1000)
+            bounds = np.arange(chunks + 1) * m // chunks
+            sizes = np.diff(bounds)
+            kept = sizes * (m - counts) // m
+            place = np.where(kept < sizes, rng.random(kept.shape), 2.0).argsort(axis=1).argsort(axis=1)
+            kept += place < (m - counts) - kept.sum(axis=1, keepdims=True)
+            for chunk, (start, stop) in enumerate(pairwise(bounds.tolist())):
+                members = order[:, start:stop]
+                ranks = np.take_along_axis(table, members, 1).argsort(axis=1).argsort(axis=1)
+                np.put_along_axis(out, members, ranks < (sizes - kept)[:, chunk, None], 1)
+            pruned[where] = out.ravel()
+        yield pruned
 
 
 def approximate_selection_values(problem: SelectionProblem, masks: Mask) -> Array:
@@ -134,6 +168,9 @@ class RandomisedMagnitudeSolver(Solver):
     summary = "magnitude selection inside random groups, best of several draws"
     reference = "Yu et al., The Combinatorial Brain Surgeon, ICML 2022"
     capabilities = ANY_PROBLEM | {Capability.RANDOMISED, Capability.CALIBRATION, Capability.TIME_LIMIT}
+
+    budgets = RANKED
+    apart = True
 
     draws: int = option(50, "masks drawn; the first is plain magnitude", minimum=1)
 

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from solvers.budget.base import Budget
 from solvers.budget.cardinality import Cardinality
-from solvers.budget.partitioned import Partitioned
+from solvers.budget.nm import NM
+from solvers.budget.partitioned import Groups, Partitioned, as_partition, places
+from solvers.budget.pattern import Pattern, Sparsity
+from solvers.budget.text import parse
 
-__all__ = ["Budget", "Cardinality", "Partitioned"]
+__all__ = [
+    "NM",
+    "Budget",
+    "Cardinality",
+    "Groups",
+    "Partitioned",
+    "Pattern",
+    "Sparsity",
+    "as_partition",
+    "parse",
+    "places",
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,36 @@ from solvers.budget.base import Budget
 from solvers.budget.cardinality import Cardinality
 from solvers.errors import ProblemError
 from solvers.ranking import smallest_of_rows
+
+
+class Groups(NamedTuple):
+    """Groups among m weights in ascending order, for compiled code.
+
+    `of` (m,) is the number of the group of each weight, `low` to before `high` (m,) are the positions of all its
+    members, `quotas` (groups,) what each group loses; int64.
+    """
+
+    of: Index
+    low: Index
+    high: Index
+    quotas: Index
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one group, so that a number alone does not say it."""
+        return self.quotas.size > 1
+
+    @property
+    def reach(self) -> tuple[Index, Index]:
+        """`low` and `high`."""
+        return self.low, self.high
+
+    def among(self, index: Index) -> Groups:
+        """The same for some of these weights, `index` ascending."""
+        group = self.of[index]
+        if not self.several:
+            return Groups(group, group, np.full_like(group, group.size), self.quotas)
+        return Groups(group, np.searchsorted(group, group), np.searchsorted(group, group, side="right"), self.quotas)
 
 
 @dataclass(frozen=True)
@@ -43,10 +74,14 @@ class Partitioned(Budget):
         if len(self.sizes) != len(self.counts) or not self.sizes:
             raise ProblemError(f"a partition needs one count for each group, not {len(self.counts)} for "
                                f"{len(self.sizes)} groups, and at least one group")  # fmt: skip
-        for group, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
-            if size < 1 or not 0 <= count <= size:
-                raise ProblemError(f"group {group} of a partition has {size} weights and is to lose {count}; a group "
-                                   "has at least one weight and loses none to all of them")  # fmt: skip
+        sizes, counts = np.array(self.sizes), self.quotas
+        wrong = np.flatnonzero((sizes < 1) | (counts < 0) | (counts > sizes))
+        if wrong.size:
+            group = int(wrong[0])
+            raise ProblemError(
+                f"group {group} of a partition has {sizes[group]} weights and is to lose {counts[group]}; a group has "
+                "at least one weight and loses none to all of them"
+            )
 
     @classmethod
     def even(cls, groups: int, size: int, count: int) -> Partitioned:
@@ -58,9 +93,25 @@ class Partitioned(Budget):
         """First weight of each group, and the number of all weights at the end: int64 (groups + 1,)."""
         return np.cumsum([0, *self.sizes])
 
+    @cached_property
+    def quotas(self) -> Index:
+        """The counts as int64 (groups,)."""
+        return np.array(self.counts, dtype=np.int64)
+
+    @cached_property
+    def group_of(self) -> Index:
+        """Number of the group of each weight, int64 (n,)."""
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """For compiled code."""
+        group = self.group_of
+        return Groups(group, self.starts[:-1][group], self.starts[1:][group], self.quotas)
+
     @property
     def n_prune(self) -> int:
-        return sum(self.counts)
+        return int(self.quotas.sum())
 
     def check(self, n: int) -> None:
         if self.starts[-1] != n:
@@ -68,7 +119,7 @@ class Partitioned(Budget):
 
     def violation(self, pruned: Mask) -> str:
         found = np.add.reduceat(pruned, self.starts[:-1], dtype=np.int64)
-        wrong = np.flatnonzero(found != np.array(self.counts))
+        wrong = np.flatnonzero(found != self.quotas)
         if not wrong.size:
             return ""
         first = int(wrong[0])
@@ -78,25 +129,23 @@ class Partitioned(Budget):
         )
 
     def only_mask(self, n: int) -> Mask | None:
-        if any(count not in (0, size) for size, count in zip(self.sizes, self.counts, strict=True)):
+        if ((self.quotas > 0) & (self.quotas < self.sizes)).any():
             return None
-        return np.repeat(np.array(self.counts) > 0, self.sizes)
+        return np.repeat(self.quotas > 0, self.sizes)
 
     def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
         pruned = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-        for first, last in self._runs():
+        for first, last in self.runs:
             where = slice(int(self.starts[first]), int(self.starts[last]))
-            counts = torch.tensor(self.counts[first:last], device=scores.device)
+            counts = torch.from_numpy(self.quotas[first:last]).to(scores.device)
             pruned[where] = smallest_of_rows(scores[where].view(last - first, -1), counts).view(-1)
         return pruned
 
-    def _runs(self) -> Iterator[tuple[int, int]]:
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
         """Ranges of groups of one size, which are handled together."""
-        first = 0
-        for _, members in groupby(self.sizes):
-            last = first + sum(1 for _ in members)
-            yield first, last
-            first = last
+        edges = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
+        return list(pairwise(edges))
 
     def part(self, start: int, stop: int) -> Budget | None:
         """The budget of the weights from `start` to before `stop`; None where this range cuts a group in two."""
@@ -113,3 +162,21 @@ def _integers(values: Sequence[int], name: str) -> tuple[int, ...]:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ProblemError(f"{name} of a partition must be integers in a row, not {values!r}")
     return tuple(array.tolist())
+
+
+def places(group: Index) -> Index:
+    """How many entries of the same group come before each, int64 (m,), for the groups of entries (m,) in any order."""
+    order = np.argsort(group, kind="stable")
+    ordered = group[order]
+    found = np.empty(group.size, dtype=np.int64)
+    found[order] = np.arange(group.size) - np.searchsorted(ordered, ordered)
+    return found
+
+
+def as_partition(budget: Budget, n: int) -> Partitioned:
+    """The budget as groups: one of all `n` weights where it is a number; raises ProblemError for other kinds."""
+    if isinstance(budget, Partitioned):
+        return budget
+    if not isinstance(budget, Cardinality):
+        raise ProblemError(f"a {type(budget).__name__} budget is not made of groups of consecutive weights")
+    return Partitioned((n,), (budget.k,))

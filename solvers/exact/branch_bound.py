@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.arrays import ProblemArrays
+from solvers.budget import Partitioned, as_partition
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import RANKED, Capability, Context, Solver, option
 
 #: A bound this close to its mask's value, relative to it, proves it.
 _PROVEN = 5e-7
@@ -43,6 +44,8 @@ class BranchBoundSolver(Solver):
             Capability.TIME_LIMIT,
         }
     )
+    budgets = RANKED
+    apart = True
     max_weights = 2000
 
     threads: int = option(2, "worker threads", minimum=1)
@@ -52,18 +55,18 @@ class BranchBoundSolver(Solver):
         """The best mask found and the bound proven; few weights are enumerated where float64 proves nothing."""
         arrays = problem.arrays()
         grow = _joint if problem.objective is Objective.JOINT else _selection
-        result = grow(self, arrays, problem.n_prune, context)
+        result = grow(self, arrays, as_partition(problem.budget, problem.n), context)
         value = problem.value(result.pruned)
         proven = result.bound >= value - _PROVEN * abs(value)
         if problem.n <= MOST_WEIGHTS and not proven and result.reason is Reason.COMPLETED:
             # Scales too far apart, or too much cancellation: double-double and rational arithmetic decide.
-            best = best_mask(arrays, problem.objective, problem.n_prune)
+            best = best_mask(arrays, problem.objective, problem.budget)
             result = Proposal(best.pruned, best.bound, statistics={**result.statistics, "rational": float(best.exact)})
         context.record(problem.value(result.pruned), result.bound)
         return result
 
 
-def _joint(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, context: Context) -> Proposal:
+def _joint(solver: BranchBoundSolver, arrays: ProblemArrays, partition: Partitioned, context: Context) -> Proposal:
     from solvers.exact.joint_tree import solve_joint_tree
 
     found = solve_joint_tree(
@@ -71,7 +74,7 @@ def _joint(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, conte
         arrays.factor,
         arrays.damping,
         arrays.gradient,
-        n_prune,
+        partition,
         deadline=context.deadline,
         seed=context.seed,
         incumbent=context.start,
@@ -81,7 +84,7 @@ def _joint(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, conte
     return Proposal(found.pruned, found.bound, found.reason, statistics=found.statistics)
 
 
-def _selection(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, context: Context) -> Proposal:
+def _selection(solver: BranchBoundSolver, arrays: ProblemArrays, partition: Partitioned, context: Context) -> Proposal:
     from solvers.exact.selection_tree import solve_selection_tree
 
     scaled = arrays.factor * arrays.weights
@@ -90,7 +93,7 @@ def _selection(solver: BranchBoundSolver, arrays: ProblemArrays, n_prune: int, c
     found = solve_selection_tree(
         quadratic,
         arrays.gradient * arrays.weights,
-        n_prune,
+        partition,
         deadline=context.deadline,
         seed=context.seed,
         incumbent=context.start,

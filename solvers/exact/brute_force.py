@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from solvers.budget import as_partition
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import Capability, Context, Solver
+from solvers.solver import RANKED, Capability, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,15 @@ class BruteForceSolver(Solver):
             Capability.EXACT,
         }
     )
+    budgets = RANKED
+    apart = True
     max_weights = MOST_WEIGHTS
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """The best of all masks; of masks that tie, the lexicographically first."""
-        found = best_mask(problem.arrays(), problem.objective, problem.n_prune)
+        found = best_mask(problem.arrays(), problem.objective, problem.budget)
         context.record(found.value, found.bound)
-        statistics = {"masks": float(math.comb(problem.n, problem.n_prune)), "rational": float(found.exact)}
+        groups = as_partition(problem.budget, problem.n)
+        masks = math.prod(map(math.comb, groups.sizes, groups.counts))
+        statistics = {"masks": float(masks), "rational": float(found.exact)}
         return Proposal(found.pruned, bound=found.bound, statistics=statistics)

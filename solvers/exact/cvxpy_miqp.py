@@ -21,7 +21,7 @@ from solvers.errors import BackendError, SingularHessianError
 from solvers.exact.formulation import FEASIBILITY, Model, build
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import RANKED, Capability, Context, Solver, option
 
 #: Solver → (module it needs, name CVXPY knows it by).
 _ENGINES = {
@@ -52,6 +52,8 @@ class CvxpyMiqpSolver(Solver):
             Capability.TIME_LIMIT,
         }
     )
+    budgets = RANKED
+    apart = True
     max_weights = 200
     requires = ("cvxpy",)
 
@@ -110,11 +112,10 @@ class CvxpyMiqpSolver(Solver):
 
 def _assemble(cvxpy: Any, model: Model, kept: Any) -> tuple[Any, list[Any]]:
     """(objective, constraints). No constant in the objective, so that the engine's bound is ours."""
-    n_free = model.free.size
     epigraph = cvxpy.Variable(model.n_rows, bounds=[0.0, model.height])
     removed = 1 - kept
     image = model.columns @ removed
-    constraints = [cvxpy.sum(kept) == n_free - model.problem.n_prune]
+    constraints = [cvxpy.sum(kept[places]) == places.size - count for places, count in model.rows if places.size]
     cost = cvxpy.sum(epigraph)
     if model.linear.any():
         linear = cvxpy.Variable()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from solvers.arrays import Array, Mask, ProblemArrays
+from solvers.budget import Budget, as_partition
 from solvers.exact.double_double import EPSILON, add, divide, multiply, product
 from solvers.problem import Objective
 from solvers.rational import ExactProblem
@@ -34,7 +35,7 @@ _TIE = 1e-13
 
 
 class AllMasks(NamedTuple):
-    """Every mask that removes a given number of weights.
+    """Every mask that keeps a budget.
 
     Attributes
     ----------
@@ -61,25 +62,27 @@ class Optimum(NamedTuple):
     exact: int
 
 
-def enumerate_masks(arrays: ProblemArrays, objective: Objective, n_prune: int) -> AllMasks:
-    """All masks with `n_prune` removed; n ≤ `MOST_WEIGHTS`."""
+def enumerate_masks(arrays: ProblemArrays, objective: Objective, budget: Budget) -> AllMasks:
+    """All masks that keep a `Cardinality` or a `Partitioned` budget; n ≤ `MOST_WEIGHTS`."""
     n = arrays.weights.size
     # Powers of two, so that nothing is rounded: columns of the size of one, and the weights to match.
     size = np.sqrt(np.square(arrays.factor).sum(0) + arrays.damping)
     units = np.exp2(np.round(np.log2(np.where(size > 0.0, size, 1.0))))
     high, low = _hessian(arrays.factor / units, arrays.damping / units**2)
-    count = math.comb(n, n_prune)
+    partition = as_partition(budget, n)
+    count = math.prod(map(math.comb, partition.sizes, partition.counts))
     codes, values, errors = np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count)
     _walk(
-        high, low, arrays.weights * units, arrays.gradient / units, n_prune, objective is Objective.JOINT,
+        high, low, arrays.weights * units, arrays.gradient / units,
+        partition.quotas[partition.group_of], partition.starts[partition.group_of + 1], objective is Objective.JOINT,
         codes, values, errors,
     )  # fmt: skip
     return AllMasks(codes, values, errors)
 
 
-def best_mask(arrays: ProblemArrays, objective: Objective, n_prune: int) -> Optimum:
+def best_mask(arrays: ProblemArrays, objective: Objective, budget: Budget) -> Optimum:
     """The best of all masks; of masks that tie, the lexicographically first (as a sorted list of removed weights)."""
-    found = enumerate_masks(arrays, objective, n_prune)
+    found = enumerate_masks(arrays, objective, budget)
     values = np.where(np.isnan(found.values), np.inf, found.values)
     # Values are rounded to nearest; a bound must not be above.
     lower = np.nextafter(found.values - found.errors, -np.inf)
@@ -184,13 +187,16 @@ def _keep(high, low, above, under, at, i, joint):  # type: ignore[no-untyped-def
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _walk(hessian, rest, weight, gradient, n_prune, joint, codes, values, errors):  # type: ignore[no-untyped-def]
-    """Fill codes, values and errors; the last entry of `above` and `under` is twice the constant."""
+def _walk(hessian, rest, weight, gradient, quota, end, joint, codes, values, errors):  # type: ignore[no-untyped-def]
+    """Fill codes, values and errors; the last entry of `above` and `under` is twice the constant.
+
+    `quota` (n,) is what the group of each weight loses, `end` (n,) the weight after its last.
+    """
     n = weight.size
     high, low = np.zeros((n + 1, n, n)), np.zeros((n + 1, n, n))
     above, under = np.zeros((n + 1, n + 1)), np.zeros((n + 1, n + 1))
     high[0], low[0], above[0, :n] = hessian, rest, gradient
-    # Terms added so far, the smallest pivot beside its diagonal entry, weights removed, next fate to try.
+    # Terms added so far, the smallest pivot beside its diagonal entry, weights removed of a group, next fate to try.
     terms, loss, gone = np.zeros(n + 1), np.ones(n + 1), np.zeros(n + 1, np.int64)
     todo, code, found = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64), 0
     at = 0
@@ -209,8 +215,10 @@ def _walk(hessian, rest, weight, gradient, n_prune, joint, codes, values, errors
             at -= 1
             continue
         code[at + 1], gone[at + 1], loss[at + 1] = code[at], gone[at] + (fate == 0), loss[at]
-        if gone[at + 1] > n_prune or n_prune - gone[at + 1] > n - i - 1:
+        if gone[at + 1] > quota[i] or quota[i] - gone[at + 1] > end[i] - i - 1:
             continue
+        if i + 1 == end[i]:
+            gone[at + 1] = 0
         if fate == 0:
             code[at + 1] |= 1 << (n - 1 - i)
             terms[at + 1] = terms[at] + _remove(high, low, above, under, at, i, weight)

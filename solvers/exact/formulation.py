@@ -6,8 +6,9 @@ where weight i is removed, and a splitting H = H₀ + D, D = diag(d) ≥ 0, H₀
 * selection   min ½‖z‖² + ½ Σ d_i w_i² x_i − Σ g_i w_i x_i,          z = −B₀ (w∘x)
 * joint       min ½‖z‖² + ½ Σ d_i (s_i + c_i² x_i) − ½ d₀ᵀH d₀,      z = B₀ (p − c∘x),  p_i² ≤ s_i (1 − x_i)
 
-both with Σ x = n_prune. p = v − c on the kept weights and 0 on the removed ones, so the joint model is the selection
-model plus a change of the kept weights, and every term is non-negative. Three things make these models tractable:
+both with Σ x = n_prune, or with one such row for each group of a partition. p = v − c on the kept weights and 0 on the
+removed ones, so the joint model is the selection model plus a change of the kept weights, and every term is
+non-negative. Three things make these models tractable:
 
 * the factored z instead of xᵀQx: outer approximation then cuts in few dimensions, one term z_j² ≤ t_j each;
 * the diagonal part is exact on binaries (x² = x), and in the joint model a perspective (Günlük & Linderoth, 2010) that
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from solvers.budget import as_partition
 from solvers.errors import BackendError
 from solvers.exact.completion import Completed, complete_square, hessian_root
 from solvers.exact.incumbent import local_optimum
@@ -52,7 +54,7 @@ class Model:
     Variables: x (f,) binary, p (f or n,) free, z (m,) free. With `joint` False there is no p.
 
         minimise   Σ_j z_j² + linear·x + Σ_i curvature_i · p_i² / (1 − x_i)
-        subject to Σ x = n_prune,   z = columns @ x + changes @ p,   p_i = 0 where x_i = 1
+        subject to Σ x = count over each group,   z = columns @ x + changes @ p,   p_i = 0 where x_i = 1
 
     Attributes
     ----------
@@ -125,16 +127,22 @@ class Model:
         return int(self.columns.shape[0])
 
     @property
+    def rows(self) -> list[tuple[Ints, int]]:
+        """One equality for each group: places within `free`, and how many of them go."""
+        partition = as_partition(self.problem.budget, self.problem.n)
+        group = partition.group_of[self.free]
+        return [(np.flatnonzero(group == g), count) for g, count in enumerate(partition.counts)]
+
+    @property
     def start(self) -> Array:
         """The incumbent as values of x, float64 (f,)."""
         return self.incumbent[self.free].astype(np.float64)
 
     def mask(self, x: npt.ArrayLike) -> Mask:
-        """The mask of a solver's x (f,): the n_prune largest, so that rounding noise cannot change the count."""
-        values = np.asarray(x, dtype=np.float64)
-        pruned = np.zeros(self.problem.n, dtype=bool)
-        pruned[self.free[np.argsort(-values, kind="stable")[: self.problem.n_prune]]] = True
-        return pruned
+        """The mask of a solver's x (f,): the largest of each group, so that rounding noise cannot change the count."""
+        values = np.full(self.problem.n, np.inf)
+        values[self.free] = -np.asarray(x, dtype=np.float64)
+        return self.problem.budget.cheapest_of(values)
 
     def margin(self) -> float:
         """What the tolerances of a solver may hide, in solver units.

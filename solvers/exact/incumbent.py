@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from solvers.budget import as_partition
 from solvers.exact import joint_start, selection_start
 from solvers.exact.joint_square import prepare
 from solvers.problem import Mask, Objective, ProblemArrays, SelectionProblem
@@ -14,8 +15,9 @@ def local_optimum(problem: SelectionProblem, arrays: ProblemArrays, context: Con
     """The best of a few one-swap local optima and a tabu walk from it, numpy bool (n,), in a fifth of the time left."""
     remaining = context.deadline.remaining()
     deadline = Deadline(None if math.isinf(remaining) else max(0.2 * remaining, 1e-3))
+    partition = as_partition(problem.budget, problem.n)
     if problem.objective is Objective.SELECTION:
-        scaled, _ = selection_start.scaled(arrays, problem.n_prune)
+        scaled, _ = selection_start.scaled(arrays, partition)
         return selection_start.find_incumbent(scaled, deadline, context.seed, context.start).pruned
     square = prepare(arrays.weights, arrays.factor, arrays.damping, arrays.gradient)
-    return joint_start.find_incumbent(square, problem.n_prune, context.start, context.seed, deadline).pruned
+    return joint_start.find_incumbent(square, partition.groups, context.start, context.seed, deadline).pruned

@@ -180,7 +180,7 @@ def run_isolated(solver: Solver, problem: SelectionProblem, context: Context) ->
     remaining = context.deadline.remaining()
     ends = None if math.isinf(remaining) else time.time() + remaining
     limit = None if math.isinf(remaining) else 1.5 * remaining + GRACE
-    plain = SelectionProblem([_on_cpu(block) for block in problem.blocks], problem.n_prune, problem.objective)
+    plain = SelectionProblem([_on_cpu(block) for block in problem.blocks], problem.budget, problem.objective)
     offset = context.deadline.elapsed()
     with Worker(quiet=not getattr(solver, "log", False)) as worker:
         try:

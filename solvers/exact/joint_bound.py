@@ -10,6 +10,8 @@ perspective D_i u_i²/z_i and linearising the convex ½ uᵀCu at *any* point x 
 
     ½ vᵀGv − ½ xᵀCx − ½ Σ of the k largest s_i²/D_i ,            s = Gv − Cx .            (certificate)
 
+Where k is said for each of several groups, so are the largest: of each group its own, and z sums to k in each.
+
 Maximising it over x and D is the semidefinite relaxation of Dong, Chen & Linderoth (2015), "Regularization vs.
 relaxation"; equivalently max over D, min over z in the capped simplex, of
 
@@ -59,11 +61,11 @@ def dominates(matrix, diagonal, lower):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def certificate(matrix, diagonal, target, point, n_kept, scores):
+def certificate(matrix, diagonal, target, point, owner, keeps, scores):
     """The bound of the module's docstring at x = `point`, less its rounding error; fills scores = s²/D.
 
     Written with e = v − x and q = Ge so that no large terms cancel:
-    ½ eᵀq + Σ over the rest (q_i x_i + ½ D_i x_i²) − ½ Σ over the top k of q_i²/D_i.
+    ½ eᵀq + Σ over the rest (q_i x_i + ½ D_i x_i²) − ½ Σ over the top of q_i²/D_i.
     """
     m = target.size
     error = 0.0
@@ -79,11 +81,12 @@ def certificate(matrix, diagonal, target, point, n_kept, scores):
         scores[i] = slope * slope / diagonal[i]
         error += absolute * (abs(target[i] - point[i]) + min(abs(point[i]), 1e300) + abs(slope) / diagonal[i])
     order = np.argsort(-scores)
-    bound = 0.0
+    bound, left = 0.0, keeps.copy()
     for position in range(m):
         i = order[position]
         first = 0.5 * (target[i] - point[i]) * inner[i]
-        if position < n_kept:
+        if left[owner[i]] > 0:
+            left[owner[i]] -= 1
             second = -0.5 * inner[i] * inner[i] / diagonal[i]
         else:
             second = inner[i] * point[i] + 0.5 * diagonal[i] * point[i] * point[i]
@@ -110,22 +113,33 @@ def saddle(matrix, target, diagonal, share):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def improve_share(kernel, ratio, scores, n_kept, mu, cutoff, share, low, high):
+def improve_share(kernel, ratio, scores, owner, keeps, mu, cutoff, share, low, high):
     """A primal-dual Newton step in z and its multipliers, in place; (finite, primal length, dual length)."""
     m = share.size
     system = np.empty((m, m))
-    sides = np.empty((m, 2))
+    count = keeps.size
+    sides = np.zeros((m, 1 + count))
     for i in range(m):
         for j in range(m):
             system[i, j] = ratio[i] * kernel[i, j] * ratio[j] / cutoff
         system[i, i] += low[i] / share[i] + high[i] / (1.0 - share[i])
         sides[i, 0] = 0.5 * scores[i] / cutoff + mu / share[i] - mu / (1.0 - share[i])
-        sides[i, 1] = 1.0
+        sides[i, 1 + owner[i]] = 1.0
     steps = np.linalg.solve(system, sides)
-    multiplier = (n_kept - np.sum(share) - np.sum(steps[:, 0])) / np.sum(steps[:, 1])
-    if not np.isfinite(multiplier):
-        return False, 0.0, 0.0
-    move = steps[:, 0] + multiplier * steps[:, 1]
+    if count == 1:
+        multiplier = (keeps[0] - np.sum(share) - np.sum(steps[:, 0])) / np.sum(steps[:, 1])
+        if not np.isfinite(multiplier):
+            return False, 0.0, 0.0
+        move = steps[:, 0] + multiplier * steps[:, 1]
+    else:
+        missing, sums = keeps.astype(np.float64), np.zeros((count, count))
+        for i in range(m):
+            missing[owner[i]] -= share[i] + steps[i, 0]
+            sums[owner[i]] += steps[i, 1:]
+        multipliers = np.linalg.solve(sums, missing)
+        if not np.isfinite(multipliers).all():
+            return False, 0.0, 0.0
+        move = steps[:, 0] + np.ascontiguousarray(steps[:, 1:]) @ multipliers
     length, dual_length = 1.0, 1.0
     low_move, high_move = np.empty(m), np.empty(m)
     for i in range(m):
@@ -170,14 +184,15 @@ def improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower)
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def bound_node(matrix, target, n_kept, diagonal, share, barrier, barrier_end, n_steps, cutoff):
+def bound_node(matrix, target, owner, keeps, diagonal, share, barrier, barrier_end, n_steps, cutoff):
     """Maximise the certificate of one node.
 
     Parameters
     ----------
     matrix : (m, m), G
     target : (m,), v
-    n_kept : int, k with 0 < k < m
+    owner : int64 (m,), keeps : int64 (groups,)
+        The group of each weight, and the k of each group, above 0 and below its size.
     diagonal : (m,), a feasible D to start from
     share : (m,), z strictly inside (0, 1) to start from
     barrier, barrier_end : float
@@ -214,7 +229,7 @@ def bound_node(matrix, target, n_kept, diagonal, share, barrier, barrier_end, n_
     low, high = mu / share, mu / (1.0 - share)
     for _ in range(n_steps):
         inverse, kernel, ratio = saddle(matrix, target, diagonal, share)
-        bound, order = certificate(matrix, diagonal, target, share * ratio, n_kept, scores)
+        bound, order = certificate(matrix, diagonal, target, share * ratio, owner, keeps, scores)
         if not np.isfinite(bound):
             break
         if bound > best:
@@ -225,7 +240,7 @@ def bound_node(matrix, target, n_kept, diagonal, share, barrier, barrier_end, n_
             best_order = order
         if best >= cutoff:
             break
-        finite, length, dual_length = improve_share(kernel, ratio, scores, n_kept, mu, cutoff, share, low, high)
+        finite, length, dual_length = improve_share(kernel, ratio, scores, owner, keeps, mu, cutoff, share, low, high)
         if not finite:
             break
         decrement = improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower)

@@ -156,35 +156,85 @@ def effort_of(matrix, target, to_keep, cutoff):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def shares_of(start, to_keep):
-    """The parent's z, made to sum to the number to keep and moved inside (0, 1)."""
-    excess = to_keep - np.sum(start)
-    if excess > 0.0:
-        start = start + (1.0 - start) * (excess / np.sum(1.0 - start))
-    else:
-        start = start * (to_keep / np.sum(start))
-    return 0.9 * start + 0.1 * to_keep / start.size
+def shares_of(share, owner, keeps):
+    """The parent's z, made to sum to the number to keep of each group and moved inside (0, 1)."""
+    moved = np.empty(share.size)
+    for group in range(keeps.size):
+        inside = np.nonzero(owner == group)[0]
+        start, to_keep = share[inside], keeps[group]
+        excess = to_keep - np.sum(start)
+        if excess > 0.0:
+            start = start + (1.0 - start) * (excess / np.sum(1.0 - start))
+        else:
+            start = start * (to_keep / np.sum(start))
+        moved[inside] = 0.9 * start + 0.1 * to_keep / start.size
+    return moved
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def fix(status, undecided, scores, order, to_keep, room):
+def settle_groups(status, group, keeps):
+    """Decide, in place, the groups without a choice left; (feasible, group of each open weight (m,), keeps of those).
+
+    Groups with a choice are numbered afresh.
+    """
+    needs, opened = keeps.copy(), np.zeros_like(keeps)
+    for i in range(status.size):
+        needs[group[i]] -= status[i] == _KEPT
+        opened[group[i]] += status[i] == _OPEN
+    number, left, count = np.full(keeps.size, -1), np.empty_like(keeps), 0
+    for g in range(keeps.size):
+        if needs[g] < 0 or needs[g] > opened[g]:
+            return False, group[:0].copy(), left[:0]
+        if 0 < needs[g] < opened[g]:
+            number[g], left[count] = count, needs[g]
+            count += 1
+    owner, size = np.empty_like(group), 0
+    for i in range(status.size):
+        if status[i] != _OPEN:
+            continue
+        if number[group[i]] < 0:
+            status[i] = _PRUNED if needs[group[i]] == 0 else _KEPT
+        else:
+            owner[size] = number[group[i]]
+            size += 1
+    return True, owner[:size], left[:count]
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def first_of_groups(order, owner, keeps):
+    """Whether a weight is among the first of its group in an order, as many as the group keeps; bool (m,)."""
+    chosen, left = np.zeros(order.size, np.bool_), keeps.copy()
+    for x in order:
+        if left[owner[x]] > 0:
+            left[owner[x]] -= 1
+            chosen[x] = True
+    return chosen
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def fix(status, undecided, scores, order, owner, keeps, room):
     """Decide, in place, what reduced costs leave no choice about; how many."""
-    last_in, first_out = scores[order[to_keep - 1]], scores[order[to_keep]]
+    chosen = first_of_groups(order, owner, keeps)
+    last_in, first_out = np.full(keeps.size, np.inf), np.full(keeps.size, -np.inf)
+    for x in range(order.size):
+        if chosen[x]:
+            last_in[owner[x]] = min(last_in[owner[x]], scores[x])
+        else:
+            first_out[owner[x]] = max(first_out[owner[x]], scores[x])
     fixed = 0
-    for position in range(order.size):
-        x = order[position]
-        if position < to_keep:
-            if 0.5 * (scores[x] - first_out) >= room:
+    for x in order:
+        if chosen[x]:
+            if 0.5 * (scores[x] - first_out[owner[x]]) >= room:
                 status[undecided[x]] = _KEPT
                 fixed += 1
-        elif 0.5 * (last_in - scores[x]) >= room:
+        elif 0.5 * (last_in[owner[x]] - scores[x]) >= room:
             status[undecided[x]] = _PRUNED
             fixed += 1
     return fixed
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff, barrier, barrier_end, n_steps):
+def process_node(hessian, root, centre, status, group, keeps, diagonal, share, cutoff, barrier, barrier_end, n_steps):
     """Bound a node, fix what its reduced costs decide, and pick a weight to branch on.
 
     Parameters
@@ -192,8 +242,8 @@ def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff,
     hessian : (n, n), root : (r, n) with rootᵀroot = hessian, centre : (n,)
     status : int8 (n,)
         Fate.OPEN, Fate.KEPT or Fate.PRUNED; modified by the fixings.
-    n_kept : int
-        Weights kept in the end, over all n.
+    group : int64 (n,), keeps : int64 (groups,)
+        The group of each weight, and how many of each are kept in the end.
     diagonal, share : (n,)
         D and z of the parent; entries of open weights are modified.
     cutoff : float
@@ -214,12 +264,12 @@ def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff,
     mask = np.zeros(centre.size, np.bool_)
     best = -np.inf
     while True:
-        n_open = np.sum(status == _OPEN)
-        to_keep = n_kept - np.sum(status == _KEPT)
-        if to_keep < 0 or to_keep > n_open:
+        feasible, owner, needs = settle_groups(status, group, keeps)
+        if not feasible:
             return Outcome.CLOSED, np.inf, -1, mask, np.inf
-        if to_keep == 0 or to_keep == n_open:
-            mask = status == _PRUNED if to_keep else status != _KEPT
+        n_open, to_keep, single = owner.size, np.sum(needs), needs.size == 1
+        if n_open == 0:
+            mask = status == _PRUNED
             value = mask_value(hessian, root, centre, mask)
             return Outcome.SOLVED, value, -1, mask, value
         undecided, matrix, target, base = reduce_node(hessian, root, centre, status)
@@ -227,19 +277,20 @@ def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff,
         room = cutoff - base
         if room <= 0.0:
             return Outcome.CLOSED, base, -1, mask, np.inf
-        if n_open - to_keep <= 2:
+        if single and n_open - to_keep <= 2:
             mask = complete_removal(matrix, target, status, undecided, n_open - to_keep)
             value = mask_value(hessian, root, centre, mask)
             return Outcome.SOLVED, value, -1, mask, value
-        effort = effort_of(matrix, target, to_keep, cutoff)
+        # Enumeration knows one number only.
+        effort = effort_of(matrix, target, to_keep, cutoff) if single else np.inf
         if effort < DIRECT:
             outcome, low, mask, value = enumerate_kept(
                 hessian, root, centre, status, undecided, matrix, target, base, to_keep, cutoff
             )
             return outcome, max(best, low), -1, mask, value
-        start = shares_of(share[undecided], to_keep)
+        start = shares_of(share[undecided], owner, needs)
         bound, inner, z, scores, order = bound_node(
-            matrix, target, to_keep, diagonal[undecided], start, barrier, barrier_end, n_steps, room
+            matrix, target, owner, needs, diagonal[undecided], start, barrier, barrier_end, n_steps, room
         )
         best = max(best, base + bound)
         if bound >= room:
@@ -252,11 +303,10 @@ def process_node(hessian, root, centre, status, n_kept, diagonal, share, cutoff,
         for x in range(n_open):
             diagonal[undecided[x]] = inner[x]
             share[undecided[x]] = z[x]
-        if fix(status, undecided, scores, order, to_keep, room - bound) > 0:
+        if fix(status, undecided, scores, order, owner, needs, room - bound) > 0:
             continue
         # Branch on the weight that most wants to be kept: the child that removes it is soon cut off.
         mask = status == _PRUNED
         by_share = np.argsort(-z)
-        for position in range(to_keep, n_open):
-            mask[undecided[by_share[position]]] = True
+        mask[undecided[~first_of_groups(by_share, owner, needs)]] = True
         return Outcome.BRANCH, best, undecided[by_share[0]], mask, mask_value(hessian, root, centre, mask)

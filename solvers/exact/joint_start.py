@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from solvers.budget import Groups
 from solvers.exact import joint_nodes
 from solvers.exact.best_first import Incumbent
 from solvers.exact.joint_square import Square
@@ -28,19 +29,20 @@ def value_of(square: Square, pruned: Mask) -> Incumbent:
     return Incumbent(pruned, float(joint_nodes.mask_value(square.hessian, square.scaled_root, square.centre, pruned)))
 
 
-def improved(square: Square, pruned: Mask, deadline: Deadline | None = None) -> Incumbent:
+def improved(square: Square, groups: Groups, pruned: Mask, deadline: Deadline | None = None) -> Incumbent:
     """The one-swap local optimum reached from a mask by the steepest swaps."""
-    dense = DenseJoint(square.hessian, square.linear, 1.0)
+    dense = DenseJoint(square.hessian, square.linear, 1.0, groups)
     gain = 1e-10 * value_of(square, pruned).value
     return value_of(square, ~descend(dense, ~pruned, gain, deadline).kept)
 
 
-def find_incumbent(square: Square, n_prune: int, start: Mask | None, seed: int, deadline: Deadline) -> Incumbent:
+def find_incumbent(square: Square, groups: Groups, start: Mask | None, seed: int, deadline: Deadline) -> Incumbent:
     """The best of backward elimination (and a given start) after swaps and a tabu walk, in a third of the time left."""
     n = square.centre.size
-    dense = DenseJoint(square.hessian, square.linear, 1.0)
+    dense = DenseJoint(square.hessian, square.linear, 1.0, groups)
     reduced = ReducedProblem(torch.from_numpy(dense.hessian), torch.from_numpy(dense.linear))
-    order, _ = eliminate_dense(reduced, n_prune, "scaled")
+    quotas = (torch.from_numpy(groups.of), torch.from_numpy(groups.quotas)) if groups.several else None
+    order, _ = eliminate_dense(reduced, int(groups.quotas.sum()), "scaled", quotas)
     first = np.zeros(n, dtype=bool)
     first[order.numpy()] = True
     starts = [first] if start is None else [first, np.asarray(start, dtype=bool)]

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from solvers.budget import Groups, Partitioned
 from solvers.exact import joint_nodes, symmetry
 from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
 from solvers.exact.joint_bound import bound_node
@@ -47,7 +48,7 @@ class JointTreeResult(NamedTuple):
 
     Attributes
     ----------
-    pruned : numpy bool (n,), exactly n_prune True
+    pruned : numpy bool (n,)
     bound : float
         Lower bound on the joint objective over all masks, never above the value of `pruned` as computed here.
     reason : Reason
@@ -95,12 +96,18 @@ class _JointRelaxation(Relaxation[_State]):
     max_open = 300_000
     floor = 0.0
 
-    def __init__(self, square: Square, n_prune: int, deadline: Deadline, tolerance: float) -> None:
-        self.square, self.n, self.n_kept = square, square.centre.size, square.centre.size - n_prune
+    def __init__(self, square: Square, partition: Groups, deadline: Deadline, tolerance: float) -> None:
+        self.square, self.n, self.partition = square, square.centre.size, partition
+        self.keeps = np.bincount(partition.of, minlength=partition.quotas.size) - partition.quotas
         self.deadline, self.tolerance = deadline, tolerance
         signs = np.where(square.centre < 0.0, -1.0, 1.0)
         matrix, centre = square.hessian * np.outer(signs, signs), np.abs(square.centre)
-        self.groups: Sequence[symmetry.Indices] = symmetry.chains(matrix, centre, 0.5 * centre**2)
+        chains = symmetry.chains(matrix, centre, 0.5 * centre**2)
+        # Only weights of one group may change places.
+        self.groups: Sequence[symmetry.Indices] = [
+            part for chain in chains for group in np.unique(partition.of[chain])
+            if (part := chain[partition.of[chain] == group]).size > 1
+        ]  # fmt: skip
 
     def cutoff(self, value: float) -> float:
         """Less a fraction of the whole objective, constant included."""
@@ -109,7 +116,7 @@ class _JointRelaxation(Relaxation[_State]):
 
     def root(self, incumbent: Incumbent) -> Expansion[_State]:
         """One node with everything open and many steps for its bound."""
-        fates, share = np.full(self.n, Fate.OPEN, np.int8), np.full(self.n, self.n_kept / self.n)
+        fates, share = np.full(self.n, Fate.OPEN, np.int8), np.full(self.n, self.keeps.sum() / self.n)
         diagonal = first_diagonal(self.square)
         # A step takes some 1e-9 n³ seconds; without the time for a few the bound stays zero.
         steps = int(min(60.0, 0.5 * self.deadline.remaining() / (1e-9 * self.n**3)))
@@ -144,7 +151,8 @@ class _JointRelaxation(Relaxation[_State]):
             square.scaled_root,
             square.centre,
             fates,
-            self.n_kept,
+            self.partition.of,
+            self.keeps,
             diagonal,
             share,
             self.cutoff(incumbent.value),
@@ -156,7 +164,9 @@ class _JointRelaxation(Relaxation[_State]):
         if outcome != joint_nodes.Outcome.BRANCH:
             return Expansion(closed=float(bound), found=found)
         if found is not None:
-            found = min(found, improved(square, mask, self.deadline), key=lambda candidate: candidate.value)
+            found = min(
+                found, improved(square, self.partition, mask, self.deadline), key=lambda candidate: candidate.value
+            )
         # Rounded down, so that D stays feasible in single precision.
         state = _State(fates, _single(diagonal * (1.0 - 1e-6)), _single(share), int(branch))
         return Expansion([Node(float(bound), state)], found=found)
@@ -171,7 +181,7 @@ def solve_joint_tree(
     factor: Array,
     damping: float | Array,
     gradient: Array | None,
-    n_prune: int,
+    n_prune: int | Partitioned,
     *,
     deadline: Deadline | None = None,
     seed: int = 0,
@@ -180,7 +190,7 @@ def solve_joint_tree(
     node_limit: int | None = None,
     relative_tolerance: float = RELATIVE_TOLERANCE,
 ) -> JointTreeResult:
-    """Minimise the joint objective over all masks that remove exactly n_prune weights.
+    """Minimise the joint objective over all masks that remove as many weights as asked for.
 
     Parameters
     ----------
@@ -189,7 +199,8 @@ def solve_joint_tree(
     damping : float or float64 (n,)
         λ ≥ 0, one value or one per weight (several blocks: `factor` block-diagonal).
     gradient : float64 (n,) or None
-    n_prune : int, 0 ≤ n_prune ≤ n
+    n_prune : int, 0 ≤ n_prune ≤ n, or Partitioned
+        In all, or in each group.
     deadline : Deadline, optional
     seed : int
         For the local search.
@@ -218,20 +229,22 @@ def solve_joint_tree(
     deadline = Deadline() if deadline is None else deadline
     square = prepare(weights, factor, damping, gradient)
     n = square.centre.shape[0]
-    if n_prune in (0, n) or square.unit == 0.0:
-        mask = np.arange(n) < n_prune
+    partition = n_prune if isinstance(n_prune, Partitioned) else Partitioned((n,), (n_prune,))
+    if partition.n_prune in (0, n) or square.unit == 0.0:
+        mask = partition.cheapest_of(np.zeros(n))
         value = square.value(mask)
         return JointTreeResult(mask, value, Reason.COMPLETED, {"objective": value, "nodes": 0.0})
-    inside, whole = np.arange(n), square
+    inside, whole, groups = np.arange(n), square, partition.groups
     with threadpool_limits(limits=1, user_api="blas"):
-        best = find_incumbent(square, n_prune, incumbent, seed, deadline)
+        best = find_incumbent(square, groups, incumbent, seed, deadline)
         while (stays := must_stay(square, best)).any():
             square, inside = square.keeping(stays), inside[~stays]
-            best = find_incumbent(square, n_prune, best.pruned[~stays], seed, deadline)
+            groups = partition.groups.among(inside)
+            best = find_incumbent(square, groups, best.pruned[~stays], seed, deadline)
         if best.value <= ZERO:
             bound, reason, statistics = 0.0, Reason.COMPLETED, {"nodes": 0.0}
         else:
-            relaxation = _JointRelaxation(square, n_prune, deadline, relative_tolerance)
+            relaxation = _JointRelaxation(square, groups, deadline, relative_tolerance)
             found = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
             (best, bound, reason, statistics) = found
     mask = np.zeros(n, dtype=bool)
@@ -272,11 +285,12 @@ def joint_root_bound(
         value = square.value(np.full(n, n_prune == n)) if square.unit else square.constant
         return JointRootBound(value, np.zeros(n), share)
     with threadpool_limits(limits=1, user_api="blas"):
-        best = find_incumbent(square, n_prune, None, 0, Deadline())
+        best = find_incumbent(square, Partitioned((n,), (n_prune,)).groups, None, 0, Deadline())
         bound, diagonal, share, _, _ = bound_node(
             square.hessian,
             square.centre,
-            n - n_prune,
+            np.zeros(n, dtype=np.int64),
+            np.array([n - n_prune]),
             first_diagonal(square),
             share,
             0.1,

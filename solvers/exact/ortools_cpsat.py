@@ -5,10 +5,11 @@ With Q = H∘(wwᵀ) and Boolean x_i (removed), y_ij = x_i ∧ x_j,
     minimise  Σ_{i<j} ⟦s Q_ij⟧ y_ij + Σ_i ⟦s (½ Q_ii − g_i w_i)⟧ x_i     subject to Σ x = n_prune,
 
 ⟦·⟧ rounding to the nearest integer, plus the products of the cardinality row with each x_i,
-Σ_j y_ij = (n_prune − 1) x_i (Adams & Sherali, 1986). A mask selects n_prune single and n_prune (n_prune − 1)/2 paired
-coefficients, so the integer objective is off by at most E, the sum of that many largest rounding errors; the bound is
-(claimed − E)/s, less the rounding of Q itself. Tangent planes of the convex objective are added as rows, without which
-the root bound is worthless. The joint objective has no such form: its value is not a sum over pairs of removed weights.
+Σ_j y_ij = (n_prune − 1) x_i (Adams & Sherali, 1986); of a partition, each group has such rows. A mask selects n_prune
+single and n_prune (n_prune − 1)/2 paired coefficients, so the integer objective is off by at most E, the sum of that
+many largest rounding errors; the bound is (claimed − E)/s, less the rounding of Q itself. Tangent planes of the convex
+objective are added as rows, without which the root bound is worthless.
+The joint objective has no such form: its value is not a sum over pairs of removed weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from solvers.errors import BackendError
 from solvers.exact.formulation import Model, build
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import RANKED, Capability, Context, Solver, option
 
 #: The absolute values of all coefficients sum to less than this, far from the 64-bit overflow.
 _LARGEST_SUM = 2.0**52
@@ -52,6 +53,8 @@ class OrtoolsCpSatSolver(Solver):
             Capability.TIME_LIMIT,
         }
     )
+    budgets = RANKED
+    apart = True
     max_weights = 300
     requires = ("ortools",)
 
@@ -90,24 +93,26 @@ class OrtoolsCpSatSolver(Solver):
         rounding = 16 * float(np.finfo(float).eps) * float(roots.sum() ** 2 + slopes.sum())
         program = cp_model.CpModel()
         x = [program.new_bool_var(f"x{i}") for i in range(model.free.size)]
-        program.add(sum(x) == problem.n_prune)
-        terms: list[list[Any]] = [[] for _ in x]
+        terms: list[dict[int, Any]] = [{} for _ in x]
         both = []
-        for i, j in zip(*above, strict=True):
+        for i, j in zip(above[0].tolist(), above[1].tolist(), strict=True):
             y = program.new_bool_var(f"y{i}_{j}")
             program.add_implication(y, x[i])
             program.add_implication(y, x[j])
             program.add_bool_or(y, x[i].negated(), x[j].negated())
-            terms[i].append(y)
-            terms[j].append(y)
+            terms[i][j] = terms[j][i] = y
             both.append(y)
-        for variable, row in zip(x, terms, strict=True):
-            program.add(sum(row) == (problem.n_prune - 1) * variable)
+        for places, count in model.rows:
+            members = places.tolist()
+            program.add(sum(x[at] for at in members) == count)
+            for at, variable in enumerate(x):
+                own = int(at in members)
+                program.add(sum(terms[at][other] for other in members if other != at) == (count - own) * variable)
         cost = cp_model.LinearExpr.weighted_sum(
             [*x, *both], [int(c) for c in rounded_single] + [int(c) for c in rounded_paired]
         )
         program.minimize(cost)
-        for slope, level in _tangents(pairs, single, problem.n_prune, start=model.start):
+        for slope, level in _tangents(pairs, single, model):
             # Rounded down, less the errors of both sides: valid for every mask.
             whole = np.floor(slope * scale)
             floor = math.floor((level - rounding) * scale - error - 2.0)
@@ -146,11 +151,11 @@ class OrtoolsCpSatSolver(Solver):
         return Proposal(mask, bound=bound, reason=reason, statistics=statistics)
 
 
-def _tangents(pairs: Array, single: Array, n_prune: int, start: Array) -> list[tuple[Array, float]]:
+def _tangents(pairs: Array, single: Array, model: Model) -> list[tuple[Array, float]]:
     """(slope (f,), level) with slope·x + level ≤ the objective of every mask x: where convexity is seen by the LP.
 
     The objective is rewritten with the largest shift of the diagonal of Q that leaves it convex (x² = x), and
-    linearised at the later iterates of a Frank–Wolfe walk over the cardinality polytope.
+    linearised at the later iterates of a Frank–Wolfe walk over the relaxed masks.
     """
     norms = np.sqrt(np.diag(pairs))
     active = norms > 0
@@ -161,15 +166,14 @@ def _tangents(pairs: Array, single: Array, n_prune: int, start: Array) -> list[t
         shift[active] = max(share, 0.0) * norms[active] ** 2
     convex = pairs - np.diag(shift)
     linear = single - 0.5 * np.diag(convex)
-    x = start.copy()
+    x = model.start
     found = []
     for step in range(_WALK):
         image = convex @ x
         slope = image + linear
         if step >= _WALK - _TANGENTS:
             found.append((slope, -0.5 * float(x @ image)))
-        vertex = np.zeros(single.size)
-        vertex[np.argsort(slope, kind="stable")[:n_prune]] = 1.0
+        vertex = model.mask(-slope)[model.free].astype(np.float64)
         direction = vertex - x
         curvature = float(direction @ convex @ direction)
         gain = -float(slope @ direction)

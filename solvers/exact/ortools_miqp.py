@@ -18,7 +18,7 @@ from solvers.errors import BackendError
 from solvers.exact.formulation import FEASIBILITY, Model, build
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Capability, Context, Solver, option
+from solvers.solver import RANKED, Capability, Context, Solver, option
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class OrtoolsMiqpSolver(Solver):
             Capability.TIME_LIMIT,
         }
     )
+    budgets = RANKED
+    apart = True
     max_weights = 1000
     requires = ("ortools",)
 
@@ -109,10 +111,10 @@ def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
     kept = [program.add_binary_variable(name=f"y{i}") for i in range(model.free.size)]
     cost = [(variable, -float(c)) for variable, c in zip(kept, model.linear, strict=True)]
     hint = dict(zip(kept, (1.0 - model.start).tolist(), strict=True))
-    budget = model.free.size - model.problem.n_prune
-    row = program.add_linear_constraint(lb=budget, ub=budget)
-    for variable in kept:
-        row.set_coefficient(variable, 1.0)
+    for places, count in model.rows:
+        row = program.add_linear_constraint(lb=places.size - count, ub=places.size - count)
+        for at in places:
+            row.set_coefficient(kept[at], 1.0)
     changes = [program.add_variable(lb=-limit, ub=limit, name=f"p{i}") for i, limit in enumerate(model.change_limit)]
     position = {int(weight): at for at, weight in enumerate(model.free)}
     for i, change in enumerate(changes):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from solvers.budget import Partitioned
 from solvers.exact.best_first import Incumbent
 from solvers.moves import kicks, selection_swaps
 from solvers.problem import Array, Mask, ProblemArrays
@@ -16,6 +17,8 @@ _TABU_ROUNDS = 10
 _TABU_MOVES = 1000
 #: A column this much longer than the incumbent's is looked at before the tree is grown.
 _OUT_OF_SCALE = 1e3
+#: Weight of a violated group beside the incumbent's height; above 1 it only makes relaxations tighter.
+_BINDING = 16.0
 
 
 def unit_of(quadratic: Array, linear: Array) -> float:
@@ -26,11 +29,16 @@ def unit_of(quadratic: Array, linear: Array) -> float:
 
 @dataclass(frozen=True, eq=False)
 class ScaledSelection:
-    """min ½ zᵀQz − cᵀz, z ∈ {0, 1}ⁿ, 1ᵀz = count: Q (n, n), c (n,)."""
+    """min ½ zᵀQz − cᵀz, z ∈ {0, 1}ⁿ, so many ones in each group: Q (n, n), c (n,)."""
 
     quadratic: Array
     linear: Array
-    count: int
+    partition: Partitioned
+
+    @property
+    def count(self) -> int:
+        """1ᵀz."""
+        return self.partition.n_prune
 
     def value(self, mask: Mask) -> float:
         """½ zᵀQz − cᵀz of a mask (n,)."""
@@ -41,8 +49,22 @@ class ScaledSelection:
         pruned = mask.copy()
         forces = self.quadratic @ pruned - self.linear
         gain = 1e-13 * max(abs(self.value(pruned)), 1e-300)
-        selection_swaps.steepest_descent(self.quadratic, forces, pruned, gain, 10_000)
+        selection_swaps.steepest_descent(self.quadratic, forces, pruned, *self.partition.groups.reach, gain, 10_000)
         return Incumbent(pruned, self.value(pruned))
+
+    def binding(self, upper: float) -> ScaledSelection:
+        """The same values of masks that keep the groups, and more than `upper`, the value of one, for all others.
+
+        A multiple of Σ (1ᵀz_g − k_g/k · 1ᵀz)² is added: 0 where every group g loses k_g of the k in all, at least 2
+        elsewhere. Relaxations that know of k alone then see the groups (Billionnet, Elloumi and Plateau, 2009).
+        """
+        groups = self.partition.groups
+        if not groups.several:
+            return self
+        off = (groups.of == np.arange(groups.quotas.size)[:, None]) - groups.quotas[:, None] / self.count
+        gain = float(np.sort(np.maximum(self.linear, 0.0))[-self.count :].sum())
+        weight = _BINDING * max(upper + gain, 0.0)
+        return replace(self, quadratic=np.ascontiguousarray(self.quadratic + weight * (off.T @ off)))
 
     def rounding(self, candidates: Mask) -> float:
         """What the rounding of Q and c can change about the value of a mask within `candidates`.
@@ -55,25 +77,24 @@ class ScaledSelection:
         return 16.0 * eps * (float(roots.sum()) ** 2 + float(slopes.sum()))
 
 
-def scaled(arrays: ProblemArrays, n_prune: int) -> tuple[ScaledSelection, float]:
+def scaled(arrays: ProblemArrays, partition: Partitioned) -> tuple[ScaledSelection, float]:
     """The problem with Q = diag(w) H diag(w) and c = g·w in units of the largest entry, and that unit."""
     columns = arrays.factor * arrays.weights
     quadratic = columns.T @ columns
     quadratic[np.diag_indices(arrays.weights.size)] += arrays.damping * arrays.weights**2
     linear = arrays.gradient * arrays.weights
     unit = unit_of(quadratic, linear)
-    return ScaledSelection(np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / unit), linear / unit, n_prune), unit
+    return ScaledSelection(np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / unit), linear / unit, partition), unit
 
 
 def find_incumbent(problem: ScaledSelection, deadline: Deadline, seed: int, start: Mask | None) -> Incumbent:
     """Swap-optimal masks from several starts, then tabu search from the best."""
     quadratic, linear, count = problem.quadratic, problem.linear, problem.count
-    n = linear.size
+    n, groups = linear.size, problem.partition.groups
     saliency = 0.5 * np.diag(quadratic)
-    starts = [np.argsort(saliency - linear, kind="stable"), np.argsort(saliency, kind="stable")]
     rng = np.random.default_rng(seed)
-    starts += [np.argsort(saliency * rng.uniform(0.3, 3.0, n) - linear, kind="stable") for _ in range(6)]
-    masks = [np.isin(np.arange(n), order[:count]) for order in starts]
+    scores = [saliency - linear, saliency, *(saliency * rng.uniform(0.3, 3.0, n) - linear for _ in range(6))]
+    masks = [problem.partition.cheapest_of(score) for score in scores]
     masks += [] if start is None else [start.astype(np.bool_)]
     best = min((problem.improved(mask) for mask in masks), key=lambda found: found.value)
     frozen, random = np.zeros(n, dtype=np.int64), selection_swaps.random_state(rng)
@@ -84,12 +105,12 @@ def find_incumbent(problem: ScaledSelection, deadline: Deadline, seed: int, star
         if deadline.expired() or (best_value == 0.0 and not linear.any()):
             break
         value, best_value, idle = selection_swaps.tabu_search(
-            quadratic, forces, pruned, frozen, value, best_value, best_mask,
-            round_number * _TABU_MOVES, _TABU_MOVES, max(2, min(10, n // 4)), 40, random,
+            quadratic, forces, pruned, *groups.reach, frozen, value, best_value, best_mask,
+            round_number * _TABU_MOVES, _TABU_MOVES, max(2, min(10, n // 4)), 40 * groups.quotas.size, random,
         )  # fmt: skip
         if idle >= _TABU_MOVES:
             # Begin again from a perturbed copy of the best mask.
-            pruned = kicks.exchanged(best_mask, max(1, min(count, n - count) // 10), rng)
+            pruned = kicks.exchanged(best_mask, max(1, min(count, n - count) // 10), rng, groups)
             forces = quadratic @ pruned - linear
             value = problem.value(pruned)
     final = problem.improved(best_mask)

@@ -1,7 +1,8 @@
 """Branch and bound for the selection objective: min ½ zᵀQz − cᵀz, z ∈ {0, 1}ⁿ, 1ᵀz = n_prune.
 
 Q = diag(w) H diag(w) is scaled by a power of two and an incumbent is found by tabu search
-(`solvers.exact.selection_start`, which also decides the weights whose removal alone costs more). The root is bounded by
+(`solvers.exact.selection_start`, which also decides the weights whose removal alone costs more). Groups of
+a partition are bound into Q (`ScaledSelection.binding`). The root is bounded by
 the quadratic programme whose diagonal shift the semidefinite relaxation chose (`solvers.bounds.shift`). Weights that
 the root's reduced costs decide leave the problem, and the shift is chosen afresh for what is left. From
 there compiled depth-first searches (`solvers.exact.selection_kernels`) run on the open nodes of the lowest
@@ -24,6 +25,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from solvers.bounds.shift import best_shift, safe_shift
+from solvers.budget import Partitioned
 from solvers.exact import selection_face as faces
 from solvers.exact import selection_kernels as kernels
 from solvers.exact import symmetry
@@ -48,7 +50,7 @@ class SelectionTreeResult(NamedTuple):
 
     Attributes
     ----------
-    pruned : numpy bool (n,), exactly n_prune True
+    pruned : numpy bool (n,)
     bound : float
         Lower bound on the objective over all masks.
     reason : Reason
@@ -228,17 +230,15 @@ def _tight_bound(part: _NodeProblem, cut: float) -> float:
 
 
 def _rounded(state: _State, problem: ScaledSelection) -> Mask:
-    """The k largest entries of a node's relaxed point, its fixed weights first."""
+    """The largest entries (of each group) of a node's relaxed point, its fixed weights first."""
     score = np.where(state.fates == Fate.PRUNED, 2.0, np.where(state.fates == Fate.KEPT, -1.0, state.point))
-    mask = np.zeros(score.size, dtype=np.bool_)
-    mask[np.argsort(-score, kind="stable")[: problem.count]] = True
-    return mask
+    return problem.partition.cheapest_of(-score)
 
 
 def solve_selection_tree(
     quadratic: Array,
     linear: Array | None,
-    n_prune: int,
+    n_prune: int | Partitioned,
     *,
     deadline: Deadline | None = None,
     seed: int = 0,
@@ -247,7 +247,7 @@ def solve_selection_tree(
     node_limit: int | None = None,
     nodes_per_task: int = _NODES_PER_TASK,
 ) -> SelectionTreeResult:
-    """Minimise ½ zᵀQz − cᵀz over z ∈ {0, 1}ⁿ with 1ᵀz = n_prune, Q positive semidefinite.
+    """Minimise ½ zᵀQz − cᵀz over z ∈ {0, 1}ⁿ with as many ones as asked for, Q positive semidefinite.
 
     Parameters
     ----------
@@ -255,7 +255,8 @@ def solve_selection_tree(
         Q = diag(w) H diag(w).
     linear : float64 (n,) or None
         c = g·w.
-    n_prune : int, 0 ≤ n_prune ≤ n
+    n_prune : int, 0 ≤ n_prune ≤ n, or Partitioned
+        Ones of z, in all or in each group.
     deadline : Deadline, optional
     seed : int
         For the tabu search that finds the incumbent.
@@ -274,15 +275,17 @@ def solve_selection_tree(
     n = quadratic.shape[0]
     slope = np.zeros(n) if linear is None else linear
     scale = unit_of(quadratic, slope)
-    problem = ScaledSelection(np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / scale), slope / scale, n_prune)
-    if n_prune in (0, n):
-        only = np.full(n, n_prune > 0)
+    partition = n_prune if isinstance(n_prune, Partitioned) else Partitioned((n,), (n_prune,))
+    problem = ScaledSelection(np.ascontiguousarray(0.5 * (quadratic + quadratic.T) / scale), slope / scale, partition)
+    only = partition.only_mask(n)
+    if only is not None:
         value = problem.value(only) * scale
         return SelectionTreeResult(only, value, Reason.COMPLETED, {"nodes": 0.0, "objective": value})
     deadline = deadline or Deadline()
     with threadpool_limits(1):
         best = find_incumbent(problem, deadline, seed, incumbent)
         fates = np.where(must_stay(problem, best.value), Fate.KEPT, Fate.OPEN).astype(np.int8)
+        problem = problem.binding(best.value)
         relaxation = _SelectionRelaxation(problem, deadline, nodes_per_task, fates)
         search = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
     bound = max(search.bound - problem.rounding(fates == Fate.OPEN), relaxation.floor)

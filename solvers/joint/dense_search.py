@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.budget import Groups
 from solvers.moves import joint_swaps, kicks
 from solvers.problem import Array, Mask
 from solvers.solver import Deadline
@@ -26,11 +27,12 @@ _STRIDE = 100
 
 @dataclass(frozen=True)
 class DenseJoint:
-    """Minimise constant + ½ vᵀHv − cᵀv, v supported on as many weights as the start keeps."""
+    """Minimise constant + ½ vᵀHv − cᵀv, v supported on as many weights of each group as the start keeps."""
 
     hessian: Array
     linear: Array
     constant: float
+    groups: Groups
 
     def value(self, solution: Array, kept: Mask) -> float:
         """The objective from the tableau's solution column."""
@@ -62,7 +64,7 @@ def descend(problem: DenseJoint, kept: Mask, least_gain: float, deadline: Deadli
         best[:], best_value = kept, value
         if deadline is not None and deadline.expired():
             return DenseResult(best, best_value, start_value, swaps)
-        _, made = joint_swaps.descend(table, solution, kept, least_gain, joint_swaps.REFRESH)
+        _, made = joint_swaps.descend(table, solution, kept, *problem.groups.reach, least_gain, joint_swaps.REFRESH)
         swaps += made
         if made == 0:
             return DenseResult(best, best_value, start_value, swaps)
@@ -117,7 +119,7 @@ def search(
         draws = rng.integers(_TENURE[0], _TENURE[1] + 1, stride)
         before = best_value
         _, best_value, last = joint_swaps.tabu_walk(
-            table, solution, current, until, clock, draws, value, best_value, best_kept
+            table, solution, current, *problem.groups.reach, until, clock, draws, value, best_value, best_kept
         )
         clock += stride
         if last >= 0:
@@ -125,7 +127,7 @@ def search(
             if record is not None and best_value < before:
                 record(best_value)
         elif clock - last_gain >= _STALL:
-            current = kicks.exchanged(current, int(rng.integers(_KICK[0], _KICK[1] + 1)), rng)
+            current = kicks.exchanged(current, int(rng.integers(_KICK[0], _KICK[1] + 1)), rng, problem.groups)
             until[:] = 0
             last_gain = clock
     final = descend(problem, best_kept, tolerance * abs(best_value), deadline)

@@ -6,6 +6,9 @@ enough to hold H_SS it is eliminated one weight at a time down to nothing (`_Pat
 its order does not depend on the others, and the greedy choice over blocks is a merge of the orders by the running
 maximum of their costs.
 
+Under a partition a block knows what its groups may still lose: weights of a group that has lost its share are passed
+over. Blocks that share one of several groups are eliminated as one, if they are small.
+
 In a round of a large block the weights first ranked are corrected for one another: the elimination is run one at
 a time within the cheapest `pool` weights, all others being re-optimised exactly (`KeptSystem.reduced`).
 """
@@ -20,8 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from solvers.arrays import Index
 from solvers.block import QuadraticBlock
-from solvers.curvature import Diagonal
+from solvers.budget import Partitioned, as_partition, places
+from solvers.curvature import Dense, Diagonal
+from solvers.errors import CapabilityError
 from solvers.joint.kept import dense_problem, kept_system, search_blocks
 from solvers.moves.elimination_path import eliminate_dense
 from solvers.problem import Array, Mask, SelectionProblem
@@ -84,17 +90,46 @@ class Elimination:
     exact: tuple[bool, ...]
 
 
+class _Shares:
+    """What the groups of a block may still lose: a view of `left`, which changes as weights go."""
+
+    def __init__(self, partition: Partitioned, where: slice, left: Index) -> None:
+        first, last = (int(partition.group_of[at]) for at in (where.start, where.stop - 1))
+        self.group, self.left = partition.group_of[where] - first, left[first : last + 1]
+
+    @property
+    def total(self) -> int:
+        """Weights that may still go."""
+        return int(self.left.sum())
+
+    def allowed(self, index: torch.Tensor) -> slice | torch.Tensor:
+        """Which of an ordered list of weights go if they go in this order."""
+        if self.left.size == 1:
+            return slice(None)
+        group = self.group[index.cpu().numpy()]
+        return torch.from_numpy(places(group) < self.left[group]).to(index.device)
+
+    def quotas(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """For `eliminate_dense`."""
+        if self.left.size == 1:
+            return None
+        group = torch.from_numpy(self.group[index.cpu().numpy()]).to(index.device)
+        return group, torch.from_numpy(self.left).to(index.device)
+
+
 class _Path:
     """A block eliminated one weight at a time, beforehand; `level` is the running maximum of the costs."""
 
-    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, most: int) -> None:
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, shares: _Shares) -> None:
         index = kept.nonzero().squeeze(1)
-        count = min(most, int(index.numel()))
+        count = min(shares.total, int(index.numel()))
         if isinstance(block.curvature, Diagonal):
             costs, order = kept_system(block, kept).removal_costs()[1].sort(stable=True)
-            order, costs = order[:count], costs[:count]
+            allowed = shares.allowed(index[order])
+            order, costs = order[allowed][:count], costs[allowed][:count]
         else:
-            order, costs = eliminate_dense(dense_problem(block, index), count, block.name)
+            problem = dense_problem(block, index)
+            order, costs = eliminate_dense(problem, count, block.name, shares.quotas(index))
         self._order = index[order].cpu().numpy()
         self._spent = costs.cpu().numpy()
         self._level = costs.cummax(0).values.cpu().numpy() if count else costs.cpu().numpy()
@@ -120,7 +155,8 @@ class _Path:
 class _Large:
     """A block ranked through its kept system."""
 
-    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, refresh: float) -> None:
+    def __init__(self, block: QuadraticBlock, kept: torch.Tensor, shares: _Shares, refresh: float) -> None:
+        self.shares = shares
         self.system = kept_system(block, kept)
         self._spread = torch.zeros(block.n, dtype=torch.float64, device=block.device)
         self._refresh, self._measured = refresh, 0
@@ -138,8 +174,9 @@ class _Large:
             _, self._spread[index] = system.scores(index)
             self._measured = system.n_kept
         costs = 0.5 * system.solution()[index].square() / self._spread[index]
-        self._costs, order = costs.sort(stable=True)
-        self._index = index[order]
+        costs, order = costs.sort(stable=True)
+        allowed = self.shares.allowed(index[order])
+        self._costs, self._index = costs[allowed], index[order][allowed]
         return self._costs.cpu().numpy()
 
     def refine(self, count: int) -> npt.NDArray[Any]:
@@ -191,17 +228,23 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
     """
     deadline = deadline or Deadline()
     pruned = np.zeros(problem.n, dtype=bool)
+    partition = as_partition(problem.budget, problem.n)
     if plan.frozen_zeros:
         zeros = np.flatnonzero(problem.weights == 0.0)
-        pruned[zeros[: problem.n_prune]] = True
-    left = problem.n_prune - int(pruned.sum())
+        owner = partition.group_of[zeros]
+        pruned[zeros[places(owner) < partition.quotas[owner]]] = True
+    quotas = partition.quotas - np.add.reduceat(pruned, partition.starts[:-1], dtype=np.int64)
+    left = int(quotas.sum())
     blocks, repairs = search_blocks(problem)
     offsets = np.cumsum([0, *(block.n for block in blocks)])
+    if len(partition.sizes) > 1 and not np.isin(offsets, partition.starts).all():
+        blocks, offsets = [_joined(blocks, plan.exact_below)], np.array([0, problem.n])
     members: list[_Path | _Large] = []
     for block, offset in zip(blocks, offsets[:-1], strict=True):
         kept = block.tensor_of(~pruned[offset : offset + block.n])
         small = int(kept.sum()) <= plan.exact_below or isinstance(block.curvature, Diagonal)
-        members.append(_Path(block, kept, left) if small else _Large(block, kept, plan.refresh))
+        shares = _Shares(partition, slice(offset, offset + block.n), quotas)
+        members.append(_Path(block, kept, shares) if small else _Large(block, kept, shares, plan.refresh))
     start = problem.n - int(pruned.sum())
     floor = max(problem.n_kept, sum(min(member.n_kept, plan.exact_below) for member in members), 1)
     ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0
@@ -211,7 +254,7 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
     while left > 0:
         for index, member in enumerate(members):
             if isinstance(member, _Large) and member.n_kept <= plan.exact_below:
-                members[index] = _Path(member.system.block, member.system.kept, left)
+                members[index] = _Path(member.system.block, member.system.kept, member.shares)
         now = problem.n_kept + left
         share, pool = left, plan.pool
         if any(isinstance(member, _Large) for member in members):
@@ -225,9 +268,26 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         costs.append(spent)
         for offset, part in zip(offsets[:-1], taken, strict=True):
             pruned[offset + part] = True
+            quotas -= np.bincount(partition.group_of[offset + part], minlength=quotas.size)
             order.append(offset + part)
         left -= sum(part.size for part in taken)
     return Elimination(pruned, reason, tuple(repairs), rounds, np.concatenate(order), tuple(costs), tuple(exact))
+
+
+def _joined(blocks: list[QuadraticBlock], most: int) -> QuadraticBlock:
+    """One block of all, H dense; raises CapabilityError where that is more than `most` weights."""
+    n = sum(block.n for block in blocks)
+    if n > most:
+        raise CapabilityError(
+            f"backward elimination takes groups that reach over several of {len(blocks)} blocks or rows only up to "
+            f"{most} weights, not {n}; give each block its own groups"
+        )
+    hessian = torch.block_diag(*[block.curvature.dense() for block in blocks])  # type: ignore[no-untyped-call]
+    gradient = None
+    if any(block.gradient is not None for block in blocks):
+        gradient = torch.cat([torch.zeros_like(b.weights) if b.gradient is None else b.gradient for b in blocks])
+    weights = torch.cat([block.weights for block in blocks])
+    return QuadraticBlock(weights, curvature=Dense(hessian), gradient=gradient, name=blocks[0].name)
 
 
 def elimination_costs(problem: SelectionProblem, plan: EliminationPlan) -> Array:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import block_diag
 
+from solvers.budget import as_partition
 from solvers.errors import CapabilityError, SingularHessianError
 from solvers.joint.admm import AdmmSolver
 from solvers.joint.dense_search import DenseJoint, search
@@ -28,11 +29,10 @@ from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.joint.pool_search import pool_search
 from solvers.joint.support import search_problem
 from solvers.problem import Mask, Objective, SelectionProblem
-from solvers.ranking import prune_smallest
 from solvers.registry import make_solver
 from solvers.running import run_backend, with_remaining_time
 from solvers.solution import Proposal, Reason
-from solvers.solver import ANYTIME, JOINT_PROBLEM, Capability, Context, Solver, option
+from solvers.solver import ANYTIME, JOINT_PROBLEM, RANKED, Capability, Context, Solver, option
 from solvers.tensors import ProblemTensors
 
 
@@ -46,6 +46,8 @@ class JointLocalSearchSolver(Solver):
     capabilities = JOINT_PROBLEM | ANYTIME | {Capability.RANDOMISED}
 
     curvatures = KEPT_SYSTEMS
+    budgets = RANKED
+    apart = True
 
     start: str = option("obs[chunks=8,pool=0]", "solver that makes the first mask, unless one is given")
     dense_limit: int = option(600, "weights up to which H is held dense and searched by tabu", minimum=1)
@@ -110,11 +112,11 @@ class JointLocalSearchSolver(Solver):
             linear = linear - problem.gradient
         starts = [~first]
         if context.start is None:
-            starts.append(~prune_smallest(np.abs(weights), problem.n_prune))
-            starts.append(~prune_smallest(np.diag(hessian) * weights**2, problem.n_prune))
+            starts.append(~problem.budget.cheapest_of(np.abs(weights)))
+            starts.append(~problem.budget.cheapest_of(np.diag(hessian) * weights**2))
             starts.append(~run_backend(AdmmSolver(), problem, with_remaining_time(context)).pruned)
         iterations = int(self.iterations * min(1.0, (200 / problem.n) ** 2))
-        dense = DenseJoint(hessian, linear, constant)
+        dense = DenseJoint(hessian, linear, constant, as_partition(problem.budget, problem.n).groups)
         try:
             found = search(dense, starts, iterations, context.rng(), context.deadline, record=context.record)
         except np.linalg.LinAlgError as error:

@@ -20,7 +20,7 @@ from solvers.joint.elimination import EliminationPlan, eliminate
 from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import JOINT_PROBLEM, Capability, Context, Solver, option
+from solvers.solver import JOINT_PROBLEM, RANKED, Capability, Context, Solver, option
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class OptimalBrainSurgeonSolver(Solver):
     capabilities = JOINT_PROBLEM | {Capability.TIME_LIMIT}
 
     curvatures = KEPT_SYSTEMS
+    budgets = RANKED
+    apart = True
 
     chunks: int = option(20, "rounds before blocks are small enough for one-at-a-time elimination", minimum=1)
     exact_below: int = option(3000, "kept weights of a block from which on weights go one at a time", minimum=1)

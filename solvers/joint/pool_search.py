@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from scipy.linalg import block_diag
 
+from solvers.budget import Partitioned, as_partition
 from solvers.joint.dense_search import DenseJoint, descend
 from solvers.joint.kept import KeptSystem, kept_system, search_blocks
 from solvers.problem import Mask, SelectionProblem
@@ -71,9 +72,18 @@ def _scored(system: KeptSystem) -> _Scores:
 
 
 def _scan(
-    system: KeptSystem, seen: _Scores, least_gain: float, wanted: int, most_pairs: float, deadline: Deadline
+    system: KeptSystem,
+    seen: _Scores,
+    group: torch.Tensor | None,
+    least_gain: float,
+    wanted: int,
+    most_pairs: float,
+    deadline: Deadline,
 ) -> tuple[list[tuple[float, int, int]], bool]:
-    """Gaining pairs of one block as (change, i, j), best partner of each j; and whether all of P was scanned."""
+    """Gaining pairs of one block as (change, i, j), best partner of each j; and whether all of P was scanned.
+
+    With the `group` of each weight (n,), pairs within groups only.
+    """
     dtype = system.dtype
     # In units of the largest gain, so that a working precision of float32 neither overflows nor underflows.
     unit = float(seen.gain.max()) if seen.gain.numel() and float(seen.gain.max()) > 0.0 else 1.0
@@ -81,6 +91,7 @@ def _scan(
     cost, ratio, inverse = (x.to(dtype).unsqueeze(1) for x in (2.0 * seen.cost / unit, seen.ratio / root, seen.inverse))
     order = seen.gain.argsort(descending=True, stable=True)
     found: list[tuple[float, int, int]] = []
+    owner = None if group is None else (group[seen.inside].unsqueeze(1), group[seen.outside])
     count = int(seen.inside.numel())
     if count == 0:
         return found, True
@@ -91,6 +102,8 @@ def _scan(
         cross = system.cross(seen.inside, seen.outside[batch])
         numerator = ((seen.residual[batch] / root).to(dtype) + cross * ratio).square_()
         change = cost - numerator.div_(seen.schur[batch].to(dtype) + cross.square_().mul_(inverse))
+        if owner is not None:
+            change.masked_fill_(owner[0] != owner[1][batch], math.inf)
         least, who = change.min(0)
         least = 0.5 * unit * least.double()
         for position in (least < -least_gain).nonzero().squeeze(1).tolist():
@@ -100,7 +113,12 @@ def _scan(
 
 
 def _pools(
-    systems: list[KeptSystem], least_gain: float, width: int, most_pairs: float, deadline: Deadline
+    systems: list[KeptSystem],
+    groups: list[torch.Tensor] | list[None],
+    least_gain: float,
+    width: int,
+    most_pairs: float,
+    deadline: Deadline,
 ) -> tuple[list[torch.Tensor], bool]:
     """One pool per block (positions), and whether no gaining pair was left out of sight."""
     measured = [_scored(system) for system in systems]
@@ -117,8 +135,8 @@ def _pools(
             chosen[owner[pick]].add(int(positions[pick]))
     complete = True
     pairs: list[tuple[float, int, int, int]] = []
-    for index, (system, seen) in enumerate(zip(systems, measured, strict=True)):
-        found, all_seen = _scan(system, seen, least_gain, width, most_pairs / len(systems), deadline)
+    for index, (system, seen, group) in enumerate(zip(systems, measured, groups, strict=True)):
+        found, all_seen = _scan(system, seen, group, least_gain, width, most_pairs / len(systems), deadline)
         complete = complete and all_seen
         pairs.extend((change, index, i, j) for change, i, j in found)
     for _, index, i, j in sorted(pairs)[:width]:
@@ -131,7 +149,11 @@ def _pools(
 
 
 def _improve(
-    systems: list[KeptSystem], pools: list[torch.Tensor], least_gain: float, deadline: Deadline
+    systems: list[KeptSystem],
+    pools: list[torch.Tensor],
+    partition: Partitioned,
+    least_gain: float,
+    deadline: Deadline,
 ) -> tuple[float, int]:
     """Descend within the pools, all blocks together, and move the systems: (change of the objective, swaps)."""
     parts = [system.reduced(pool) for system, pool in zip(systems, pools, strict=True) if pool.numel()]
@@ -139,7 +161,9 @@ def _improve(
     hessian = block_diag(*[part.hessian.cpu().numpy() for part in parts])
     linear = torch.cat([part.linear for part in parts]).cpu().numpy()
     kept = torch.cat([system.kept[pool] for system, pool in active]).cpu().numpy()
-    problem = DenseJoint(hessian, linear, 0.0)
+    firsts = np.cumsum([0, *(system.block.n for system in systems)])
+    index = np.concatenate([first + pool.cpu().numpy() for first, pool in zip(firsts, pools, strict=False)])
+    problem = DenseJoint(hessian, linear, 0.0, partition.groups.among(index))
     found = descend(problem, kept, least_gain, deadline)
     start = 0
     for system, pool in active:
@@ -181,7 +205,12 @@ def pool_search(
         Told the objective after every round.
     """
     blocks, _ = search_blocks(problem)
-    masks = torch.split(problem.tensors.of(~start), [block.n for block in blocks])
+    sizes = [block.n for block in blocks]
+    masks = torch.split(problem.tensors.of(~start), sizes)
+    partition = as_partition(problem.budget, problem.n)
+    groups: list[torch.Tensor] | list[None] = [None] * len(blocks)
+    if len(partition.sizes) > 1:
+        groups = list(torch.split(torch.from_numpy(partition.group_of).to(masks[0].device), sizes))
     systems = [kept_system(block, mask) for block, mask in zip(blocks, masks, strict=True)]
     value = sum(system.objective() for system in systems)
     swaps = used = 0
@@ -191,8 +220,8 @@ def pool_search(
             reason = Reason.TIME_LIMIT
             break
         least_gain = min_gain * max(abs(value), 1e-12 * problem.scale)
-        pools, complete = _pools(systems, least_gain, width, most_pairs, deadline)
-        change, made = _improve(systems, pools, least_gain, deadline)
+        pools, complete = _pools(systems, groups, least_gain, width, most_pairs, deadline)
+        change, made = _improve(systems, pools, partition, least_gain, deadline)
         used += 1
         swaps += made
         value += change

@@ -58,7 +58,17 @@ class AnnealingSolver(TableSearch):
         for first, last in pairwise(self.hot / 3.0**number * scale * fall):
             steps = min(_STEPS_BETWEEN_CHECKS, total - done)
             value, best_value, _ = selection_swaps.anneal(
-                piece.table, piece.forces, piece.pruned, value, best_value, best, first, last, steps, random
+                piece.table,
+                piece.forces,
+                piece.pruned,
+                *piece.groups.reach,
+                value,
+                best_value,
+                best,
+                first,
+                last,
+                steps,
+                random,
             )
             done += steps
             if context.deadline.expired():

@@ -8,10 +8,15 @@ meets S in chunks in the order of β, and a pair is looked at only if it may gai
    (r + 4) 2⁻²⁴, and pairs that do not gain within this error are dropped;
 3. the weights of the pairs left become a dense float64 table, which is brought to a local optimum.
 
+Under a partition swaps stay within groups, so that ranges of whole groups are dense tables of their own where groups
+are small; of larger ones only the pairs in step 3 are kept that share a group.
+
 The search ends when all tiles in a row have been visited without a swap, so the end is a proven local optimum.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +31,8 @@ Single = npt.NDArray[np.float32]
 
 _TILE = 512
 _CHUNK = 1024
+#: Weights of a range of groups.
+_RANGE = 1024
 #: Unit columns of S that are kept between tiles: at most this many float32 entries (128 MB).
 _CACHE_ENTRIES = 1 << 25
 
@@ -40,13 +47,33 @@ def descend(state: SwapState, min_gain: float, deadline: Deadline) -> tuple[int,
         Whether the end is a proven local optimum; False where the deadline came first.
     """
     min_gain = max(min_gain, rounding_gain(state))
-    if state.problem.n <= DENSE_LIMIT:
+    if state.grouped and max(state.partition.sizes) <= _RANGE:
+        swaps, settled = _settle_ranges(state, min_gain, deadline)
+    elif state.problem.n <= DENSE_LIMIT:
         everything = WorkingSet(state, np.arange(state.problem.n), state.forces())
         swaps, settled = settle(everything, min_gain, deadline)
     else:
         swaps, settled = _TiledDescent(state, min_gain, deadline).run()
     state.refresh()
     return swaps, settled
+
+
+def _settle_ranges(state: SwapState, min_gain: float, deadline: Deadline) -> tuple[int, bool]:
+    """Descend in ranges of whole groups in turn until a round over all of them is clean; (swaps, settled)."""
+    starts, swaps = state.partition.starts, 0
+    size = DENSE_LIMIT if state.problem.n <= DENSE_LIMIT else _RANGE
+    ends = [0]
+    while ends[-1] < state.problem.n:
+        ends.append(int(starts[np.searchsorted(starts, ends[-1] + size, side="right") - 1]))
+    ranges, clean, at = list(pairwise(ends)), 0, 0
+    while clean < len(ranges):
+        piece = WorkingSet(state, np.arange(*ranges[at]), state.forces())
+        made, done = settle(piece, min_gain, deadline)
+        swaps, at = swaps + made, (at + 1) % len(ranges)
+        clean = 1 if made else clean + 1
+        if not done or (deadline.expired() and clean < len(ranges)):
+            return swaps, False
+    return swaps, True
 
 
 class _UnitColumns:
@@ -147,6 +174,9 @@ class _TiledDescent:
             if self.state.n_components > 1:
                 cosines[self.state.component_of[rows][:, None] != self.state.component_of[columns]] = -self.error
             suspects = change - product * (cosines + self.error) < -self.min_gain
+            if self.state.grouped:
+                group = self.state.partition.group_of
+                suspects &= group[rows][:, None] == group[columns]
             if suspects.any():
                 index = np.concatenate([rows[suspects.any(1)], columns[suspects.any(0)]])
                 made, _ = settle(WorkingSet(self.state, index, forces), self.min_gain, self.deadline)

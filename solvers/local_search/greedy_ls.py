@@ -12,6 +12,9 @@ With α, β, γ of `solvers.local_search.state`, a swap of i ∈ P and j ∈ S c
 There are up to `passes` passes. With a calibration loss the iterate of lowest loss is returned and the search
 ends when `patience` passes have not lowered it; without one the objective decides, and it falls at every swap.
 
+Under a partition the window of the i-th of its group lies among the members of S of that group, and each group has
+failures of its own; a pass ends with P.
+
 The evaluation in step 3 is exact and cheap: z = A w_P is updated at every accepted swap, and the 2ρ candidates
 of an i are one product of their gathered columns with z − w_i a_i, since
 
@@ -31,6 +34,7 @@ from typing import Literal
 import numpy as np
 
 from solvers.arrays import Array, Index
+from solvers.budget import places
 from solvers.local_search.state import SwapState
 from solvers.local_search.swap_search import Start, SwapSearch, settled, start_option
 from solvers.solution import Proposal, Reason
@@ -61,6 +65,27 @@ class _Columns:
         return self._held[low - self._low : high - self._low]
 
 
+class _Scattered:
+    """The same in any order, gathered as asked for."""
+
+    def __init__(self, state: SwapState, order: Index) -> None:
+        self._state, self._order = state, order
+
+    def __call__(self, low: int, high: int) -> Array:
+        """As `_Columns`."""
+        return self._state.columns(self._order[low:high])
+
+
+def _windows(state: SwapState, inside: Index, outside: Index, window: int) -> tuple[Index, Index, Index]:
+    """(S group by group, first and end of the window in it of every member of P)."""
+    group = state.partition.group_of
+    outside = outside[np.argsort(group[outside], kind="stable")]
+    place = places(group[inside])
+    first = np.searchsorted(group[outside], group[inside])
+    last = np.searchsorted(group[outside], group[inside], side="right")
+    return outside, first + np.maximum(0, place - window), np.minimum(first + place + window, last)
+
+
 def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int, deadline: Deadline) -> int:
     """One pass of the paper's rule with ε = `min_gain`, ρ = `window`, τ = `max_failures`, in place; swaps made."""
     inside, drops, outside, rises = state.sides(state.forces())
@@ -70,12 +95,17 @@ def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int
     weights, owner = state.weights, state.component_of
     single = state.n_components == 1
     fixed = state.curvature - state.linear
-    columns_in, columns_out = _Columns(state, inside, 0), _Columns(state, outside, 2 * window)
+    outside, lows, highs = _windows(state, inside, outside, window)
+    columns_in = _Columns(state, inside, 0)
+    columns_out = _Scattered(state, outside) if state.grouped else _Columns(state, outside, 2 * window)
     free = np.ones(outside.shape[0], dtype=bool)
-    swaps = failures = 0
-    for position in range(min(inside.shape[0], outside.shape[0] + window)):
-        low, high = max(0, position - window), min(position + window, outside.shape[0])
+    group, failures = state.partition.group_of, np.zeros(len(state.partition.sizes), dtype=np.int64)
+    swaps = 0
+    for position in np.flatnonzero(lows < highs).tolist():
+        low, high = int(lows[position]), int(highs[position])
         i = int(inside[position])
+        if failures[group[i]] >= max_failures:
+            continue
         column_i = columns_in(position, position + 1)[0]
         candidates = outside[low:high]
         columns = columns_out(low, high)
@@ -97,9 +127,9 @@ def paper_pass(state: SwapState, min_gain: float, window: int, max_failures: int
             free[low + chosen] = False
             swaps += 1
             continue
-        failures += 1
+        failures[group[i]] += 1
         # S is sorted for the first of P, so if that pair does not gain there is nothing to do.
-        if position == 0 or failures >= max_failures:
+        if not state.grouped and (position == 0 or failures[0] >= max_failures):
             break
         if position % 64 == 0 and deadline.expired():
             break

@@ -19,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from solvers.arrays import Array, Index, Mask
+from solvers.budget import as_partition
 from solvers.factored import FactoredView
 from solvers.problem import SelectionProblem
 
@@ -35,11 +36,15 @@ class SwapState(FactoredView):
         z of every component.
     curvature : float64 (n,)
         c_i = ½ H_ii w_i².
+    partition : Partitioned
+        The budget; swaps stay within its groups.
     """
 
     def __init__(self, problem: SelectionProblem, pruned: Mask) -> None:
         super().__init__(problem)
         self.pruned = pruned.copy()
+        self.partition = as_partition(problem.budget, problem.n)
+        self.grouped = len(self.partition.sizes) > 1
         self.curvature: Array = 0.5 * problem.diagonal * self.weights**2
         self.refresh()
 

@@ -20,7 +20,7 @@ from solvers.moves import selection_swaps
 from solvers.problem import Array, Mask, SelectionProblem
 from solvers.registry import make_solver
 from solvers.solution import Proposal, Reason
-from solvers.solver import ANYTIME, SELECTION_PROBLEM, Capability, Context, Solver, option
+from solvers.solver import ANYTIME, RANKED, SELECTION_PROBLEM, Capability, Context, Solver, option
 
 Start = Literal["rmp", "magnitude", "obd", "woodfisher", "random"]
 #: Weights of one round.
@@ -39,6 +39,8 @@ class SwapSearch(Solver):
     """A search from one mask; the same seed gives the same mask unless the time limit cuts it short."""
 
     capabilities = SELECTION_PROBLEM | ANYTIME | {Capability.RANDOMISED, Capability.CALIBRATION}
+    budgets = RANKED
+    apart = True
 
     start: Start = start_option("obd")
 

@@ -39,7 +39,7 @@ class TabuSolver(TableSearch):
 
     iterations: int = option(50_000, "moves in all", minimum=1)
     tenure: int = option(5, "least number of moves a swapped weight stays frozen", minimum=1)
-    candidates: int = option(100, "largest α and smallest β looked at per move", minimum=1)
+    candidates: int = option(100, "largest α and smallest β looked at per move, times the groups", minimum=1)
     stall: int = option(300, "moves without a better mask before it is shaken", minimum=1)
 
     def rounds(self, whole: bool) -> int:
@@ -70,8 +70,8 @@ class TabuSolver(TableSearch):
             moves = min(_MOVES_BETWEEN_CHECKS, budget - clock)
             previous = best_value
             value, best_value, since = selection_swaps.tabu_search(
-                piece.table, piece.forces, piece.pruned, frozen, value, best_value, best, clock,
-                moves, tenure, self.candidates, random,
+                piece.table, piece.forces, piece.pruned, *piece.groups.reach, frozen, value, best_value, best, clock,
+                moves, tenure, self.candidates * len(np.unique(piece.groups.of)), random,
             )  # fmt: skip
             clock += moves
             idle = since if best_value < previous else idle + moves
@@ -80,7 +80,7 @@ class TabuSolver(TableSearch):
             if idle >= self.stall:
                 piece.move(best)
                 swaps = 1 + int(rng.integers(max(2, smaller // 8)))
-                value = best_value + piece.move(kicks.exchanged(best, swaps, rng))
+                value = best_value + piece.move(kicks.exchanged(best, swaps, rng, piece.groups))
                 frozen[:] = 0
                 idle = 0
         return best, best_value, clock

@@ -29,10 +29,15 @@ class WorkingSet:
     table : float64 (m, m)
     forces : float64 (m,)
     pruned : numpy bool (m,)
+    groups : Groups
+        Within which swaps stay; the index is in ascending order where there are several.
     """
 
     def __init__(self, state: SwapState, index: Index, forces: Array) -> None:
+        if state.grouped:
+            index = np.sort(index)
         self._state, self.index = state, index
+        self.groups = state.partition.groups.among(index)
         self._columns = state.columns(index)
         self.table = interaction_table(state, index, self._columns, index, self._columns)
         np.fill_diagonal(self.table, 2.0 * state.curvature[index])
@@ -84,7 +89,7 @@ def settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int,
     total, swaps = 0.0, 0
     while True:
         made, change = selection_swaps.steepest_descent(
-            piece.table, piece.forces, piece.pruned, min_gain, _SWAPS_BETWEEN_CHECKS
+            piece.table, piece.forces, piece.pruned, *piece.groups.reach, min_gain, _SWAPS_BETWEEN_CHECKS
         )
         total, swaps = total + change, swaps + made
         done = made < _SWAPS_BETWEEN_CHECKS

@@ -23,7 +23,9 @@ from solvers.moves.reduced import ReducedProblem
 _DELAY = 48
 
 
-def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def eliminate_dense(
+    problem: ReducedProblem, count: int, name: str, quotas: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Remove `count` weights one after another, always the cheapest.
 
     Parameters
@@ -32,6 +34,8 @@ def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[tor
     count : int ≤ q
     name : str
         Of the block, for messages.
+    quotas : int64 tensors (q,) and (groups,), optional
+        The group of each weight, and the most that may go of each; at least `count` in all.
 
     Returns
     -------
@@ -56,6 +60,7 @@ def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[tor
     alive = torch.arange(value.shape[0], device=value.device)
     order: list[torch.Tensor] = []
     costs: list[torch.Tensor] = []
+    left = None if quotas is None else quotas[1].clone()
     done = 0
     while done < count:
         steps = min(_DELAY, count - done)
@@ -64,6 +69,8 @@ def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[tor
         for step in range(steps):
             score = value.square() / diagonal
             score[gone] = math.inf
+            if quotas is not None and left is not None:
+                score[left[quotas[0][alive]] == 0] = math.inf
             pick = score.argmin().view(1)
             column = inverse.index_select(0, pick).squeeze(0)
             if step:
@@ -71,17 +78,19 @@ def eliminate_dense(problem: ReducedProblem, count: int, name: str) -> tuple[tor
             scaled = column / torch.maximum(column.index_select(0, pick), least.index_select(0, pick)).sqrt()
             aside[step] = scaled
             order.append(alive.index_select(0, pick))
+            if quotas is not None and left is not None:
+                left[quotas[0][order[-1]]] -= 1
             costs.append(0.5 * score.index_select(0, pick))
             value = value - scaled * (value.index_select(0, pick) / scaled.index_select(0, pick))
             diagonal = torch.maximum(diagonal - scaled.square(), least)
             gone.index_fill_(0, pick, True)
         done += steps
         if done < count:
-            left = (~gone).nonzero().squeeze(1)
-            aside = aside.index_select(1, left)
-            inverse = inverse.index_select(0, left).index_select(1, left)
+            stay = (~gone).nonzero().squeeze(1)
+            aside = aside.index_select(1, stay)
+            inverse = inverse.index_select(0, stay).index_select(1, stay)
             inverse.addmm_(aside.T, aside, alpha=-1.0)
-            alive, value, diagonal, least = (x.index_select(0, left) for x in (alive, value, diagonal, least))
+            alive, value, diagonal, least = (x.index_select(0, stay) for x in (alive, value, diagonal, least))
     result, spent = torch.cat(order), torch.cat(costs)
     if not bool(torch.isfinite(spent).all()):
         raise SingularHessianError(f"block {name!r}: the elimination met a singular H; use a larger damping")

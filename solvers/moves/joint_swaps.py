@@ -9,8 +9,9 @@ from which the exact change of the objective for putting j in P back and taking 
 
     ½ v_i²/N_ii − ½ (ρ_j + T_ji v_i/N_ii)² / (Σ_jj + T_ji²/N_ii) .
 
-A swap is two pivots of O(n²); scanning all pairs is O(|S||P|). `descend` takes the best swap until none gains;
-`tabu` goes on past local optima: it takes the best swap among weights not moved lately, be it uphill.
+A swap is two pivots of O(n²); scanning all pairs is O(|S||P|). Swaps stay within groups of consecutive weights: `low`
+and `high` (n,) say from where to before where the group of each weight reaches. `descend` takes the best swap until
+none gains; `tabu_walk` goes on past local optima: it takes the best swap among weights not moved lately, be it uphill.
 
 Source: the sweep operator (Goodnight, 1979; Dempster); tabu search for subset selection (Glover).
 """
@@ -18,9 +19,9 @@ Source: the sweep operator (Goodnight, 1979; Dempster); tabu search for subset s
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from solvers.arrays import Index
 from solvers.problem import Array, Mask
 
 #: Pivots after which the tableau is rebuilt from H.
@@ -78,7 +79,7 @@ def pivot(tableau: Array, solution: Array, k: int, kept: Mask) -> float:
 
 @njit(cache=True)
 def best_swap(
-    tableau: Array, solution: Array, inside: npt.NDArray[np.int64], outside: npt.NDArray[np.int64]
+    tableau: Array, solution: Array, inside: Index, outside: Index, low: Index, high: Index
 ) -> tuple[float, int, int]:
     """(change, position out of S, position into S) of the best swap among the candidates given."""
     count = inside.size
@@ -93,7 +94,7 @@ def best_swap(
         j = outside[b]
         row = tableau[j]
         rho, schur = solution[j], row[j]
-        for a in range(count):
+        for a in range(np.searchsorted(inside, low[j]), np.searchsorted(inside, high[j])):
             t = row[inside[a]]
             r = rho + t * ratio[a]
             change = cost[a] - 0.5 * r * r / (schur + t * t * inverse[a])
@@ -103,11 +104,13 @@ def best_swap(
 
 
 @njit(cache=True)
-def descend(tableau: Array, solution: Array, kept: Mask, least_gain: float, most: int) -> tuple[float, int]:
+def descend(
+    tableau: Array, solution: Array, kept: Mask, low: Index, high: Index, least_gain: float, most: int
+) -> tuple[float, int]:
     """Best swaps until none gains `least_gain` or `most` were made: (change of the objective, swaps)."""
     total, swaps = 0.0, 0
     while swaps < most:
-        change, out, into = best_swap(tableau, solution, np.flatnonzero(kept), np.flatnonzero(~kept))
+        change, out, into = best_swap(tableau, solution, np.flatnonzero(kept), np.flatnonzero(~kept), low, high)
         if out < 0 or change >= -least_gain:
             break
         total += pivot(tableau, solution, out, kept)
@@ -121,9 +124,11 @@ def tabu_walk(
     tableau: Array,
     solution: Array,
     kept: Mask,
-    until: npt.NDArray[np.int64],
+    low: Index,
+    high: Index,
+    until: Index,
     clock: int,
-    draws: npt.NDArray[np.int64],
+    draws: Index,
     value: float,
     best_value: float,
     best_kept: Mask,
@@ -141,7 +146,10 @@ def tabu_walk(
         free_out = outside[until[outside] <= now]
         if free_in.size == 0 or free_out.size == 0:
             free_in, free_out = inside, outside
-        _, out, into = best_swap(tableau, solution, free_in, free_out)
+        _, out, into = best_swap(tableau, solution, free_in, free_out, low, high)
+        if out < 0 and free_in.size + free_out.size < kept.size:
+            # No two free weights share a group.
+            _, out, into = best_swap(tableau, solution, inside, outside, low, high)
         if out < 0:
             break
         value += pivot(tableau, solution, out, kept)

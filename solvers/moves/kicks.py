@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
+from solvers.budget import Groups, places
 from solvers.problem import Mask
 
 
-def exchanged(mask: Mask, size: int, rng: np.random.Generator) -> Mask:
-    """A copy of a mask (n,) with `size` weights of either side (fewer where there are fewer) exchanged at random."""
+def exchanged(mask: Mask, size: int, rng: np.random.Generator, groups: Groups) -> Mask:
+    """A copy of a mask (n,) with `size` weights of either side (fewer where there are fewer) exchanged at random.
+
+    A weight is exchanged with one of its own group.
+    """
     inside, outside = np.flatnonzero(mask), np.flatnonzero(~mask)
     size = min(size, inside.size, outside.size)
     changed = mask.copy()
-    changed[rng.permutation(inside)[:size]] = False
-    changed[rng.permutation(outside)[:size]] = True
+    leaving, entering = rng.permutation(inside), rng.permutation(outside)
+    if not groups.several:
+        leaving, entering = leaving[:size], entering[:size]
+    else:
+        # The a-th of a group to leave meets the a-th of the group to enter.
+        first_key, second_key = (groups.of[side] * mask.size + places(groups.of[side]) for side in (leaving, entering))
+        _, first, second = np.intersect1d(first_key, second_key, assume_unique=True, return_indices=True)
+        some = np.argsort(first)[:size]
+        leaving, entering = leaving[first[some]], entering[second[some]]
+    changed[leaving] = False
+    changed[entering] = True
     return changed

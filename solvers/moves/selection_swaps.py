@@ -5,7 +5,8 @@ With Q = diag(w) H diag(w) and x ∈ {0, 1}ⁿ marking the removed weights, the 
 
     β_j − α_i − γ_ij = (s_j + ½Q_jj) − (s_i − ½Q_ii) − Q_ij .
 
-A swap updates s by two rows of Q. Weights outside the table may be removed too: they only enter through s.
+A swap updates s by two rows of Q. Weights outside the table may be removed too: they only enter through s. Swaps stay
+within groups of consecutive weights: `low` and `high` say from where to before where the group of each weight reaches.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def _apply(table: Array, forces: Array, pruned: Mask, i: int, j: int) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def steepest_descent(table: Array, forces: Array, pruned: Mask, min_gain: float, max_swaps: int) -> tuple[int, float]:
+def steepest_descent(
+    table: Array, forces: Array, pruned: Mask, low: Index, high: Index, min_gain: float, max_swaps: int
+) -> tuple[int, float]:
     """Make the best swap while it gains more than `min_gain`; in place; (swaps made, total change)."""
     n = forces.shape[0]
     total = 0.0
@@ -55,7 +58,7 @@ def steepest_descent(table: Array, forces: Array, pruned: Mask, min_gain: float,
             if not pruned[i]:
                 continue
             drop = forces[i] - 0.5 * table[i, i]
-            for j in range(n):
+            for j in range(low[i], high[i]):
                 if not pruned[j]:
                     change = forces[j] + 0.5 * table[j, j] - drop - table[i, j]
                     if change < best:
@@ -100,6 +103,8 @@ def tabu_search(
     table: Array,
     forces: Array,
     pruned: Mask,
+    low: Index,
+    high: Index,
     frozen_until: np.ndarray,
     value: float,
     best_value: float,
@@ -126,7 +131,8 @@ def tabu_search(
         lowest, low_i, low_j, ties = np.inf, -1, -1, 0
         for i in inside:
             held = frozen_until[i] > step
-            for j in outside:
+            first, last = np.searchsorted(outside, low[i]), np.searchsorted(outside, high[i])
+            for j in outside[first:last]:
                 change = score[i] + score[j] - table[i, j]
                 if change > lowest:
                     continue
@@ -159,6 +165,8 @@ def anneal(
     table: Array,
     forces: Array,
     pruned: Mask,
+    low: Index,
+    high: Index,
     value: float,
     best_value: float,
     best: Mask,
@@ -173,12 +181,16 @@ def anneal(
     """
     inside = np.flatnonzero(pruned)
     outside = np.flatnonzero(~pruned)
+    first, last = np.searchsorted(outside, low[inside]), np.searchsorted(outside, high[inside])
     accepted = 0
     cooling = (cold / hot) ** (1.0 / max(1, steps - 1))
     temperature = hot
     for _ in range(steps):
         a = int(_uniform(random) * inside.shape[0])
-        b = int(_uniform(random) * outside.shape[0])
+        # Partners stay in their places, so that those of a group lie together.
+        b = first[a] + int(_uniform(random) * (last[a] - first[a]))
+        if b == last[a]:
+            continue
         i, j = inside[a], outside[b]
         change = forces[j] + 0.5 * table[j, j] - forces[i] + 0.5 * table[i, i] - table[i, j]
         if change <= 0.0 or _uniform(random) < np.exp(-change / temperature):
@@ -199,11 +211,11 @@ def compile_kernel(name: str) -> None:
     Called where a solver's module is loaded, so that the first search of a process keeps its time limit.
     """
     table, forces, pruned = np.zeros((2, 2)), np.zeros(2), np.array([True, False])
-    random = random_state(np.random.default_rng(0))
+    random, low, high = random_state(np.random.default_rng(0)), np.zeros(2, np.int64), np.full(2, 2)
     if name == "steepest_descent":
-        steepest_descent(table, forces, pruned, 0.0, 1)
+        steepest_descent(table, forces, pruned, low, high, 0.0, 1)
     elif name == "tabu_search":
         frozen = np.zeros(2, dtype=np.int64)
-        tabu_search(table, forces, pruned, frozen, 0.0, 0.0, pruned.copy(), 0, 1, 1, 1, random)
+        tabu_search(table, forces, pruned, low, high, frozen, 0.0, 0.0, pruned.copy(), 0, 1, 1, 1, random)
     else:
-        anneal(table, forces, pruned, 0.0, 0.0, pruned.copy(), 1.0, 0.5, 1, random)
+        anneal(table, forces, pruned, low, high, 0.0, 0.0, pruned.copy(), 1.0, 0.5, 1, random)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from solvers.block import QuadraticBlock
-from solvers.budget import Budget
+from solvers.budget import Budget, Partitioned
 from solvers.curvature import Unmeasured
+from solvers.errors import CapabilityError
 from solvers.problem import Mask, Objective, SelectionProblem
+from solvers.solution import Status
 from solvers.solver import Capability, Need
 from solvers.testing.instances import CURVATURES, random_problem, with_curvature
 from solvers.testing.subject import NotApplicable, Subject, optimum_of, refused, told, tolerance_of
@@ -134,6 +136,31 @@ class _OtherBudget(Budget):
         return "" if int(pruned.sum()) == self.k else "another number is removed"
 
 
+def check_partitions(subject: Subject) -> None:
+    """With Partitioned among its budgets it keeps the count of every group, also of groups that interact."""
+    if not issubclass(Partitioned, subject.solver.budgets):
+        raise NotApplicable("it does not declare Partitioned")
+    for objective in subject.objectives:
+        for index in range(3 * subject.instances):
+            n, linear = subject.size(min(subject.largest, 9)), subject.linear(None)
+            drawn = random_problem(
+                subject.seed + 91 + index, objective, n=n, n_blocks=1 + index % 2, kinds=("plain",), linear=linear
+            )
+            sizes = [n // 2, n - n // 2] if index else [2] * (n // 2) + [1] * (n % 2)
+            problem = drawn.with_budget(Partitioned(tuple(sizes), tuple((size + 1) // 2 for size in sizes)))
+            try:
+                solution, optimum = subject.solve(problem), optimum_of(problem)
+            except CapabilityError:
+                # Groups of whole rows, say, are not found in every block.
+                continue
+            limit, where = optimum + tolerance_of(problem, optimum), f"{told(problem)} with groups of {sizes}"
+            assert solution.objective >= optimum - tolerance_of(problem, optimum), f"below the optimum on {where}"
+            assert solution.bound <= limit, f"bound {solution.bound!r} exceeds {optimum!r} on {where}"
+            if subject.can(Capability.EXACT):
+                assert solution.objective <= limit, f"{solution.objective!r} is not {optimum!r} on {where}"
+                assert solution.status is Status.OPTIMAL, f"optimality was not proven on {where}"
+
+
 def check_budgets(subject: Subject) -> None:
     """A kind of budget that is not declared is refused."""
     problem = random_problem(subject.seed, subject.objectives[0], n=subject.size(6), linear=subject.linear(None))
@@ -152,4 +179,5 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_curvatures,
     check_needs,
     check_budgets,
+    check_partitions,
 )

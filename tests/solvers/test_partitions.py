@@ -81,11 +81,11 @@ def test_an_allocation_is_a_partition() -> None:
         solvers.solve(problem.with_budget(Partitioned([9, 6], [3, 2])), "greedy_ls", allocation="uniform")
 
 
-def test_groups_that_cut_a_block_are_refused_by_searches_and_kept_by_rankings() -> None:
+def test_groups_that_cut_a_block_are_refused_by_what_does_not_declare_them() -> None:
     problem = SelectionProblem(random_block(0, 8, 5), Partitioned([3, 5], [1, 2]), "joint")
     assert problem.budget.violation(solvers.solve(problem, "obd").pruned) == ""
     with pytest.raises(CapabilityError, match="groups cut blocks"):
-        solvers.solve(problem, "obs")
+        solvers.solve(problem, "iht")
     with pytest.raises(CapabilityError, match="whole rows"):
         solvers.solve(problem, "sweep")
 

@@ -155,7 +155,7 @@ def test_enumeration_knows_what_it_does_not_know() -> None:
     for seed in range(20):
         problem = problem_of(seed, 8)
         exact = ExactProblem(problem.arrays(), problem.objective)
-        found = enumerate_masks(problem.arrays(), problem.objective, problem.n_prune)
+        found = enumerate_masks(problem.arrays(), problem.objective, problem.budget)
         for at in rng.permutation(found.codes.size)[:10]:
             mask = np.array([bool(found.codes[at] >> (problem.n - 1 - i) & 1) for i in range(problem.n)])
             value = exact.value(mask)

@@ -30,7 +30,7 @@ def dense_value(problem: SelectionProblem, removed: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_mask_has_its_value(kind: str, objective: str) -> None:
     problem = random_problem(11, objective, n=7, kinds=(kind,)).with_n_prune(3)
-    codes, values, _ = enumerate_masks(problem.arrays(), problem.objective, 3)
+    codes, values, _ = enumerate_masks(problem.arrays(), problem.objective, problem.budget)
     expected = {
         sum(1 << (6 - i) for i in removed): dense_value(problem, removed) for removed in combinations(range(7), 3)
     }

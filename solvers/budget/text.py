@@ -1,0 +1,34 @@
+"""Text forms of budgets, for command lines and files.
+
+==================  ========================================================================
+``"2:4"``           2 kept of every 4 consecutive weights of a row (`solvers.budget.nm`)
+``"sparsity:0.5"``  a share of all weights
+``"20"``            so many weights
+==================  ========================================================================
+"""
+
+from __future__ import annotations
+
+import re
+
+from solvers.budget.base import Budget
+from solvers.budget.cardinality import Cardinality
+from solvers.budget.nm import NM
+from solvers.budget.pattern import Pattern, Sparsity
+from solvers.errors import ProblemError
+
+
+def parse(text: str) -> Budget | Pattern:
+    """A budget from its text form; raises ProblemError, with the forms there are."""
+    found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    if found:
+        return NM(int(found[1]), int(found[2]))
+    kind, _, value = text.partition(":")
+    try:
+        if kind.strip() == "sparsity":
+            return Sparsity(float(value))
+        return Cardinality(int(text))
+    except ValueError:
+        raise ProblemError(
+            f"budget {text!r} is none of the known forms: '2:4' (2 kept of every 4 in a row), 'sparsity:0.5', '20'"
+        ) from None
