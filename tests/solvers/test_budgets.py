@@ -73,7 +73,7 @@ def test_searches_stay_within_groups_and_come_close(objective: str) -> None:
             except solvers.CapabilityError:
                 assert "exact_below" in name and len(problem.blocks) > 1
                 continue
-            assert best * (1 - 1e-9) <= value <= best * (2.0 if name == "rmp" else 1.3), name
+            assert best * (1 - 1e-9) <= value <= best * (2.0 if name in ("rmp", "admm") else 1.3), name
 
 
 @pytest.mark.parametrize("sizes", [(4,) * 1250, (2000, 3000)])
@@ -83,7 +83,9 @@ def test_large_problems_end_in_a_swap_optimum_of_every_group(sizes: tuple[int, .
     problem = SelectionProblem(block, budget)
     found = solvers.solve(problem, "best_swap", with_refit=False)
     problem_arrays = problem.arrays()
-    forces = problem_arrays.weights * (problem_arrays.factor.T @ (problem_arrays.factor @ np.where(found.pruned, problem_arrays.weights, 0.0)))  # noqa: E501
+    forces = problem_arrays.weights * (
+        problem_arrays.factor.T @ (problem_arrays.factor @ np.where(found.pruned, problem_arrays.weights, 0.0))
+    )  # noqa: E501
     for start, stop in zip(budget.starts[:50], budget.starts[1:51], strict=False):
         where = slice(int(start), min(int(stop), int(start) + 40))
         columns = problem_arrays.factor[:, where] * problem_arrays.weights[where]

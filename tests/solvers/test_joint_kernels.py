@@ -220,7 +220,9 @@ def test_the_best_swap_is_the_best_of_all_swaps() -> None:
     dense = Dense(block)
     kept = some_kept(12, 10, 4)
     table, solution = joint_swaps.build(dense.hessian, dense.linear, kept)
-    change, out, into = joint_swaps.best_swap(table, solution, np.flatnonzero(kept), np.flatnonzero(~kept), np.zeros(10, np.int64), np.full(10, 10))
+    change, out, into = joint_swaps.best_swap(
+        table, solution, np.flatnonzero(kept), np.flatnonzero(~kept), np.zeros(10, np.int64), np.full(10, 10)
+    )
     changes = {}
     for i, j in itertools.product(np.flatnonzero(kept), np.flatnonzero(~kept)):
         swapped = kept.copy()

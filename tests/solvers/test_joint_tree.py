@@ -228,7 +228,8 @@ def test_root_bound_is_below_the_optimum_and_its_diagonal_is_feasible(n_prune, w
         # Better than anything the damping alone gives: the certificate with D = λ, at its maximiser over many points.
         flat, scores = np.full(12, 1e-2), np.zeros(12)
         points = [share * weights for share in np.linspace(0.0, 1.0, 51)]
-        plain = max(joint_bound.certificate(hessian, flat, weights, point, 4, scores)[0] for point in points)
+        one = np.zeros(12, dtype=np.int64), np.array([4])
+        plain = max(joint_bound.certificate(hessian, flat, weights, point, *one, scores)[0] for point in points)
         assert root.bound > 1.5 * max(plain, 0.5 * 1e-2 * np.sort(weights**2)[:8].sum())
 
 
@@ -241,9 +242,8 @@ def test_the_certificate_holds_at_any_point_and_the_reduced_costs_with_it(seed, 
     n_kept = int(rng.integers(1, n))
     diagonal = np.full(n, 0.9 * np.linalg.eigvalsh(matrix)[0])
     scores = np.zeros(n)
-    bound, order = joint_bound.certificate(
-        matrix, diagonal, target, rng.standard_normal(n) * 10.0**size, n_kept, scores
-    )
+    point, one = rng.standard_normal(n) * 10.0**size, (np.zeros(n, dtype=np.int64), np.array([n_kept]))
+    bound, order = joint_bound.certificate(matrix, diagonal, target, point, *one, scores)
     last_in, first_out = scores[order[n_kept - 1]], scores[order[n_kept]]
     for kept in combinations(range(n), n_kept):
         mask = np.ones(n, dtype=bool)
