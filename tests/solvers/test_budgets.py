@@ -34,7 +34,7 @@ def test_text_forms_become_budgets() -> None:
 def test_groups_lie_along_the_inputs_and_tails_are_refused_or_kept() -> None:
     rows = SelectionProblem(layer(rows=2, inputs=6), NM(1, 2), "joint")
     assert rows.budget == Partitioned((2,) * 6, (1,) * 6)
-    with pytest.raises(ProblemError, match="6 weights .block 0.: 2 are left over"):
+    with pytest.raises(ProblemError, match=r"6 weights \(block 0\): 2 are left over"):
         rows.with_budget("2:4")
     tail = rows.with_budget(NM(2, 4, dense_tail=True))
     assert tail.budget == Partitioned((4, 2, 4, 2), (2, 0, 2, 0))
@@ -82,15 +82,14 @@ def test_large_problems_end_in_a_swap_optimum_of_every_group(sizes: tuple[int, .
     block = random_block(5, 5000, 6)
     problem = SelectionProblem(block, budget)
     found = solvers.solve(problem, "best_swap", with_refit=False)
-    problem_arrays = problem.arrays()
-    forces = problem_arrays.weights * (
-        problem_arrays.factor.T @ (problem_arrays.factor @ np.where(found.pruned, problem_arrays.weights, 0.0))
-    )  # noqa: E501
+    arrays = problem.arrays()
+    removed = np.where(found.pruned, arrays.weights, 0.0)
+    forces = arrays.weights * (arrays.factor.T @ (arrays.factor @ removed))
     for start, stop in zip(budget.starts[:50], budget.starts[1:51], strict=False):
         where = slice(int(start), min(int(stop), int(start) + 40))
-        columns = problem_arrays.factor[:, where] * problem_arrays.weights[where]
+        columns = arrays.factor[:, where] * arrays.weights[where]
         table, pruned = columns.T @ columns, found.pruned[where]
-        ridge = problem_arrays.damping[where] * problem_arrays.weights[where] ** 2
+        ridge = arrays.damping[where] * arrays.weights[where] ** 2
         own = 0.5 * (np.diag(table) + ridge)
         rise, drop = forces[where] + own, forces[where] + ridge - own
         change = rise[None, :] - drop[:, None] - table
