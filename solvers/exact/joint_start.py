@@ -22,6 +22,8 @@ ZERO = 1e-28
 #: A weight is eliminated before the tree is grown if its ½ ĉ² is so many times the incumbent's height.
 _OUT_OF_SCALE = 1e6
 _TABU_SWAPS = 300
+#: Within groups there are few pairs to scan, and more ways to be stuck.
+_GROUPED_SWAPS = 5000
 
 
 def value_of(square: Square, pruned: Mask) -> Incumbent:
@@ -48,7 +50,7 @@ def find_incumbent(square: Square, groups: Groups, start: Mask | None, seed: int
     starts = [first] if start is None else [first, np.asarray(start, dtype=bool)]
     limit = 0.3 * deadline.remaining()
     inner = Deadline(None if math.isinf(limit) else limit)
-    swaps = int(min(_TABU_SWAPS, 1e9 / n**2))
+    swaps = int(min(_GROUPED_SWAPS if groups.several else _TABU_SWAPS, 1e9 / n**2))
     found = search(dense, [~mask for mask in starts], swaps, np.random.default_rng(seed), inner)
     # Rounding along the walk may overrate what it found: the starts are compared by their own values.
     candidates = [value_of(square, mask) for mask in (~found.kept, *starts)]
