@@ -72,6 +72,8 @@ SELECTION_PROBLEM = ANY_PROBLEM - {Capability.JOINT}
 JOINT_PROBLEM = ANY_PROBLEM - {Capability.SELECTION}
 #: May be stopped at any time, and goes on from a given mask.
 ANYTIME = frozenset({Capability.WARM_START, Capability.TIME_LIMIT})
+#: Proves that its mask is the best, given the time.
+PROVING = frozenset({Capability.BOUND, Capability.EXACT})
 
 
 #: What a solver takes that ranks single weights.

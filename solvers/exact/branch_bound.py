@@ -16,7 +16,7 @@ from solvers.budget import Partitioned, as_partition
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import RANKED, Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, ANYTIME, PROVING, RANKED, Context, Solver, option
 
 #: A bound this close to its mask's value, relative to it, proves it.
 _PROVEN = 5e-7
@@ -32,18 +32,7 @@ class BranchBoundSolver(Solver):
         "Billionnet, Elloumi and Plateau, The QCR method, 2009; Hazimeh, Mazumder and Saab, Sparse regression at "
         "scale, 2022"
     )
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.BOUND,
-            Capability.EXACT,
-            Capability.WARM_START,
-            Capability.TIME_LIMIT,
-        }
-    )
+    capabilities = ANY_PROBLEM | ANYTIME | PROVING
     budgets = RANKED
     apart = True
     max_weights = 2000

@@ -13,7 +13,7 @@ from solvers.budget import as_partition
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import RANKED, Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, PROVING, RANKED, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,7 @@ class BruteForceSolver(Solver):
     name = "brute_force"
     summary = "look at every mask (at most 20 weights): the oracle"
     reference = ""
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.BOUND,
-            Capability.EXACT,
-        }
-    )
+    capabilities = ANY_PROBLEM | PROVING
     budgets = RANKED
     apart = True
     max_weights = MOST_WEIGHTS

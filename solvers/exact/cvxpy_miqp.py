@@ -21,7 +21,7 @@ from solvers.errors import BackendError, SingularHessianError
 from solvers.exact.formulation import FEASIBILITY, Model, build
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import RANKED, Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, ANYTIME, PROVING, RANKED, Context, Solver, option
 
 #: Solver → (module it needs, name CVXPY knows it by).
 _ENGINES = {
@@ -40,18 +40,7 @@ class CvxpyMiqpSolver(Solver):
     name = "cvxpy_miqp"
     summary = "mixed-integer conic model through CVXPY: SCIP, or a commercial solver where installed"
     reference = "Diamond and Boyd, CVXPY, JMLR 2016; Guenluek and Linderoth, Math. Program. 2010"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.BOUND,
-            Capability.EXACT,
-            Capability.WARM_START,
-            Capability.TIME_LIMIT,
-        }
-    )
+    capabilities = ANY_PROBLEM | ANYTIME | PROVING
     budgets = RANKED
     apart = True
     max_weights = 200

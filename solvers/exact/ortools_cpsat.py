@@ -24,7 +24,7 @@ from solvers.errors import BackendError
 from solvers.exact.formulation import Model, build
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import RANKED, Capability, Context, Solver, option
+from solvers.solver import ANYTIME, PROVING, RANKED, SELECTION_PROBLEM, Context, Solver, option
 
 #: The absolute values of all coefficients sum to less than this, far from the 64-bit overflow.
 _LARGEST_SUM = 2.0**52
@@ -42,17 +42,7 @@ class OrtoolsCpSatSolver(Solver):
     name = "ortools_cpsat"
     summary = "linearised integer model in CP-SAT (selection objective only)"
     reference = "Perron and Furnon, OR-Tools 9.15; Adams and Sherali, Management Science 1986"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.BOUND,
-            Capability.EXACT,
-            Capability.WARM_START,
-            Capability.TIME_LIMIT,
-        }
-    )
+    capabilities = SELECTION_PROBLEM | ANYTIME | PROVING
     budgets = RANKED
     apart = True
     max_weights = 300

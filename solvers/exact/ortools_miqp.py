@@ -18,7 +18,7 @@ from solvers.errors import BackendError
 from solvers.exact.formulation import FEASIBILITY, Model, build
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import RANKED, Capability, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, ANYTIME, PROVING, RANKED, Context, Solver, option
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,7 @@ class OrtoolsMiqpSolver(Solver):
     name = "ortools_miqp"
     summary = "mixed-integer conic model in OR-Tools' SCIP"
     reference = "Bestuzheva et al., The SCIP Optimization Suite 8.0, 2021; Guenluek and Linderoth, Math. Program. 2010"
-    capabilities = frozenset(
-        {
-            Capability.SELECTION,
-            Capability.JOINT,
-            Capability.GLOBAL_BUDGET,
-            Capability.LINEAR_TERM,
-            Capability.BOUND,
-            Capability.EXACT,
-            Capability.WARM_START,
-            Capability.TIME_LIMIT,
-        }
-    )
+    capabilities = ANY_PROBLEM | ANYTIME | PROVING
     budgets = RANKED
     apart = True
     max_weights = 1000
