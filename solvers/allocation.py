@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
 
+from solvers.arguments import one_of
 from solvers.baselines.obd import diagonal_saliency
 from solvers.budget import Cardinality, Partitioned
-from solvers.errors import CapabilityError, UnknownNameError
+from solvers.errors import CapabilityError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
 from solvers.problem import Array, Objective, SelectionProblem
 from solvers.ranking import prune_smallest
@@ -86,8 +87,7 @@ ALLOCATIONS = ("uniform", "rows", *SCORES)
 
 def allocate(problem: SelectionProblem, rule: str) -> Counts:
     """How many weights each block removes under `rule`, int64 (blocks,); raises UnknownNameError."""
-    if rule not in ALLOCATIONS:
-        raise UnknownNameError.of("allocation", rule, ALLOCATIONS)
+    one_of("allocation", rule, ALLOCATIONS)
     if rule not in SCORES:
         return uniform_shares([block.n for block in problem.blocks], problem.n_prune)
     chosen = prune_smallest(SCORES[rule](problem), problem.n_prune)

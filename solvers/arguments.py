@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from solvers.errors import CBSError, OptionError, ProblemError
+from solvers.errors import CBSError, OptionError, ProblemError, UnknownNameError
 
 T = TypeVar("T")
 #: Seeds above do not fit into the generators of torch.
@@ -84,6 +85,14 @@ def sparsity_of(value: object) -> float:
         hint = "; write 0.9 for 90 %" if 1.0 < found <= 100.0 else ""
         raise OptionError(f"sparsity must lie in [0, 1), the fraction of weights removed, not {found!r}{hint}")
     return found
+
+
+def one_of(kind: str, value: object, known: Iterable[str]) -> str:
+    """One of some names; raises UnknownNameError."""
+    names = tuple(known)
+    if not isinstance(value, str) or value not in names:
+        raise UnknownNameError.of(kind, value, names)
+    return value
 
 
 def flag(name: str, value: object, *, error: type[CBSError] = OptionError) -> bool:

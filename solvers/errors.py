@@ -25,9 +25,10 @@ class UnknownNameError(CBSError, LookupError):
     """A solver, option, experiment, method or layer pattern that nobody knows."""
 
     @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str], remedy: str = "") -> UnknownNameError:
+    def of(cls, kind: str, name: object, known: Iterable[str], remedy: str = "") -> UnknownNameError:
         """Build the error with a did-you-mean taken from `known`."""
         names = sorted(known)
+        name = name if isinstance(name, str) else repr(name)
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         listing = f" Known: {', '.join(names)}." if names else ""

@@ -86,7 +86,10 @@ class SelectionProblem:
         *,
         n_prune: int | None = None,
     ) -> None:
-        members = (blocks,) if isinstance(blocks, QuadraticBlock) else tuple(blocks)
+        try:
+            members = (blocks,) if isinstance(blocks, QuadraticBlock) else tuple(blocks)
+        except TypeError:
+            raise ProblemError(f"blocks must be a list of QuadraticBlock, not a {type(blocks).__name__}") from None
         if not members:
             raise ProblemError("a problem needs at least one block; the list of blocks is empty")
         for member in members:

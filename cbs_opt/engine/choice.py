@@ -10,9 +10,9 @@ import numpy as np
 from cbs_opt.engine.update import Update, check_scale
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
-from solvers.arguments import integer, seconds, seed_of, sparsity_of
+from solvers.arguments import integer, one_of, seconds, seed_of, sparsity_of
 from solvers.arrays import Mask
-from solvers.errors import OptionError, UnknownNameError
+from solvers.errors import OptionError
 from solvers.solver import Need
 
 
@@ -85,8 +85,8 @@ class Choice:
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
-        if allocation is not None and (not isinstance(allocation, str) or allocation not in ALLOCATIONS):
-            raise UnknownNameError.of("allocation", str(allocation), ALLOCATIONS)
+        if allocation is not None:
+            one_of("allocation", allocation, ALLOCATIONS)
         if start is not None and (not isinstance(start, np.ndarray) or start.dtype != np.bool_):
             raise OptionError(f"start must be a numpy array of bool, True = removed, not {type(start).__name__}")
         values = {

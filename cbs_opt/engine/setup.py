@@ -16,8 +16,8 @@ from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.layer_inputs import LayerInputOptions
 from cbs_opt.network.finding import check_patterns
-from solvers.arguments import instance, integer, seed_of
-from solvers.errors import OptionError, UnknownNameError
+from solvers.arguments import instance, integer, one_of, seed_of
+from solvers.errors import OptionError
 
 #: Kinds of curvature that can be measured, and those of them that are measured layer by layer.
 CURVATURES = ("fisher", "layer_inputs", "kfac", "none")
@@ -64,8 +64,7 @@ class Setup:
     layer_inputs: LayerInputOptions | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
-            raise UnknownNameError.of("curvature", str(self.curvature), CURVATURES)
+        one_of("curvature", self.curvature, CURVATURES)
         object.__setattr__(self, "seed", seed_of(self.seed))
         object.__setattr__(self, "loss_samples", integer("loss_samples", self.loss_samples))
         if self.fisher is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cbs_opt.network.adapters import MatrixView
-from solvers.arguments import sparsity_of
+from solvers.arguments import instance, sparsity_of
 from solvers.errors import ModelError, UnknownNameError
 
 
@@ -237,7 +237,10 @@ class PrunableLayers:
         """
         names = {**{layer.name: layer for layer in self}, **{layer.parameter: layer for layer in self}}
         pruned = np.zeros(self.n, dtype=bool)
+        instance("masks", masks, Mapping, error=ModelError)  # type: ignore[type-abstract]
         for name, mask in masks.items():
+            if not isinstance(mask, Tensor):
+                raise ModelError(f"the mask of {name!r} must be a bool tensor, not a {type(mask).__name__}")
             if name not in names:
                 raise ModelError(
                     f"there is no layer {name!r} for the mask of that name; there are {', '.join(self.names)}"

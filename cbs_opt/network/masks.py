@@ -19,6 +19,7 @@ from torch.nn.utils import prune as torch_prune
 
 from cbs_opt.network.adapters import adapter_of, layer_name
 from cbs_opt.network.identity import copy_network, key_of
+from solvers.arguments import instance
 from solvers.errors import ModelError
 from solvers.plain import plainly
 
@@ -72,6 +73,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     ModelError
         If a name does not exist, a shape does not fit or the weight already has another parametrization.
     """
+    instance("model", model, nn.Module, error=ModelError)
+    instance("masks", masks, Mapping, error=ModelError)  # type: ignore[type-abstract]
     prepared = [(name, *_locate(model, name), _as_mask(name, mask)) for name, mask in masks.items()]
     for name, module, attribute, mask in prepared:
         if parametrize.is_parametrized(module, attribute) and attribute not in _masks_of(module):
@@ -230,6 +233,7 @@ def _masks_of(module: nn.Module) -> dict[str, PruningMask]:
 
 def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module and attribute of ``"fc1"`` or ``"fc1.weight"``."""
+    instance("the name of a mask", name, str, error=ModelError)
     modules = dict(model.named_modules())
     if name in modules and isinstance(getattr(modules[name], "weight", None), Tensor):
         return modules[name], "weight"
@@ -241,7 +245,10 @@ def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _as_mask(name: str, mask: Tensor) -> Tensor:
-    tensor = torch.as_tensor(mask)
+    try:
+        tensor = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"mask of {name!r} is a {type(mask).__name__}; pass a bool tensor") from error
     if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
         raise ModelError(f"mask of {name!r} is {tensor.dtype} with values other than 0 and 1; pass a bool tensor")
     return tensor.bool()

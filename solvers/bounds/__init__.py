@@ -11,14 +11,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from solvers.arguments import instance, number, one_of
 from solvers.bounds.certificate import Bound, Certificate
 from solvers.bounds.frank_wolfe import frank_wolfe_bound
 from solvers.bounds.lagrangian import lagrangian_bound
 from solvers.bounds.perspective import perspective_bound
 from solvers.bounds.qcr import qcr_bound
-from solvers.errors import CapabilityError, OptionError, UnknownNameError
+from solvers.errors import CapabilityError, ProblemError
 from solvers.plain import plainly
 from solvers.problem import Objective, SelectionProblem
+from solvers.running import check_range
 
 _SELECTION: dict[str, Callable[..., Bound]] = {
     "frank_wolfe": frank_wolfe_bound,
@@ -75,12 +77,11 @@ def bound(
     OptionError
         For a tolerance or time limit that is not positive.
     """
-    if method not in METHODS:
-        raise UnknownNameError.of("bound method", method, METHODS)
+    instance("problem", problem, SelectionProblem, error=ProblemError)
+    one_of("bound method", method, METHODS)
+    check_range(problem)
     limits = {"tolerance": tolerance, "time_limit": time_limit}
-    for name, value in limits.items():
-        if value is not None and not value > 0:
-            raise OptionError(f"{name} must be positive, not {value!r}")
+    limits = {name: number(name, value, positive=True) for name, value in limits.items() if value is not None}
     if problem.n_prune in (0, problem.n):
         certificate = MaskCertificate()
         return Bound(certificate.value(problem), method, 0.0, 0, certificate)
@@ -99,6 +100,6 @@ def bound(
             "solver 'branch_bound', for the joint one"
         )
     if method == "qcr":
-        del limits["time_limit"]
+        limits.pop("time_limit", None)
     search: Callable[..., Bound] = perspective_bound if joint else _SELECTION[method]
-    return search(problem, **{name: value for name, value in limits.items() if value is not None})
+    return search(problem, **limits)

@@ -24,6 +24,7 @@ method for semidefinite programming".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,7 @@ def best_shift(
     tolerance: float = 1e-4,
     target: float = np.inf,
     max_iterations: int = 100,
+    expired: Callable[[], bool] = lambda: False,
 ) -> Shift:
     """The shift d that maximises the bound.
 
@@ -81,6 +83,8 @@ def best_shift(
     target : float
         Stop as soon as the dual value exceeds this.
     max_iterations : int
+    expired : callable
+        Whether time is up; the last dual point is then as valid as any.
 
     Returns
     -------
@@ -98,7 +102,7 @@ def best_shift(
     rhs = np.zeros(n + 1)
     rhs[0] = 1.0
     iterations, converged = 0, False
-    while iterations < max_iterations:
+    while iterations < max_iterations and not expired():
         iterations += 1
         gap = float(np.sum(primal * slack))
         if gap <= tolerance * abs(duals[0]) or duals[0] > target or gap <= 1e-13:

@@ -20,7 +20,7 @@ class RestartsSolver(Composite):
     capabilities = adopted | ANYTIME | {Capability.RANDOMISED, Capability.CALIBRATION}
 
     solver: str = option("best_swap[start=rmp]", "the solver to restart, with its options")
-    runs: int = option(10, "number of seeds", minimum=1)
+    runs: int = option(10, "number of seeds", minimum=1, maximum=1_000_000)
 
     @property
     def member_specs(self) -> list[str]:

@@ -46,7 +46,7 @@ class LowRank(Curvature):
 
     def __init__(self, factor: torch.Tensor, damping: float = 0.0) -> None:
         self.factor, self.damping = real_tensor(factor, "a factor"), ridge_of(damping)
-        if self.factor.ndim != 2:
+        if self.factor.ndim != 2 or self.factor.shape[1] == 0:
             raise ProblemError(f"a factor must have rows and columns, not shape {tuple(self.factor.shape)}")
         self.rank, self.n = int(self.factor.shape[0]), int(self.factor.shape[1])
 

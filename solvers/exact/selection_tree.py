@@ -17,7 +17,7 @@ lower of that and of all open nodes, less a margin for the rounding of Q itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,8 @@ RELATIVE_TOLERANCE = 1e-7
 _NODES_PER_TASK = 10_000
 #: A new shift when the free weights have become fewer than this fraction of those the old one was made for.
 _SHRINKAGE = 0.5
+#: Weights from which on a node is dear, and the first search is one that tells how dear.
+_LARGE = 300
 _NEVER = 2**31
 #: Nodes looked at before a relaxation that may be tight is solved to the end.
 _FIRST_LOOK = 100
@@ -129,7 +131,7 @@ class _SelectionRelaxation(Relaxation[_State]):
         shift, made_for, point, nodes = state.shift, state.made_for, state.point[part.free], self._task()
         close = False
         if shift is None or part.free.size <= _SHRINKAGE * made_for:
-            own, relaxed, close = _new_shift(part, cut)
+            own, relaxed, close = _new_shift(part, cut, self.deadline.expired)
             point = point if shift is not None else relaxed
             shift, made_for = np.zeros(state.fates.size), part.free.size
             shift[part.free] = own
@@ -138,7 +140,7 @@ class _SelectionRelaxation(Relaxation[_State]):
             part, incumbent, incumbent.value - cut, min(nodes, _FIRST_LOOK) if close else nodes,
         )  # fmt: skip
         self.pace = max(self.pace, (self.deadline.elapsed() - began) / expansion.searched)
-        if close and expansion.children and _tight_bound(part, cut) >= cut:
+        if close and expansion.children and _tight_bound(part, cut, self.deadline.expired) >= cut:
             return Expansion((), min(expansion.closed, self.lattice.lifted(cut)), expansion.found, expansion.searched)
         return expansion
 
@@ -152,10 +154,12 @@ class _SelectionRelaxation(Relaxation[_State]):
 
     def _task(self) -> int:
         """Nodes for one search: smaller towards the end, which keeps the time limit."""
-        remaining = self.deadline.remaining()
+        remaining, large = self.deadline.remaining(), self.fates.size > _LARGE
+        if self.pace == 0.0 and large and math.isfinite(remaining):
+            return 1
         if self.pace == 0.0 or remaining >= 4.0 * self.pace * self.nodes_per_task:
             return self.nodes_per_task
-        return max(100, int(remaining / (4.0 * self.pace)))
+        return max(1 if large else 100, int(remaining / (4.0 * self.pace)))
 
     def _explore(
         self, node: Node[_State], part: _NodeProblem, incumbent: Incumbent, tolerance: float, nodes: int
@@ -203,11 +207,11 @@ class _SelectionRelaxation(Relaxation[_State]):
         return halves
 
 
-def _new_shift(part: _NodeProblem, cut: float) -> tuple[Array, Array, bool]:
+def _new_shift(part: _NodeProblem, cut: float, expired: Callable[[], bool]) -> tuple[Array, Array, bool]:
     """(shift (m,), relaxed point (m,), whether the semidefinite relaxation may be tight enough to reach `cut`)."""
     quadratic, linear, n = part.quadratic / part.unit, part.linear / part.unit, part.free.size
     target = (cut - part.constant) / part.unit
-    found = best_shift(quadratic, linear, part.count, tolerance=1e-3, target=target)
+    found = best_shift(quadratic, linear, part.count, tolerance=1e-3, target=target, expired=expired)
     # A little of the bound is given away for a well-conditioned M.
     lost = 1e-3 * max(abs(target - found.value), 0.01 * abs(found.value))
     own = part.unit * safe_shift(quadratic, found.diagonal, max(1e-12, 2.0 * lost / n))
@@ -215,11 +219,13 @@ def _new_shift(part: _NodeProblem, cut: float) -> tuple[Array, Array, bool]:
     return own, point, target <= found.value + 2e-3 * abs(found.value)
 
 
-def _tight_bound(part: _NodeProblem, cut: float) -> float:
+def _tight_bound(part: _NodeProblem, cut: float, expired: Callable[[], bool]) -> float:
     """The certificate of the semidefinite relaxation itself, for nodes where it may decide."""
     quadratic, linear = part.quadratic / part.unit, part.linear / part.unit
     target = (cut - part.constant) / part.unit
-    found = best_shift(quadratic, linear, part.count, tolerance=1e-11, target=target + 1e-9 * abs(target))
+    found = best_shift(
+        quadratic, linear, part.count, tolerance=1e-11, target=target + 1e-9 * abs(target), expired=expired
+    )
     own = safe_shift(quadratic, found.diagonal)
     matrix, slope = quadratic - np.diag(own), linear - 0.5 * own
     gradient, status = np.empty(own.size), np.full(own.size, faces.Status.FRACTIONAL, np.int8)

@@ -113,6 +113,8 @@ class Lattice(NamedTuple):
 def lattice(matrix: Array, linear: Array, count: int) -> Lattice:
     """The lattice of ½ zᵀMz − bᵀz over z ∈ {0, 1}ⁿ with 1ᵀz = count."""
     cost = 0.5 * np.diag(matrix) - linear
+    if not cost.size:
+        return Lattice()
     entries = np.concatenate([cost - cost[0], matrix[np.triu_indices_from(matrix, 1)]])
     largest = float(np.abs(entries).max(initial=0.0))
     if largest == 0.0 or np.unique((entries[: 4 * _MOST_VALUES] / largest).round(12)).size > _MOST_VALUES:

@@ -39,7 +39,7 @@ class HardThresholdingSolver(Solver):
     iterations: int = option(50, "thresholding steps at most", minimum=1)
     active_steps: int = option(10, "conjugate-gradient steps on each support", minimum=1)
     levels: int = option(16, "sparsities, in geometric progression, on the way to the one asked for", minimum=1)
-    trials: int = option(6, "step lengths tried per iteration, each half of the one before", minimum=1)
+    trials: int = option(6, "step lengths tried per iteration, each half of the one before", minimum=1, maximum=60)
     metric: str = option("identity", "what thresholding measures weights by", choices=METRICS)
     tolerance: float = option(1e-6, "least relative improvement of an iteration", minimum=0)
 
