@@ -3,7 +3,6 @@
 ==================  ========================================================================
 ``"2:4"``           2 kept of every 4 consecutive weights of a row (`solvers.budget.nm`)
 ``"sparsity:0.5"``  a share of all weights
-``"20"``            so many weights
 ==================  ========================================================================
 """
 
@@ -11,14 +10,12 @@ from __future__ import annotations
 
 import re
 
-from solvers.budget.base import Budget
-from solvers.budget.cardinality import Cardinality
 from solvers.budget.nm import NM
 from solvers.budget.pattern import Pattern, Sparsity
 from solvers.errors import ProblemError
 
 
-def parse(text: str) -> Budget | Pattern:
+def parse(text: str) -> Pattern:
     """A budget from its text form; raises ProblemError, with the forms there are."""
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     if found:
@@ -27,8 +24,9 @@ def parse(text: str) -> Budget | Pattern:
     try:
         if kind.strip() == "sparsity":
             return Sparsity(float(value))
-        return Cardinality(int(text))
     except ValueError:
-        raise ProblemError(
-            f"budget {text!r} is none of the known forms: '2:4' (2 kept of every 4 in a row), 'sparsity:0.5', '20'"
-        ) from None
+        pass
+    raise ProblemError(
+        f"budget {text!r} is none of the known forms: '2:4' (2 kept of every 4 in a row), 'sparsity:0.5'; a number of "
+        "weights is an integer, n_prune=20"
+    )
