@@ -203,7 +203,10 @@ class SelectionProblem:
 
     def check_mask(self, pruned: npt.NDArray[Any]) -> Mask:
         """`pruned` as a bool mask of shape (n,) that the budget allows; raises ProblemError."""
-        mask = np.asarray(pruned)
+        try:
+            mask = np.asarray(pruned)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ProblemError(f"a mask must be a numpy array of bool, not a {type(pruned).__name__}") from error
         if mask.dtype != np.bool_:
             raise ProblemError(f"a mask must be of dtype bool, not {mask.dtype}")
         if mask.shape != (self.n,):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +20,12 @@ import torch
 
 from solvers.arrays import Array, Mask
 from solvers.block import QuadraticBlock
+from solvers.curvature.restricted import Restricted, Solved
 from solvers.errors import ProblemError
 from solvers.linalg import named
+
+#: Right-hand sides below have squares that float64 does not hold, and below the second too few digits.
+_SMALL, _LOST = 1e-140, 1e-290
 
 
 class Blocks(Protocol):
@@ -97,7 +101,7 @@ def refit(problem: Blocks, pruned: Mask) -> Refit:
         with named(block.name):
             part = block.curvature.restrict(~mask)
             # H_SP w_P: what lies on the diagonal plays no role, as S and P are disjoint.
-            solved = part.solve(right[part.kept])
+            solved = _solve(part, right[part.kept])
         new = torch.where(mask, 0.0, block.weights)
         if solved.x is None:
             value = -math.inf
@@ -112,3 +116,17 @@ def refit(problem: Blocks, pruned: Mask) -> Refit:
         if solved.repair:
             repairs.append(f"block {block.name!r}: {solved.repair}")
     return Refit(weights, value, tuple(methods), residual, tuple(repairs))
+
+
+def _solve(part: Restricted, right: torch.Tensor) -> Solved:
+    """H_SS x = right, also where ‖right‖ underflows; dividing by a power of two is exact."""
+    size = float(right.abs().max()) if right.numel() else 0.0
+    if not 0.0 < size < _SMALL:
+        return part.solve(right)
+    if size < _LOST:
+        return Solved(
+            torch.zeros_like(right), "none", 1.0, "what the refit makes good lies below what float64 resolves"
+        )
+    unit = 2.0 ** math.floor(math.log2(size))
+    solved = part.solve(right / unit)
+    return solved if solved.x is None else replace(solved, x=solved.x * unit)

@@ -117,7 +117,7 @@ def resolve_device(device: torch.device | str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:
         raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', not {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', not {device!r}")

@@ -74,9 +74,12 @@ def frank_wolfe_bound(
     # u = 0 proves the sum of the smallest q, positive without a gradient.
     best_u = np.zeros_like(u)
     best = relaxation.dual(best_u)
-    sigma = 10.0 / max(float(diagonal.mean()), float(np.finfo(np.float64).tiny))
-    iterations, converged = 0, False
-    while iterations < max_iterations and not deadline.expired():
+    size = float(diagonal.mean())
+    # Without interactions the relaxation is linear, and u = 0 its dual optimum; far below the costs, as good as.
+    linear = size <= max(1e-200, 1e-16 * float(np.abs(relaxation.cost).max()))
+    sigma = 10.0 if linear else 10.0 / size
+    iterations, converged = 0, linear
+    while not linear and iterations < max_iterations and not deadline.expired():
         iterations += 1
         z, u = relaxation.proximal_step(z, u, sigma, deadline)
         image = relaxation.image(z)

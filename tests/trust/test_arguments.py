@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -174,3 +176,26 @@ def test_layers_are_those_of_a_module() -> None:
 def test_solvers_check_what_their_annotations_say() -> None:
     assert issubclass(type(solvers.make_solver("tabu[iterations=10]")), Solver)
     assert solvers.make_solver("greedy_ls").__class__(min_gain=None, window=np.int64(3)).window == 3
+
+
+@pytest.mark.parametrize("tiny", [1e-170, 1e-300, 5e-324])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: LowRank(torch.from_numpy(a[:4]), 1e-4),
+        lambda a: LowRank(torch.from_numpy(a[:4]), 0.0),
+        lambda a: Dense(torch.from_numpy(a.T @ a)),
+        lambda a: Diagonal(torch.from_numpy(np.diag(a.T @ a).copy())),
+        lambda a: Kronecker(torch.ones(1), torch.from_numpy(a.T @ a)),
+    ],
+)
+def test_removals_that_hardly_matter_are_refitted_and_bounded(make, tiny: float) -> None:
+    random = np.random.default_rng(0)
+    weights, root = random.normal(size=6), random.normal(size=(6, 6))
+    weights[3] = tiny
+    problem = solvers.SelectionProblem([solvers.QuadraticBlock(weights, curvature=make(root))], 1)
+    solution = solvers.solve(problem, "obd")
+    assert solution.pruned.tolist() == [i == 3 for i in range(6)]
+    assert 0.0 <= solution.objective < 1e-300 and abs(solution.refit_objective) <= solution.objective
+    bound = solvers.bound(problem, "frank_wolfe")
+    assert math.isfinite(bound.value) and bound.value <= solution.objective + 1e-12
