@@ -148,10 +148,16 @@ def solver_class(name: str) -> type[Solver]:
     return loaded
 
 
+@cache
+def _hints(cls: type[Solver]) -> dict[str, Any]:
+    """Types of the options of a solver."""
+    return typing.get_type_hints(cls)
+
+
 def describe(name: str) -> SolverDescription:
     """What a solver does, needs and guarantees; raises UnknownNameError."""
     cls = solver_class(name)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     options = tuple(
         OptionDescription(f.name, _type_name(hints[f.name]), _plain(f.default), f.metadata.get("help", ""))
         for f in dataclasses.fields(cls)
@@ -197,7 +203,7 @@ def make_solver(spec: str | Solver) -> Solver:
     cls = solver_class(name)
     if modules := " ".join(_missing(cls)):
         raise BackendError(f"solver {name!r} needs {modules}, which is not installed; pip install {modules}")
-    hints, known = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls)]
+    hints, known = _hints(cls), [f.name for f in dataclasses.fields(cls)]
     options: dict[str, Any] = {}
     body = rest[:-1].strip().removesuffix(",")
     for part in split_outside_brackets(body, ",") if body else ():

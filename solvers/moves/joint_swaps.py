@@ -94,7 +94,10 @@ def best_swap(
         j = outside[b]
         row = tableau[j]
         rho, schur = solution[j], row[j]
-        for a in range(np.searchsorted(inside, low[j]), np.searchsorted(inside, high[j])):
+        first, last = 0, count
+        if high[j] - low[j] < solution.size:
+            first, last = np.searchsorted(inside, low[j]), np.searchsorted(inside, high[j])
+        for a in range(first, last):
             t = row[inside[a]]
             r = rho + t * ratio[a]
             change = cost[a] - 0.5 * r * r / (schur + t * t * inverse[a])

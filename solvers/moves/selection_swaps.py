@@ -131,7 +131,9 @@ def tabu_search(
         lowest, low_i, low_j, ties = np.inf, -1, -1, 0
         for i in inside:
             held = frozen_until[i] > step
-            first, last = np.searchsorted(outside, low[i]), np.searchsorted(outside, high[i])
+            first, last = 0, outside.size
+            if high[i] - low[i] < n:
+                first, last = np.searchsorted(outside, low[i]), np.searchsorted(outside, high[i])
             for j in outside[first:last]:
                 change = score[i] + score[j] - table[i, j]
                 if change > lowest:
