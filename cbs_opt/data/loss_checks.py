@@ -126,10 +126,10 @@ def check_loss(
         With the remedy.
     """
 
-    def take(numbers: Index) -> _Taken:
-        return _take(model, weights, data, forward, numbers, device)
+    def take(numbers: Index, differentiate: bool = True) -> _Taken:
+        return _take(model, weights if differentiate else (), data, forward, numbers, device)
 
-    first, second = take(index[0]).loss, take(index[0]).loss
+    first, second = (take(index[0], differentiate=False).loss for _ in range(2))
     if first != second:
         raise ModelError(
             f"the network is random in eval mode: the loss of one sample is {first!r} and then {second!r}; "
@@ -232,7 +232,7 @@ def _take(
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        with torch.enable_grad(), typed_failures(inputs, targets, numbers):
+        with torch.set_grad_enabled(len(weights) > 0), typed_failures(inputs, targets, numbers):
             output = forward.output(model, inputs, targets)
             loss = forward.loss(output, inputs, targets)
             if not isinstance(loss, Tensor) or loss.ndim != 0:

@@ -47,7 +47,7 @@ MEMORY_BUDGET = {"cpu": 64 << 20, "cuda": 2 << 30}
 _MOST_SAMPLES = {"cpu": 128, "cuda": 8192}
 _MOST_WITHOUT_CONVOLUTIONS = 4096
 #: Rows, drawn at random over all chunks, that are compared with plain autograd once they are there.
-_CHECKED = 16
+_CHECKED = 8
 #: Largest relative difference from autograd that rounding explains, by dtype.
 _AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = [
     path.relative_to(ROOT).as_posix()
-    for top in ("solvers", "cbs_opt", "experiments")
+    for top in ("solvers", "cbs_opt", "experiments", "tests")
     for path in (ROOT / top).rglob("*")
 ]
 COMMANDS = {"run": run, "compare": compare, "tables": tables, "train": train}
