@@ -53,9 +53,12 @@ def test_exact_solvers_agree_on_groups_that_interact(objective: str) -> None:
         brute = solvers.solve(problem, "brute_force")
         assert brute.objective == pytest.approx(best, rel=1e-9) and brute.status is Status.OPTIMAL
         for name in EXACT[objective]:
-            solution = solvers.solve(problem, name)
+            # The joint models of SCIP may take minutes; what they have by then must be true all the same.
+            limited = objective == "joint" and name.endswith("_miqp")
+            solution = solvers.solve(problem, name, time_limit=10.0 if limited else None)
             assert solution.objective == pytest.approx(best, rel=1e-6), name
-            assert solution.status is Status.OPTIMAL and solution.bound <= best + 1e-9 * abs(best), name
+            assert solution.bound <= best + 1e-9 * abs(best), name
+            assert limited or solution.status is Status.OPTIMAL, name
 
 
 @pytest.mark.parametrize("objective", ["selection", "joint"])
