@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, Union
 
+import torch
 from torch import Tensor
 
 from solvers.errors import DataError
@@ -49,3 +51,12 @@ def split_rows(tree: Any, rows: int, size: int) -> Any:
 def row_of(tree: Any, row: int) -> Any:
     """Entry `row` of the first dimension of every tensor; None stays None."""
     return None if tree is None else map_tree(lambda t: t[row], tree)
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of names, shapes, dtypes and contents, 32 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]

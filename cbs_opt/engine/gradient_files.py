@@ -7,9 +7,7 @@ JSON file is written last, so a folder that has one is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,9 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from cbs_opt.data.calibration import CalibrationOptions
-from cbs_opt.data.trees import leaves
+from cbs_opt.data.trees import digest_of, leaves
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherOptions
@@ -128,21 +125,12 @@ def key_of(workspace: Workspace, fisher: FisherOptions) -> dict[str, str]:
     workspace.layers.write(workspace.model, workspace.weights)
     loss = workspace.forward.loss_fn
     return {
-        "network": _digest(workspace.model.state_dict().items()),
+        "network": digest_of(workspace.model.state_dict().items()),
         "layers": ", ".join(f"{layer.name} {tuple(layer.shape)}" for layer in layers),
-        "data": _digest(leaves((data.inputs,) if data.targets is None else (data.inputs, data.targets))),
+        "data": digest_of(leaves((data.inputs,) if data.targets is None else (data.inputs, data.targets))),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
         "rows": f"{fisher.rows_for(data)} of {fisher.batch_size} samples",
         "seed": str(workspace.setup.seed if fisher.seed is None else fisher.seed),
         "dtype": fisher.dtype,
         "gradient method": fisher.method,
     }
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, shapes, dtypes and contents."""
-    found = hashlib.sha256()
-    for name, tensor in tensors:
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Download a data set with the ``datasets`` library."""
+"""Download a data set, at the commit it is pinned to, with the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def download(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     try:
         with _quiet():
-            loaded = datasets.load_dataset(source.repository, split=split)
+            loaded = datasets.load_dataset(source.repository, split=split, revision=source.revision)
             # Bytes, not pictures: decoding is ours, the same for files on disk.
             table = loaded.cast_column(source.image_column, datasets.Image(decode=False)).data.table
     # The library raises whatever its many layers raise (requests, httpx, fsspec, pyarrow, its own).

@@ -25,8 +25,8 @@ class Source:
     ----------
     name
         Our name, and that of its folder below ``--data-dir``.
-    repository
-        Name on the hub.
+    repository, revision
+        Name on the hub, and the commit that is downloaded: what is published there later changes no figure.
     image_column
         Column of the encoded images; the labels are in ``label``.
     shape
@@ -41,6 +41,7 @@ class Source:
 
     name: str
     repository: str
+    revision: str
     image_column: str
     shape: tuple[int, int, int]
     subfolders: tuple[str, ...]
@@ -52,10 +53,20 @@ class Source:
 
 
 SOURCES = {
-    "mnist": Source("mnist", "ylecun/mnist", "image", (1, 28, 28), ("mnist", "data"), (0.1307,), (0.3081,)),
+    "mnist": Source(
+        "mnist",
+        "ylecun/mnist",
+        "77f3279092a1c1579b2250db8eafed0ad422088c",
+        "image",
+        (1, 28, 28),
+        ("mnist", "data"),
+        (0.1307,),
+        (0.3081,),
+    ),
     "cifar10": Source(
         "cifar10",
         "uoft-cs/cifar10",
+        "0b2714987fa478483af9968de7c934580d0bb9a2",
         "img",
         (3, 32, 32),
         ("plain_text", "data"),
@@ -65,6 +76,7 @@ SOURCES = {
     # One image of each class, the short side 256 pixels; as EfficientNet-Lite wants them, (value - 127) / 128.
     "imagenet-sample": Source(
         "imagenet-sample",
+        "",
         "",
         "image",
         (3, 224, 224),
@@ -117,8 +129,8 @@ def how_to_get(source: Source) -> str:
     if not source.repository:
         return f"this set is on no hub: pass --data-dir DIR with the parquet files in DIR/{source.name}/"
     return (
-        f"run `hf download {source.repository} --repo-type dataset --local-dir DIR/{source.name}` on a machine "
-        f"with a network and pass --data-dir DIR"
+        f"run `hf download {source.repository} --repo-type dataset --revision {source.revision} "
+        f"--local-dir DIR/{source.name}` on a machine with a network and pass --data-dir DIR"
     )
 
 

@@ -90,6 +90,7 @@ EFFICIENTNET_LITE0 = Experiment(
     model=EfficientNetLite0,
     dataset="imagenet-sample",
     checkpoint="efficientnet_lite0_imagenet.safetensors",
+    sha256="0c677c314df2a69239bef9609a095a957201d5092462c5ace5d8bf3e0201bbd7",
     recipe=Recipe(epochs=350, batch_size=256, learning_rate=0.1, weight_decay=1e-5, augment=True),
     train_on_demand=False,
     sparsities=(0.3, 0.5, 0.6, 0.7),

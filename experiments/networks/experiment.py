@@ -86,6 +86,8 @@ class Experiment:
         Name for `experiments.datasets.load_dataset`.
     checkpoint
         File name of the trained weights, beside the data or in the cache.
+    sha256
+        Of the published file of that name, where there is one; another is loaded, and said to be another.
     recipe
         How the weights are trained where there are none.
     train_on_demand
@@ -121,3 +123,4 @@ class Experiment:
     table: StagedTable | None = None
     reference: bool = False
     stale_batch_norm: bool = False
+    sha256: str = ""

@@ -113,9 +113,14 @@ def load_network(
     torch.manual_seed(experiment.recipe.seed)
     model = experiment.model().to(device)
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        vouched = load_checkpoint(model, checkpoint)
         origin = str(checkpoint)
         say(f"weights: {checkpoint}")
+        if not vouched and experiment.sha256 not in ("", hashlib.sha256(checkpoint.read_bytes()).hexdigest()):
+            say(
+                f"warning: {checkpoint} is not the published file of {experiment.name} and carries no digest; unless "
+                "you brought your own weights, it is damaged: copy it again"
+            )
         if experiment.stale_batch_norm:
             _reestimated(model, dataset, checkpoint, device, say)
     else:

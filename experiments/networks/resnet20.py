@@ -78,6 +78,7 @@ RESNET20 = Experiment(
     model=ResNet20,
     dataset="cifar10",
     checkpoint="resnet20_cifar10.safetensors",
+    sha256="4470aaf8311342008bb3e8d6f7935ec133d716e16ffe11ef173c8e2e40b31404",
     recipe=Recipe(epochs=160, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augment=True),
     train_on_demand=False,
     sparsities=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),

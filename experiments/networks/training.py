@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from experiments.datasets.cache import write_file
 from experiments.datasets.images import ImageSet, crop_and_flip
-from experiments.networks.checkpoints import save_checkpoint
+from experiments.networks.checkpoints import read_tensors, save_checkpoint, write_tensors
 from solvers.errors import CheckpointError
 
 
@@ -174,15 +171,12 @@ class _Progress:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"velocity.{k}": self.optimizer.state[p]["momentum_buffer"] for k, p in self._parameters()}
         metadata = {"recipe": self.signature, "epoch": str(epoch), "schedule": json.dumps(self.schedule.state_dict())}
-        blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=metadata)
-        write_file(path, blob)
+        write_tensors(path, tensors, metadata)
 
     def restore(self, path: Path) -> int:
         """Load a state in place; returns the number of epochs it has behind it."""
         try:
-            with safe_open(path, "pt") as stored:
-                metadata = stored.metadata() or {}
-            tensors = load(path.read_bytes())
+            tensors, metadata = read_tensors(path)
             if metadata.get("recipe") != self.signature:
                 raise ValueError("it was begun with another recipe")
             self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -192,7 +186,7 @@ class _Progress:
             for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
                 group["lr"] = rate
             return int(metadata["epoch"])
-        except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        except (CheckpointError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"cannot resume the training in {path} ({error}); delete the file to begin anew"
             ) from error

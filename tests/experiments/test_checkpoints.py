@@ -53,6 +53,21 @@ def test_of_another_network(tmp_path: Path) -> None:
         load_checkpoint(MLPNet(), path)
 
 
+def test_a_changed_bit_is_noticed_where_there_is_a_digest(tmp_path: Path) -> None:
+    path, model = tmp_path / "net.safetensors", MLPNet()
+    save_checkpoint(model, path)
+    assert load_checkpoint(model, path)
+    whole = path.read_bytes()
+    for place in (-1, -40_000):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"net\.safetensors is damaged.*copy it again"):
+            load_checkpoint(model, path)
+    save_file(model.state_dict(), path)
+    assert not load_checkpoint(model, path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite(tmp_path: Path, value: float) -> None:
     tensors = {key: t.clone() for key, t in MLPNet().state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from experiments.datasets import load_dataset
 from experiments.datasets.cache import CacheWarning
 from experiments.datasets.images import ImageSet, crop_and_flip
 from experiments.datasets.load import load_digits
+from experiments.datasets.parquet import SOURCES
 from solvers.errors import DataError
 
 COLUMN = {"mnist": "image", "cifar10": "img"}
@@ -203,7 +205,9 @@ def test_download_is_decoded_like_files(
     name, folder, _ = made
     real = datasets.load_dataset
 
-    def from_disk(repository: str, split: str) -> object:
+    def from_disk(repository: str, split: str, revision: str) -> object:
+        # A commit, not a branch: what the hub serves under a name may change.
+        assert repository == SOURCES[name].repository and re.fullmatch("[0-9a-f]{40}", revision)
         files = [str(f) for f in sorted((folder / name).rglob(f"{split}-*.parquet"))]
         loaded = real("parquet", data_files={split: files}, split=split, cache_dir=str(tmp_path / "hf"))
         return loaded.cast_column(COLUMN[name], datasets.Image())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cbs_opt import find_layers
 from experiments.datasets import Dataset, load_dataset
@@ -69,6 +71,27 @@ def test_checkpoint_beside_the_data_comes_before_the_cache(tmp_path: Path, own_c
     save_checkpoint(QUICK.model(), beside)
     for data_dir in (tmp_path / "data", tmp_path / "data" / "digits"):
         assert find_checkpoint(QUICK, data_dir) == beside
+
+
+def test_other_weights_than_the_published_are_said_to_be_so(tmp_path: Path) -> None:
+    path, dataset = tmp_path / "net.safetensors", load_dataset("digits")
+    save_file(QUICK.model().state_dict(), path)
+    published = replace(QUICK, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    said: dict[str, list[str]] = {"published": [], "other": [], "our own": []}
+    load_network(published, dataset, Source(checkpoint=path), said["published"].append)
+    save_file(QUICK.model().state_dict(), path)
+    load_network(published, dataset, Source(checkpoint=path), said["other"].append)
+    save_checkpoint(QUICK.model(), path)
+    load_network(published, dataset, Source(checkpoint=path), said["our own"].append)
+    warned = {name for name, lines in said.items() if any("not the published file" in line for line in lines)}
+    assert warned == {"other"}
+
+
+def test_the_files_beside_the_data_are_the_published(shared: Path) -> None:
+    for experiment in EXPERIMENTS.values():
+        path = shared / "checkpoints" / experiment.checkpoint
+        if experiment.sha256:
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == experiment.sha256
 
 
 def test_no_checkpoint_and_training_takes_hours(own_cache: Path) -> None:
