@@ -18,6 +18,8 @@ with u eliminated. This is the dual of the semidefinite relaxation (Zheng, Sun &
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import scipy.linalg
 
@@ -72,15 +74,17 @@ def optimal_diagonal(
     u = np.ones(n)
     multiplier = 1.0 / max(value, 1.0)
     steps = 0
-    while steps < _MAX_NEWTON and (deadline is None or not deadline.expired()):
-        for _ in range(30):
-            steps += 1
-            moved, d, beta, tau, u, decrement = state.newton(multiplier, d, beta, tau, u)
-            if not moved or decrement < 1e-2 or (deadline is not None and deadline.expired()):
+    # Where rounding leaves no Newton step any more, the last point serves: it is inside the domain like all before it.
+    with suppress(np.linalg.LinAlgError):
+        while steps < _MAX_NEWTON and (deadline is None or not deadline.expired()):
+            for _ in range(30):
+                steps += 1
+                moved, d, beta, tau, u, decrement = state.newton(multiplier, d, beta, tau, u)
+                if not moved or decrement < 1e-2 or (deadline is not None and deadline.expired()):
+                    break
+            if 4 * n / multiplier < _RELATIVE_GAP:
                 break
-        if 4 * n / multiplier < _RELATIVE_GAP:
-            break
-        multiplier *= _GROWTH
+            multiplier *= _GROWTH
     bound = 0.5 * value - state.objective(d, beta, tau, u)
     return d * norms**2 * (1 - 1e-9), bound * unit
 
