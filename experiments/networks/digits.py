@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments.networks.experiment import Experiment, StageDefaults
+from experiments.networks.experiment import Experiment, Phase, StageDefaults, StagedTable
 from experiments.networks.training import Recipe
 
 
@@ -43,4 +43,8 @@ DIGITS = Experiment(
     fisher=FisherOptions(n_rows=1_000, batch_size=1, damping=1e-3),
     staged=StageDefaults(FisherOptions(n_rows=200, batch_size=16, damping=1e-3), StageOptions()),
     reference=True,
+    table=StagedTable(
+        phases=(Phase(((0.5, 2), (0.7, 1), (0.8, 2))), Phase(((0.9, 3), (0.95, 4)), regrow=0.3)),
+        reported=(0.5, 0.8, 0.9, 0.95),
+    ),
 )

@@ -2,9 +2,9 @@
 
     python -m tests.trust.kills --kills 100
 
-Two kinds of runs: a staged pruning with a journal, and a comparison of solvers that appends rows to a file. A kill is
-SIGKILL, so that nothing can be tidied up. The end must be the same to the last bit: weights and masks, or rows but for
-their times; and no partial file may be left under a final name.
+Three kinds of runs: a staged pruning with a journal, a comparison of solvers that appends rows to a file, and a table
+of stages with its training before it. A kill is SIGKILL, so that nothing can be tidied up. The end must be the same to
+the last bit: weights and masks, or rows but for their times; and no partial file may be left under a final name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -60,12 +61,19 @@ def _rows_digest(folder: Path, output: str) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
+def _table_digest(folder: Path, output: str) -> str:
+    rows = [json.loads(line) for line in next(folder.rglob("table.jsonl")).read_text().splitlines()]
+    told = [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def tasks(blocks: Path) -> list[Task]:
-    """A staged run, and a comparison on small random blocks that are written to a folder."""
+    """A staged run, a comparison on small random blocks that are written to a folder, and a table."""
     random_numbers = np.random.default_rng(0)
     for number in range(4):
         block = solvers.QuadraticBlock(random_numbers.normal(size=24), random_numbers.normal(size=(12, 24)), 1e-2)
         solvers.save_block(blocks / f"block-{number}.npz", block)
+    table = ["-m", "experiments.tables", "digits-mlp", "--seed", "0", "--until", "0.8"]
     compare = ["-m", "experiments.compare", "--solver", "obd", "greedy_ls", "tabu", "branch_bound"]
     return [
         Task("staged", lambda out: ["-c", _STAGED, str(out)], lambda out, output: output.split()[-1]),
@@ -74,6 +82,7 @@ def tasks(blocks: Path) -> list[Task]:
             lambda out: [*compare, "--blocks", str(blocks), "--time-limit", "20", "--output-dir", str(out)],
             _rows_digest,
         ),
+        Task("tables", lambda out: [*table, "--output-dir", str(out)], _table_digest),
     ]
 
 
@@ -95,14 +104,19 @@ def run_killed(task: Task, folder: Path, kills: int, seed: int = 0) -> tuple[int
             killed = folder / f"killed-{ends}"
     while not (done := _run(task, killed, None))[0]:
         pass
-    left = [path.name for path in killed.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+    left = [path.name for path in killed.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
     return hits, task.digest(killed, done[1]) == expected and len(left) <= hits
 
 
 def _run(task: Task, out: Path, seconds: float | None) -> tuple[bool, str]:
     """(whether it ended, what it printed); killed after a time."""
     process = subprocess.Popen(
-        [sys.executable, *task.command(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *task.command(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What is trained or decoded on the way is killed and resumed as well.
+        env={**os.environ, "CBS_OPT_CACHE": f"{out}-cache"},
     )
     try:
         output, errors = process.communicate(timeout=seconds)
