@@ -81,7 +81,9 @@ class Solution:
     pruned : numpy bool (n,)
         True = removed; exactly ``problem.n_prune`` are.
     objective : float
-        The problem's objective of this mask, float64.
+        The problem's objective of this mask, float64. For the joint objective that is the value of the refit, but where
+        no refit was asked for (``with_refit=False``) and the backend proposes weights of its own (`sweep`): it is then
+        the value of these, `own_objective`, which the refit could only lower.
     bound : float
         The backend's proven lower bound, checked not to exceed the objective; −inf where there is none.
     gap : float

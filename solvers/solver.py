@@ -21,11 +21,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import threading
 import time
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -121,6 +123,21 @@ class Deadline:
     def expired(self) -> bool:
         """Whether the limit has passed."""
         return self.elapsed() >= self.limit
+
+    @contextmanager
+    def flag(self) -> Iterator[Mask]:
+        """bool (1,), set when the limit has passed: compiled loops, which let other threads run, look at it."""
+        flag = np.zeros(1, dtype=np.bool_)
+        if math.isinf(self.limit):
+            yield flag
+            return
+        timer = threading.Timer(self.remaining(), flag.fill, (True,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield flag
+        finally:
+            timer.cancel()
 
     def shares(self, count: int) -> Iterator[float]:
         """Seconds for each of `count` runs: what a quick one leaves goes to those that are left."""

@@ -29,5 +29,6 @@ class RestartsSolver(Composite):
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Run, compare, keep the best."""
-        runs = [(self.members[0], context.seed + number) for number in range(self.runs)]
+        member = self.members[0]
+        runs = [(member, context.seed + number) for number in range(self.runs)]
         return best_of(problem, context, runs, lambda number, _: context.start if number == 0 else None)

@@ -28,6 +28,8 @@ from solvers.problem import Mask
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
+#: Seconds for the factorisations of a node of n weights, over n³, on a slow core; they cannot be interrupted.
+SECONDS_OF_CUBE = 1e-9
 State = TypeVar("State")
 Fates = npt.NDArray[np.int8]
 
@@ -90,6 +92,10 @@ class Relaxation(ABC, Generic[State]):
     @abstractmethod
     def cutoff(self, value: float) -> float:
         """Masks of at least this value do not improve on an incumbent of value `value`; increasing in it."""
+
+    def least_seconds(self, node: Node[State]) -> float:
+        """What expanding a node takes at least; where less is left the search ends."""
+        return 0.0
 
     @abstractmethod
     def root(self, incumbent: Incumbent) -> Expansion[State]:
@@ -164,7 +170,7 @@ def best_first(
     relaxation : Relaxation
     incumbent : Incumbent
     deadline : Deadline
-        Looked at between expansions; those under way are waited for.
+        Looked at between expansions; those under way are waited for, and should look at it too.
     n_threads : int
         Workers. Without a time limit the result does not depend on it.
     node_limit : int, optional
@@ -185,8 +191,9 @@ def best_first(
                 node = tree.pop()
                 if node is None:
                     break
-                if deadline.expired() or (node_limit is not None and tree.searched >= node_limit):
-                    reason = Reason.TIME_LIMIT if deadline.expired() else Reason.NODE_LIMIT
+                late = deadline.remaining() <= relaxation.least_seconds(node)
+                if late or (node_limit is not None and tree.searched >= node_limit):
+                    reason = Reason.TIME_LIMIT if late else Reason.NODE_LIMIT
                     tree.push(node)
                     break
                 under_way.append((node, submit(relaxation.expand, node, tree.incumbent)))

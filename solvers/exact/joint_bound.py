@@ -160,7 +160,7 @@ def improve_share(kernel, ratio, scores, owner, keeps, mu, cutoff, share, low, h
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower):
+def improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower, stop):
     """A damped Newton step in D, in place, kept inside the cone by the factorisation; the Newton decrement."""
     m = diagonal.size
     ascent = np.empty(m)
@@ -175,6 +175,8 @@ def improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower)
         return decrement
     step = 1.0 / (1.0 + decrement) if decrement > 0.5 else 1.0
     for _ in range(10):
+        if stop[0]:
+            break
         trial = diagonal + step * change
         if trial.min() > 0.0 and dominates(matrix, trial, lower):
             diagonal[:] = trial
@@ -184,7 +186,7 @@ def improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower)
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def bound_node(matrix, target, owner, keeps, diagonal, share, barrier, barrier_end, n_steps, cutoff):
+def bound_node(matrix, target, owner, keeps, diagonal, share, barrier, barrier_end, n_steps, cutoff, stop):
     """Maximise the certificate of one node.
 
     Parameters
@@ -200,6 +202,8 @@ def bound_node(matrix, target, owner, keeps, diagonal, share, barrier, barrier_e
     n_steps : int
     cutoff : float > 0
         The node is done when its bound reaches this.
+    stop : bool (1,)
+        Whether time is up; the best bound so far is returned.
 
     Returns
     -------
@@ -218,6 +222,8 @@ def bound_node(matrix, target, owner, keeps, diagonal, share, barrier, barrier_e
     best_scores = np.zeros(m)
     best_order = np.arange(m)
     lower = np.zeros((m, m))
+    if stop[0]:
+        return best, best_diagonal, best_share, best_scores, best_order
     # Feasible in exact arithmetic already; this is for the rounding of G.
     for _ in range(60):
         if dominates(matrix, diagonal, lower):
@@ -238,12 +244,12 @@ def bound_node(matrix, target, owner, keeps, diagonal, share, barrier, barrier_e
             best_share[:] = share
             best_scores[:] = scores
             best_order = order
-        if best >= cutoff:
+        if best >= cutoff or stop[0]:
             break
         finite, length, dual_length = improve_share(kernel, ratio, scores, owner, keeps, mu, cutoff, share, low, high)
         if not finite:
             break
-        decrement = improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower)
+        decrement = improve_diagonal(matrix, inverse, ratio, share, mu, cutoff, diagonal, lower, stop)
         if not np.isfinite(decrement):
             break
         if length > 0.5 and dual_length > 0.5 and decrement < 2.0:

@@ -234,7 +234,9 @@ def fix(status, undecided, scores, order, owner, keeps, room):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
-def process_node(hessian, root, centre, status, group, keeps, diagonal, share, cutoff, barrier, barrier_end, n_steps):
+def process_node(
+    hessian, root, centre, status, group, keeps, diagonal, share, cutoff, barrier, barrier_end, n_steps, stop
+):
     """Bound a node, fix what its reduced costs decide, and pick a weight to branch on.
 
     Parameters
@@ -248,6 +250,8 @@ def process_node(hessian, root, centre, status, group, keeps, diagonal, share, c
         D and z of the parent; entries of open weights are modified.
     cutoff : float
         Masks of at least this value are of no interest.
+    stop : bool (1,)
+        Whether time is up.
 
     Returns
     -------
@@ -290,7 +294,7 @@ def process_node(hessian, root, centre, status, group, keeps, diagonal, share, c
             return outcome, max(best, low), -1, mask, value
         start = shares_of(share[undecided], owner, needs)
         bound, inner, z, scores, order = bound_node(
-            matrix, target, owner, needs, diagonal[undecided], start, barrier, barrier_end, n_steps, room
+            matrix, target, owner, needs, diagonal[undecided], start, barrier, barrier_end, n_steps, room, stop
         )
         best = max(best, base + bound)
         if bound >= room:

@@ -48,6 +48,8 @@ def find_incumbent(square: Square, groups: Groups, start: Mask | None, seed: int
     first = np.zeros(n, dtype=bool)
     first[order.numpy()] = True
     starts = [first] if start is None else [first, np.asarray(start, dtype=bool)]
+    if deadline.expired():
+        return min((value_of(square, mask) for mask in starts), key=lambda candidate: candidate.value)
     limit = 0.3 * deadline.remaining()
     inner = Deadline(None if math.isinf(limit) else limit)
     swaps = int(min(_GROUPED_SWAPS if groups.several else _TABU_SWAPS, 1e9 / n**2))

@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from solvers.budget import Groups, Partitioned
 from solvers.exact import joint_nodes, symmetry
-from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
+from solvers.exact.best_first import SECONDS_OF_CUBE, Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
 from solvers.exact.joint_bound import bound_node
 from solvers.exact.joint_square import Square, first_diagonal, prepare
 from solvers.exact.joint_start import ZERO, find_incumbent, improved, must_stay
@@ -96,10 +96,10 @@ class _JointRelaxation(Relaxation[_State]):
     max_open = 300_000
     floor = 0.0
 
-    def __init__(self, square: Square, partition: Groups, deadline: Deadline, tolerance: float) -> None:
+    def __init__(self, square: Square, partition: Groups, deadline: Deadline, stop: Mask, tolerance: float) -> None:
         self.square, self.n, self.partition = square, square.centre.size, partition
         self.keeps = np.bincount(partition.of, minlength=partition.quotas.size) - partition.quotas
-        self.deadline, self.tolerance = deadline, tolerance
+        self.deadline, self.stop, self.tolerance = deadline, stop, tolerance
         signs = np.where(square.centre < 0.0, -1.0, 1.0)
         matrix, centre = square.hessian * np.outer(signs, signs), np.abs(square.centre)
         chains = symmetry.chains(matrix, centre, 0.5 * centre**2)
@@ -118,11 +118,16 @@ class _JointRelaxation(Relaxation[_State]):
         """One node with everything open and many steps for its bound."""
         fates, share = np.full(self.n, Fate.OPEN, np.int8), np.full(self.n, self.keeps.sum() / self.n)
         diagonal = first_diagonal(self.square)
-        # A step takes some 1e-9 n³ seconds; without the time for a few the bound stays zero.
-        steps = int(min(60.0, 0.5 * self.deadline.remaining() / (1e-9 * self.n**3)))
+        # Without the time for a few steps the bound stays zero.
+        steps = int(min(60.0, 0.5 * self.deadline.remaining() / (SECONDS_OF_CUBE * self.n**3)))
         if steps < 2 and self.n > 100:
             return Expansion([Node(0.0, _State(fates, _single(diagonal), _single(share), 0))])
         return self._process(fates, diagonal, share, incumbent, 0.1, max(steps, 2))
+
+    def least_seconds(self, node: Node[_State]) -> float:
+        """A step for both children."""
+        n = int((node.state.fates == Fate.OPEN).sum())
+        return SECONDS_OF_CUBE * n**3 if n > 100 else 0.0
 
     def expand(self, node: Node[_State], incumbent: Incumbent) -> Expansion[_State]:
         """Both children of the weight to branch on."""
@@ -159,6 +164,7 @@ class _JointRelaxation(Relaxation[_State]):
             barrier,
             1e-4,
             steps,
+            self.stop,
         )
         found = Incumbent(mask, float(value)) if value < incumbent.value else None
         if outcome != joint_nodes.Outcome.BRANCH:
@@ -244,8 +250,9 @@ def solve_joint_tree(
         if best.value <= ZERO:
             bound, reason, statistics = 0.0, Reason.COMPLETED, {"nodes": 0.0}
         else:
-            relaxation = _JointRelaxation(square, groups, deadline, relative_tolerance)
-            found = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
+            with deadline.flag() as stop:
+                relaxation = _JointRelaxation(square, groups, deadline, stop, relative_tolerance)
+                found = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
             (best, bound, reason, statistics) = found
     mask = np.zeros(n, dtype=bool)
     mask[inside[best.pruned]] = True
@@ -297,6 +304,7 @@ def joint_root_bound(
             1e-6,
             n_steps,
             2.0 * max(best.value, ZERO),
+            np.zeros(1, dtype=np.bool_),
         )
     value = square.value(best.pruned)
     value = min(square.safe(bound * square.unit, value - square.constant), value)

@@ -23,7 +23,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from solvers.problem import Array
+from solvers.problem import Array, Mask
 
 Statuses = npt.NDArray[np.int8]
 Indices = npt.NDArray[np.int64]
@@ -56,6 +56,8 @@ class Face(NamedTuple):
     inverse : float64 (n + 1, n + 1), centre : float64 (n + 1,), members : int64 (n + 1,)
         P, a and F, of which the leading part is in use.
     work : float64 (n + 1,)
+    stop : bool (1,)
+        Whether time is up.
     """
 
     matrix: Array
@@ -70,6 +72,7 @@ class Face(NamedTuple):
     centre: Array
     members: Indices
     work: Array
+    stop: Mask
 
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -188,8 +191,10 @@ def certificate(
 
 
 @numba.njit(cache=True, nogil=True)
-def new_face(matrix: Array, linear: Array, earlier: Indices, later: Indices, point: Array) -> tuple[Face, int]:
-    """(face, size of F) at a point (n,); entries strictly inside (0, 1) form F."""
+def new_face(
+    matrix: Array, linear: Array, earlier: Indices, later: Indices, point: Array, stop: Mask
+) -> tuple[Face, int]:
+    """(face, size of F) at a point (n,); entries strictly inside (0, 1) form F, as many as there is time for."""
     n = matrix.shape[0]
     sums = np.empty(n)
     for i in range(n):
@@ -201,13 +206,15 @@ def new_face(matrix: Array, linear: Array, earlier: Indices, later: Indices, poi
         z[i] = min(max(point[i], 0.0), 1.0)
         if z[i] >= 1.0:
             status[i] = Status.AT_ONE
-        elif z[i] > 0.0:
+        elif z[i] > 0.0 and not stop[0]:
             grown = insert(matrix, inverse, centre, members, size, i, work)
             if grown > size:
                 size, status[i] = grown, Status.FRACTIONAL
             else:
                 z[i] = 0.0
-    return Face(matrix, linear, sums, earlier, later, status, z, np.empty(n), inverse, centre, members, work), size
+    return Face(
+        matrix, linear, sums, earlier, later, status, z, np.empty(n), inverse, centre, members, work, stop
+    ), size
 
 
 @numba.njit(cache=True, nogil=True)
@@ -295,7 +302,7 @@ def newton(face: Face, size: int) -> None:
 def clamp(face: Face, size: int) -> int:
     """Take weights that have left [0, 1] out of F, the worst first; the new size."""
     z, status, members = face.z, face.status, face.members
-    while size > 1:
+    while size > 1 and not face.stop[0]:
         q, worst = -1, 1e-10
         for t in range(size):
             x = z[members[t]]

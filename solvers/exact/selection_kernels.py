@@ -108,6 +108,8 @@ def relax(
             return Outcome.CLOSED, size, bound, current, value, high, after
         if settled:
             return Outcome.LEAF, size, bound, current, complete(face, left, constant), high, after
+        if face.stop[0]:
+            break
         kept = clamp(face, size)
         counters[Count.PIVOTS] += size - kept
         clamped, size = kept < size, round_single(face, kept)
@@ -239,7 +241,7 @@ def explore(
     best : bool (n,)
         Overwritten with a better incumbent where one is found.
     node_limit : int
-        After this many nodes the open ones are handed back.
+        After this many nodes, or when time is up, the open ones are handed back.
     tolerance : float
         Absolute.
 
@@ -282,11 +284,12 @@ def explore(
         if outcome != Outcome.BRANCH:
             continue
         counters[Count.FIXINGS] += fix(face, high, after, cut - current)
-        if size == 0 or opened + depth + 2 >= room:
+        full = face.stop[0] or opened + depth + 2 >= room
+        if size == 0 or full:
             # Cannot be branched on here; whoever called solves it afresh.
             opened = _hand_back(opened, face, bound, o_status, o_bound, o_z)
             counters[Count.STUCK] += 1
-            if opened + depth + 2 >= room:
+            if full:
                 node_limit = counters[Count.NODES]
             continue
         q = branching_position(face.inverse, face.members, size, face.z, cut - bound)

@@ -13,6 +13,7 @@ from solvers.moves import kicks, selection_swaps
 from solvers.problem import Array, Mask, ProblemArrays
 from solvers.solver import Deadline
 
+_MOST_SWAPS = 10_000
 _TABU_ROUNDS = 10
 _TABU_MOVES = 1000
 #: A column this much longer than the incumbent's is looked at before the tree is grown.
@@ -44,12 +45,19 @@ class ScaledSelection:
         """½ zᵀQz − cᵀz of a mask (n,)."""
         return 0.5 * float(self.quadratic[np.ix_(mask, mask)].sum()) - float(self.linear[mask].sum())
 
-    def improved(self, mask: Mask) -> Incumbent:
-        """The one-swap local optimum reached from a mask."""
-        pruned = mask.copy()
+    def improved(self, mask: Mask, deadline: Deadline | None = None) -> Incumbent:
+        """The one-swap local optimum reached from a mask, or as far as there is time."""
+        pruned, left = mask.copy(), _MOST_SWAPS
         forces = self.quadratic @ pruned - self.linear
         gain = 1e-13 * max(abs(self.value(pruned)), 1e-300)
-        selection_swaps.steepest_descent(self.quadratic, forces, pruned, *self.partition.groups.reach, gain, 10_000)
+        few = selection_swaps.swaps_between_checks(pruned.size)
+        while left > 0:
+            made, _ = selection_swaps.steepest_descent(
+                self.quadratic, forces, pruned, *self.partition.groups.reach, gain, min(few, left)
+            )
+            left -= few
+            if made < few or (deadline is not None and deadline.expired()):
+                break
         return Incumbent(pruned, self.value(pruned))
 
     def binding(self, upper: float) -> ScaledSelection:
@@ -94,9 +102,13 @@ def find_incumbent(problem: ScaledSelection, deadline: Deadline, seed: int, star
     saliency = 0.5 * np.diag(quadratic)
     rng = np.random.default_rng(seed)
     scores = [saliency - linear, saliency, *(saliency * rng.uniform(0.3, 3.0, n) - linear for _ in range(6))]
-    masks = [problem.partition.cheapest_of(score) for score in scores]
-    masks += [] if start is None else [start.astype(np.bool_)]
-    best = min((problem.improved(mask) for mask in masks), key=lambda found: found.value)
+    masks = [] if start is None else [start.astype(np.bool_)]
+    masks += [problem.partition.cheapest_of(score) for score in scores]
+    best = problem.improved(masks[0], deadline)
+    for mask in masks[1:]:
+        if deadline.expired():
+            break
+        best = min(best, problem.improved(mask, deadline), key=lambda found: found.value)
     frozen, random = np.zeros(n, dtype=np.int64), selection_swaps.random_state(rng)
     pruned, best_mask = best.pruned.copy(), best.pruned.copy()
     forces = quadratic @ pruned - linear
@@ -113,7 +125,7 @@ def find_incumbent(problem: ScaledSelection, deadline: Deadline, seed: int, star
             pruned = kicks.exchanged(best_mask, max(1, min(count, n - count) // 10), rng, groups)
             forces = quadratic @ pruned - linear
             value = problem.value(pruned)
-    final = problem.improved(best_mask)
+    final = problem.improved(best_mask, deadline)
     return final if final.value < best.value else best
 
 

@@ -29,7 +29,7 @@ from solvers.budget import Partitioned
 from solvers.exact import selection_face as faces
 from solvers.exact import selection_kernels as kernels
 from solvers.exact import symmetry
-from solvers.exact.best_first import Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
+from solvers.exact.best_first import SECONDS_OF_CUBE, Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
 from solvers.exact.selection_start import ScaledSelection, find_incumbent, must_stay, unit_of
 from solvers.problem import Array, Mask
 from solvers.solution import Reason
@@ -93,8 +93,11 @@ class _SelectionRelaxation(Relaxation[_State]):
 
     window = 4
 
-    def __init__(self, problem: ScaledSelection, deadline: Deadline, nodes_per_task: int, fates: Fates) -> None:
-        self.problem, self.deadline, self.nodes_per_task, self.fates = problem, deadline, nodes_per_task, fates
+    def __init__(
+        self, problem: ScaledSelection, deadline: Deadline, stop: Mask, nodes_per_task: int, fates: Fates
+    ) -> None:
+        self.problem, self.deadline, self.stop = problem, deadline, stop
+        self.nodes_per_task, self.fates = nodes_per_task, fates
         # Q is positive semidefinite.
         self.floor = -math.inf if problem.linear.any() else 0.0
         inside = np.flatnonzero(fates == Fate.OPEN)
@@ -111,9 +114,17 @@ class _SelectionRelaxation(Relaxation[_State]):
     def root(self, incumbent: Incumbent) -> Expansion[_State]:
         """Everything open, expanded if there is time."""
         node = Node(-math.inf, _State(self.fates, np.full(self.fates.size, self.problem.count / self.fates.size)))
-        if self.deadline.expired():
+        if self.deadline.remaining() <= self.least_seconds(node):
             return Expansion([node], searched=0)
         return self.expand(node, incumbent)
+
+    def least_seconds(self, node: Node[_State]) -> float:
+        """A shift of its own and a face."""
+        return self._cube(int((node.state.fates == Fate.OPEN).sum()))
+
+    @staticmethod
+    def _cube(n: int) -> float:
+        return SECONDS_OF_CUBE * n**3 if n > _LARGE else 0.0
 
     def expand(self, node: Node[_State], incumbent: Incumbent) -> Expansion[_State]:
         """Bound a node, shift it anew where that pays, and search below it."""
@@ -129,9 +140,9 @@ class _SelectionRelaxation(Relaxation[_State]):
         # On a lattice a better mask is better by a step.
         cut = min(self.cutoff(incumbent.value), incumbent.value - self.lattice.step + 4.0 * self.lattice.slack)
         shift, made_for, point, nodes = state.shift, state.made_for, state.point[part.free], self._task()
-        close = False
+        close, late = False, lambda: self.deadline.remaining() <= 0.5 * self._cube(part.free.size)
         if shift is None or part.free.size <= _SHRINKAGE * made_for:
-            own, relaxed, close = _new_shift(part, cut, self.deadline.expired)
+            own, relaxed, close = _new_shift(part, cut, late)
             point = point if shift is not None else relaxed
             shift, made_for = np.zeros(state.fates.size), part.free.size
             shift[part.free] = own
@@ -140,7 +151,7 @@ class _SelectionRelaxation(Relaxation[_State]):
             part, incumbent, incumbent.value - cut, min(nodes, _FIRST_LOOK) if close else nodes,
         )  # fmt: skip
         self.pace = max(self.pace, (self.deadline.elapsed() - began) / expansion.searched)
-        if close and expansion.children and _tight_bound(part, cut, self.deadline.expired) >= cut:
+        if close and expansion.children and _tight_bound(part, cut, late) >= cut:
             return Expansion((), min(expansion.closed, self.lattice.lifted(cut)), expansion.found, expansion.searched)
         return expansion
 
@@ -170,7 +181,7 @@ class _SelectionRelaxation(Relaxation[_State]):
         own, best = shift[free], np.zeros(free.size, dtype=np.bool_)
         earlier, later = symmetry.links(self.groups, free, fates.size)
         matrix, linear = (part.quadratic - np.diag(own)) / unit, (part.linear - 0.5 * own) / unit
-        face, size = faces.new_face(matrix, linear, earlier, later, node.state.point)
+        face, size = faces.new_face(matrix, linear, earlier, later, node.state.point, self.stop)
         value, statuses, bounds, points, counters = kernels.explore(
             face, size, part.count, part.constant / unit, incumbent.value / unit, best, nodes, tolerance / unit
         )
@@ -188,9 +199,10 @@ class _SelectionRelaxation(Relaxation[_State]):
         if value * unit < incumbent.value and best.any():
             mask = fates == Fate.PRUNED
             mask[free] = best
-            found = self.problem.improved(mask)
+            found = self.problem.improved(mask, self.deadline)
         elif children:
-            found = self.problem.improved(_rounded(min(children, key=lambda child: child.bound).state, self.problem))
+            rounded = _rounded(min(children, key=lambda child: child.bound).state, self.problem)
+            found = self.problem.improved(rounded, self.deadline)
         upper = min(value * unit, incumbent.value)
         closed = min(upper, self.lattice.lifted(upper - tolerance))
         return Expansion(children, closed, found, int(counters[kernels.Count.NODES]))
@@ -292,8 +304,9 @@ def solve_selection_tree(
         best = find_incumbent(problem, deadline, seed, incumbent)
         fates = np.where(must_stay(problem, best.value), Fate.KEPT, Fate.OPEN).astype(np.int8)
         problem = problem.binding(best.value)
-        relaxation = _SelectionRelaxation(problem, deadline, nodes_per_task, fates)
-        search = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
+        with deadline.flag() as stop:
+            relaxation = _SelectionRelaxation(problem, deadline, stop, nodes_per_task, fates)
+            search = best_first(relaxation, best, deadline, n_threads=n_threads, node_limit=node_limit)
     bound = max(search.bound - problem.rounding(fates == Fate.OPEN), relaxation.floor)
     statistics = {
         **search.statistics,

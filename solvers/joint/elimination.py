@@ -34,6 +34,11 @@ from solvers.problem import Array, Mask, SelectionProblem
 from solvers.solution import Reason
 from solvers.solver import Deadline
 
+#: Seconds for the elimination of a block of s weights one at a time, over s³, on a slow core.
+_SECONDS_OF_CUBE = 2.5e-10
+#: Kept weights of a block whose elimination takes no time to speak of.
+_QUICK = 300
+
 
 @dataclass(frozen=True)
 class EliminationPlan:
@@ -215,7 +220,8 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         One or several blocks, with or without gradients; judged by the joint objective whatever its own is.
     plan : EliminationPlan
     deadline : Deadline, optional
-        When it expires, the rest goes in one round by single costs.
+        When it expires, the rest goes in one round by single costs. Blocks too large to be eliminated one weight at a
+        time in what is left of it are so only once they are smaller.
 
     Returns
     -------
@@ -227,6 +233,7 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
         If H cannot be factorised even so; the message has the remedy.
     """
     deadline = deadline or Deadline()
+    most = int(min(plan.exact_below, max((deadline.remaining() / _SECONDS_OF_CUBE) ** (1.0 / 3.0), _QUICK)))
     pruned = np.zeros(problem.n, dtype=bool)
     partition = as_partition(problem.budget, problem.n)
     if plan.frozen_zeros:
@@ -242,18 +249,19 @@ def eliminate(problem: SelectionProblem, plan: EliminationPlan, deadline: Deadli
     members: list[_Path | _Large] = []
     for block, offset in zip(blocks, offsets[:-1], strict=True):
         kept = block.tensor_of(~pruned[offset : offset + block.n])
-        small = int(kept.sum()) <= plan.exact_below or isinstance(block.curvature, Diagonal)
+        small = int(kept.sum()) <= most or isinstance(block.curvature, Diagonal)
         shares = _Shares(partition, slice(offset, offset + block.n), quotas)
         members.append(_Path(block, kept, shares) if small else _Large(block, kept, shares, plan.refresh))
     start = problem.n - int(pruned.sum())
-    floor = max(problem.n_kept, sum(min(member.n_kept, plan.exact_below) for member in members), 1)
+    floor = max(problem.n_kept, sum(min(member.n_kept, most) for member in members), 1)
     ratio = (floor / start) ** (1.0 / plan.chunks) if floor < start else 1.0
-    rounds, reason = 0, Reason.COMPLETED
+    coarse = any(isinstance(member, _Large) and member.n_kept <= plan.exact_below for member in members)
+    rounds, reason = 0, Reason.TIME_LIMIT if coarse else Reason.COMPLETED
     order = [np.flatnonzero(pruned)]
     costs, exact = [np.zeros(order[0].size)] if order[0].size else [], [True] if order[0].size else []
     while left > 0:
         for index, member in enumerate(members):
-            if isinstance(member, _Large) and member.n_kept <= plan.exact_below:
+            if isinstance(member, _Large) and member.n_kept <= most:
                 members[index] = _Path(member.system.block, member.system.kept, member.shares)
         now = problem.n_kept + left
         share, pool = left, plan.pool

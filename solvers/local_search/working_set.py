@@ -18,7 +18,6 @@ from solvers.solver import Deadline
 DENSE_LIMIT = 4000
 #: A swap must gain more than this fraction of the sizes involved, or rounding could make it cycle.
 ROUNDING = 1e-13
-_SWAPS_BETWEEN_CHECKS = 200
 
 
 class WorkingSet:
@@ -86,13 +85,13 @@ def rounding_gain(state: SwapState) -> float:
 
 def settle(piece: WorkingSet, min_gain: float, deadline: Deadline) -> tuple[int, bool]:
     """Steepest descent on a working set, committed; (swaps, whether it ended before the deadline)."""
-    total, swaps = 0.0, 0
+    total, swaps, few = 0.0, 0, selection_swaps.swaps_between_checks(piece.pruned.size)
     while True:
         made, change = selection_swaps.steepest_descent(
-            piece.table, piece.forces, piece.pruned, *piece.groups.reach, min_gain, _SWAPS_BETWEEN_CHECKS
+            piece.table, piece.forces, piece.pruned, *piece.groups.reach, min_gain, few
         )
         total, swaps = total + change, swaps + made
-        done = made < _SWAPS_BETWEEN_CHECKS
+        done = made < few
         if done or deadline.expired():
             piece.commit(total)
             return swaps, done

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 import solvers
+from solvers.solution import Reason
 from solvers.solver import Capability
 from tests.conftest import random_problem
 
@@ -29,4 +30,5 @@ def test_huge_options_end_at_the_time_limit(name: str) -> None:
     problem = random_problem(0, (120,), 60, objective)
     solution = solvers.solve(problem, dataclasses.replace(solver, **huge), time_limit=0.2, with_refit=False)
     assert solution.n_pruned == 60
-    assert solution.seconds < 20.0
+    # With a thousand million rounds to make, the end is that of the time, or that nothing is left to be done.
+    assert solution.reason in (Reason.TIME_LIMIT, Reason.COMPLETED)
