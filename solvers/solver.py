@@ -63,6 +63,8 @@ class Capability(str, Enum):
     """The result depends on the seed."""
     CALIBRATION = "calibration"
     """Can pick among its masks by the calibration loss."""
+    OWN_WEIGHTS = "own_weights"
+    """Proposes values of the kept weights of its own."""
 
     def __str__(self) -> str:
         return self.value

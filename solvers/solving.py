@@ -32,6 +32,7 @@ def solve(
     calibration_loss: CalibrationLoss | None = None,
     allocation: str | None = None,
     with_refit: bool = True,
+    as_is: bool = False,
 ) -> Solution:
     """Choose the weights to remove, and verify the result.
 
@@ -55,6 +56,9 @@ def solve(
     with_refit : bool
         Also judge a selection problem's mask by the joint objective. Without it, the objective of a joint problem whose
         solver proposes weights of its own (`sweep`) is that of those weights.
+    as_is : bool
+        Solve no system to judge the mask of a joint problem: its objective is that of the solver's own weights, or,
+        where it has none, of the kept weights as they are. Both lie above that of the refit, which is not made.
 
     Returns
     -------
@@ -75,6 +79,8 @@ def solve(
     chosen = make_solver(solver)
     instance("problem", problem, SelectionProblem, error=ProblemError)
     limit, seed = seconds(time_limit), seed_of(seed)
+    if as_is and with_refit:
+        raise OptionError("as_is=True judges a mask without a refit; pass with_refit=False too")
     if calibration_loss is not None and not callable(calibration_loss):
         raise OptionError(f"calibration_loss must be a function of a mask, not {calibration_loss!r}")
     check_range(problem)
@@ -93,7 +99,7 @@ def solve(
             # What is proven for these shares is not proven for others.
             proposal = replace(proposal, bound=-math.inf)
     name = chosen.spec if allocation is None else f"{chosen.spec}@{allocation}"
-    return verified(problem, proposal, context, name, with_refit)
+    return verified(problem, proposal, context, name, with_refit, as_is)
 
 
 def _run(solver: Solver, problem: SelectionProblem, context: Context) -> Proposal:

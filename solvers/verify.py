@@ -125,16 +125,19 @@ def certify(objective: float, bound: float, solver: str, rounding: float = 0.0) 
 
 
 def verified(
-    problem: SelectionProblem, proposal: Proposal, context: Context, solver: str, with_refit: bool
+    problem: SelectionProblem, proposal: Proposal, context: Context, solver: str, with_refit: bool, as_is: bool = False
 ) -> Solution:
     """The solution that a proposal makes; raises BackendError for what is not true."""
     seconds = context.deadline.elapsed()
     pruned = check_support(problem, proposal, solver)
     own_weights, own_objective = check_weights(problem, proposal, solver)
-    if with_refit or own_weights is None or problem.objective is Objective.SELECTION:
-        objective, refitted = evaluate(problem, pruned, with_refit)
-    else:
+    joint = problem.objective is Objective.JOINT and problem.measured
+    if joint and not with_refit and own_weights is not None:
         objective, refitted = own_objective, None
+    elif joint and as_is:
+        objective, refitted = problem.selection_value(pruned), None
+    else:
+        objective, refitted = evaluate(problem, pruned, with_refit)
     rounding = 0.0
     if math.isfinite(proposal.bound) and math.isfinite(objective):
         rounding = rounding_of(problem, pruned, refitted)

@@ -12,7 +12,7 @@ from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.arguments import integer, one_of, seconds, seed_of, sparsity_of
 from solvers.arrays import Mask
-from solvers.errors import OptionError
+from solvers.errors import CapabilityError, OptionError
 from solvers.solver import Need
 
 
@@ -41,7 +41,7 @@ class Choice:
         See `solvers.available_solvers`; options in brackets, ``"greedy_ls[window=20]"``.
     objective : {"selection", "joint"}, optional
         What the solver minimises; see `goal` for what None takes.
-    update : {"combinatorial", "searched", "single", "none"}
+    update : {"combinatorial", "searched", "single", "own", "none"}
         How the kept weights are re-optimised; see `cbs_opt.engine.update`.
     update_scale : float
         Multiplies the step of the kept weights.
@@ -57,6 +57,8 @@ class Choice:
     Raises
     ------
     OptionError, UnknownNameError
+    CapabilityError
+        For update "own" and a solver that proposes no weights.
     """
 
     sparsity: float | None
@@ -89,12 +91,18 @@ class Choice:
             one_of("allocation", allocation, ALLOCATIONS)
         if start is not None and (not isinstance(start, np.ndarray) or start.dtype != np.bool_):
             raise OptionError(f"start must be a numpy array of bool, True = removed, not {type(start).__name__}")
+        chosen, how = make_solver(solver), Update.parse(update)
+        if how is Update.OWN and Capability.OWN_WEIGHTS not in chosen.capabilities:
+            raise CapabilityError(
+                f"update 'own' keeps the weights that a solver proposes, and solver {chosen.name!r} proposes none; use "
+                "update='combinatorial', or a solver that does, e.g. 'sweep'"
+            )
         values = {
             "sparsity": None if sparsity is None else sparsity_of(sparsity),
             "n_kept": None if n_kept is None else integer("n_kept", n_kept, 0),
-            "solver": make_solver(solver),
+            "solver": chosen,
             "objective": None if objective is None else Objective.parse(objective),
-            "update": Update.parse(update),
+            "update": how,
             "update_scale": check_scale(update_scale),
             "allocation": allocation,
             "time_limit": seconds(time_limit),

@@ -26,7 +26,7 @@ from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.measured import ModelFigures, Outcome, conclude
 from cbs_opt.engine.setup import Setup
-from cbs_opt.engine.update import Update, Updated, scaled, update_weights
+from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import OpenNetwork, own_copy
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import InputMoment, LayerInputOptions, Streamed, row_scales
@@ -34,7 +34,7 @@ from cbs_opt.measure.segments import Chain, PathError, SegmentPasses, find_chain
 from cbs_opt.network.layers import Layer, PrunableLayers
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import PruneResult
-from solvers import Capability, QuadraticBlock, Reason, SelectionProblem, Solution, Status, solve
+from solvers import Capability, Objective, QuadraticBlock, Reason, SelectionProblem, Solution, Status, solve
 from solvers.allocation import SCORES, uniform_shares
 from solvers.arrays import Mask
 from solvers.curvature import Kronecker
@@ -249,6 +249,7 @@ class _Run:
             for owner, _ in self.network.streamed().unlike(layer)
         ]
         problem = SelectionProblem(self._blocks(moment), n_prune, choice.goal())
+        refits = choice.update in (Update.COMBINATORIAL, Update.SINGLE)
         shares = len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in choice.solver.capabilities
         solution = solve(
             problem,
@@ -256,13 +257,20 @@ class _Run:
             time_limit=choice.time_limit,
             seed=self.setup.seed if choice.seed is None else choice.seed,
             allocation=self.rule if shares or self.rule == "rows" else None,
+            with_refit=refits,
+            as_is=not refits,
         )
         if choice.update is Update.COMBINATORIAL and solution.refit_weights is not None:
             updated = Updated(solution.refit_weights, solution.refit_objective, 0.0)
             updated = scaled(problem, solution.pruned, updated, choice.update_scale)
+        elif choice.update is Update.OWN:
+            updated = own_update(problem, solution, choice.update_scale)
         else:
             updated = update_weights(problem, solution.pruned, choice.update, scale=choice.update_scale)
-        self.network.write(layer, torch.from_numpy(updated.weights))
+        if not refits and problem.objective is Objective.JOINT and updated.weights is not solution.own_weights:
+            # What is judged is what the layer gets.
+            solution = replace(solution, objective=problem.change(updated.weights))
+        self.network.write(layer, torch.tensor(updated.weights))
         solution = replace(solution, refit_weights=None, own_weights=None, trace=())
         return _Pruned(solution, updated.seconds, len(problem.blocks), (*solution.repairs, *updated.repairs))
 

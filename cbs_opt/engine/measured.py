@@ -14,7 +14,7 @@ import torch
 
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.engine.choice import Choice, Extent
-from cbs_opt.engine.update import Update, Updated, scaled, update_weights
+from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import OpenNetwork, Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
@@ -198,7 +198,10 @@ class Measured:
         weights: Array | None = None
         terms, repairs, seconds = None, solution.repairs, 0.0
         if self.has is Extent.CURVATURE or choice.update is not Update.NONE:
-            updated = self.update(problem, solution.pruned, choice.update, choice.update_scale)
+            if choice.update is Update.OWN:
+                updated = own_update(problem, solution, choice.update_scale)
+            else:
+                updated = self.update(problem, solution.pruned, choice.update, choice.update_scale)
             weights, repairs, seconds = to_network(updated.weights), (*repairs, *updated.repairs), updated.seconds
             solution, more = self._judged(problem, solution, updated, judge)
             repairs = (*repairs, *more)

@@ -6,6 +6,7 @@ With P removed, S kept, E_P the columns of the identity that belong to P:
 * ``single``         WoodFisher's update: every removal is compensated as if it were the only one,
                      δ = −H⁻¹ E_P (w_P / diag(H⁻¹)_P), then v_P = 0. With a first-order term the optimal brain surgeon
                      removes from the unconstrained minimiser u = w − H⁻¹g, so δ = −H⁻¹g − H⁻¹E_P (u_P / diag(H⁻¹)_P).
+* ``own``            v as the solver leaves it, of solvers that have values of the kept weights anyway (`sweep`)
 * ``combinatorial``  CBS-U, the minimiser of the quadratic model for this P (`solvers.refit`)
 * ``searched``       CBS-U with the damping and the length of its step searched by the calibration loss
                      (`step_search`): far from w the model is wrong, and the network itself has the last word
@@ -27,7 +28,7 @@ import torch
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.step_search import search_step
-from solvers import QuadraticBlock, SelectionProblem
+from solvers import QuadraticBlock, SelectionProblem, Solution
 from solvers.arguments import number
 from solvers.arrays import Array, Mask
 from solvers.errors import OptionError, UnknownNameError
@@ -39,6 +40,7 @@ class Update(str, Enum):
     """How the kept weights are updated; see the module's docstring."""
 
     NONE = "none"
+    OWN = "own"
     SINGLE = "single"
     COMBINATORIAL = "combinatorial"
     SEARCHED = "searched"
@@ -82,6 +84,14 @@ def check_scale(scale: float) -> float:
     return number("update_scale", scale, least=0, remedy="1 is the full update")
 
 
+def own_update(problem: SelectionProblem, solution: Solution, scale: float = 1.0) -> Updated:
+    """The solver's own weights; those of a mask of nothing or of all, which takes no solver, are as they are."""
+    own = solution.own_weights
+    if own is None:
+        own = np.where(solution.pruned, 0.0, problem.weights)
+    return scaled(problem, solution.pruned, Updated(own, math.nan, 0.0), scale)
+
+
 @plainly
 def update_weights(
     problem: SelectionProblem,
@@ -117,6 +127,8 @@ def update_weights(
     weights = problem.weights
     if chosen is Update.NONE:
         new = weights
+    elif chosen is Update.OWN:
+        raise OptionError("update 'own' takes the weights of a solver, which a mask has not; use 'combinatorial'")
     elif chosen is Update.SINGLE:
         parts = [_single(block, pruned[where]) for block, where in zip(problem.blocks, problem.slices, strict=True)]
         new = np.concatenate(parts)

@@ -88,7 +88,7 @@ class SweepOptions:
     sparsity: Annotated[tuple[float, ...], "Shares of the weights removed; default: those of the paper's table."] = ()
     masks: Annotated[tuple[Path, ...], "Saved masks which are updated, instead of solvers and sparsities."] = ()
     seed: Annotated[tuple[int, ...], "Of the calibration sample and the solver."] = (0,)
-    update: Annotated[tuple[str, ...], "Of the kept weights: none, single, combinatorial or searched."] = (
+    update: Annotated[tuple[str, ...], "Of the kept weights: none, own, single, combinatorial or searched."] = (
         "combinatorial",
     )
     update_scale: Annotated[tuple[float, ...], "Multiply the update."] = (1.0,)

@@ -40,7 +40,7 @@ class SweepSolver(Solver):
     name = "sweep"
     summary = "one pass over the columns, each removal made up for by later columns (SparseGPT)"
     reference = "Frantar and Alistarh, SparseGPT, ICML 2023"
-    capabilities = frozenset({Capability.JOINT, Capability.LINEAR_TERM})
+    capabilities = frozenset({Capability.JOINT, Capability.LINEAR_TERM, Capability.OWN_WEIGHTS})
     curvatures = (Kronecker, Dense, LowRank)
     budgets = RANKED
 

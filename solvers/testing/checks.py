@@ -151,6 +151,17 @@ def check_warm_start(subject: Subject) -> None:
             )
 
 
+def check_own_weights(subject: Subject) -> None:
+    """A solver with OWN_WEIGHTS proposes weights with every mask, no better than the refit; others propose none."""
+    declared = subject.can(Capability.OWN_WEIGHTS)
+    for objective in subject.objectives:
+        for problem in subject.problems(objective, ("plain",)):
+            solution = subject.solve(problem)
+            assert (solution.own_weights is not None) == declared, f"OWN_WEIGHTS is not as declared on {told(problem)}"
+            slack = tolerance_of(problem, solution.refit_objective)
+            assert not declared or solution.own_objective >= solution.refit_objective - slack
+
+
 def check_calibration(subject: Subject) -> None:
     """A solver with CALIBRATION calls the loss with feasible masks only, and survives one that is constant."""
     if not subject.can(Capability.CALIBRATION):
@@ -209,6 +220,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_trivial_budgets,
     check_warm_start,
     check_calibration,
+    check_own_weights,
     check_time_limit,
     check_trace,
 )

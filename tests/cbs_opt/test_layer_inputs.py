@@ -17,6 +17,7 @@ from cbs_opt.data.forward import Forward
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.measure.layer_inputs import Accumulator, InputMoment, Streamed, row_scales
 from cbs_opt.measure.segments import Chain, SegmentPasses, find_chain
+from solvers import Kronecker, QuadraticBlock, SelectionProblem, solve
 from solvers.errors import CapabilityError
 
 SOLVERS = ("magnitude", "obd", "sweep", "admm")
@@ -291,20 +292,42 @@ def test_data_that_leave_early_are_measured_in_one_pass() -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("update", ["none", "combinatorial"])
+@pytest.mark.parametrize("update", ["none", "own", "combinatorial"])
 def test_the_objective_is_half_the_error_of_the_layers(solver: str, update: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 5)).eval(), torch.randn(200, 8) @ torch.randn(8, 8)
     options = LayerInputOptions(damping=0.0)
-    result = cbs_opt.prune(
-        model, x, sparsity=0.5, curvature="layer_inputs", solver=solver, update=update, layer_inputs=options
-    )
+
+    def pruned() -> cbs_opt.PruneResult:
+        return prune(model, x, solver=solver, update=update, layer_inputs=options)
+
+    if update == "own" and solver != "sweep":
+        with pytest.raises(CapabilityError, match="proposes none"):
+            pruned()
+        return
+    result = pruned()
     with torch.no_grad():
         error = float((model(x) - result.model(x)).double().square().sum()) / 200
     joint = result.report.refit_objective if update == "combinatorial" else result.report.objective
-    if update == "combinatorial" or result.report.objective_kind == "selection":
-        assert error == pytest.approx(2 * joint, rel=1e-4)
+    assert error == pytest.approx(2 * joint, rel=1e-4)
+    assert math.isnan(result.report.refit_objective) == (update != "combinatorial")
     assert result.report.n_kept == 20
+
+
+def test_own_weights_are_those_of_the_sweep() -> None:
+    """The blocks that the layer makes, given to the solver, with its weights and half of its step."""
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(24, 7)).eval(), torch.randn(100, 24)
+    moment = x.T @ x / 100
+    curvature = Kronecker(torch.ones(7), moment.double(), 0.01 * float(moment.diagonal().mean()))
+    dense = model[0].weight.detach().double().flatten().numpy()
+    solution = solve(SelectionProblem(QuadraticBlock(dense, curvature=curvature), 84, "joint"), "sweep")
+    for scale in (1.0, 0.5):
+        result = prune(model, x, update="own", update_scale=scale)
+        np.testing.assert_array_equal(result.pruned, solution.pruned)
+        expected = np.where(solution.pruned, 0.0, dense + scale * (solution.own_weights - dense))
+        np.testing.assert_allclose(result.weights, expected, rtol=1e-4, atol=1e-6)
+        assert not np.asarray(result.weights)[solution.pruned].any()
 
 
 @pytest.mark.parametrize(("make", "data"), [(mlp, torch.randn(90, 6)), (Cnn, images(70)), (Decoder, tokens(70))])

@@ -102,6 +102,19 @@ def test_its_own_weights_are_judged_and_never_better_than_the_refit() -> None:
     assert quick.refit_weights is None
 
 
+def test_a_mask_is_judged_as_it_is_without_solving_a_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = SelectionProblem(layer(3), 60, "joint")
+    exact = solvers.solve(problem, "admm")
+    monkeypatch.setattr(SelectionProblem, "refit", None)
+    plain = solvers.solve(problem, "admm", with_refit=False, as_is=True)
+    np.testing.assert_array_equal(plain.pruned, exact.pruned)
+    step = np.where(plain.pruned, -problem.weights, 0.0)
+    assert plain.objective == pytest.approx(0.5 * step @ problem.multiply(step), rel=1e-12)
+    assert plain.objective >= exact.objective and np.isnan(plain.refit_objective)
+    with pytest.raises(solvers.errors.OptionError, match="with_refit=False"):
+        solvers.solve(problem, "admm", as_is=True)
+
+
 def test_a_gradient_moves_the_target() -> None:
     block = layer(4, gradient=True)
     centre = block.weights - block.solve(block.gradient)
