@@ -61,7 +61,7 @@ def bound(
     tolerance : float, optional
         How near the method's own optimum to stop, relative; each method has its default.
     time_limit : float, optional
-        Seconds of wall time; the bound is valid whenever it ends. Not kept by qcr, whose time depends on n alone.
+        Seconds of wall time; the bound is valid whenever it ends.
 
     Returns
     -------
@@ -99,7 +99,5 @@ def bound(
             f"method={method!r} bounds the selection objective only; use method='frank_wolfe', or the bound of the "
             "solver 'branch_bound', for the joint one"
         )
-    if method == "qcr":
-        limits.pop("time_limit", None)
     search: Callable[..., Bound] = perspective_bound if joint else _SELECTION[method]
     return search(problem, **limits)

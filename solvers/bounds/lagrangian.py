@@ -15,6 +15,7 @@ Geoffrion (1974), "Lagrangean relaxation for integer programming"; Billionnet, E
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,7 @@ class LagrangianCertificate(Certificate):
 def lagrangian_bound(problem: SelectionProblem, *, tolerance: float = 1e-4, time_limit: float | None = None) -> Bound:
     """The bound, each block's semidefinite programme solved to a relative duality gap of `tolerance`.
 
-    The time limit is checked between the steps of the bisection. Raises CapabilityError for a block of more than
+    Under a time limit every block gets its share of what is left. Raises CapabilityError for a block of more than
     `MAX_BLOCK` weights.
     """
     largest = max(block.n for block in problem.blocks)
@@ -85,10 +86,14 @@ def lagrangian_bound(problem: SelectionProblem, *, tolerance: float = 1e-4, time
     while steps < _BISECTIONS and not (deadline.expired() and best is not None):
         steps += 1
         theta = 0.5 * (low + high)
-        diagonals, points = [], []
-        for quadratic, linear in forms:
+        diagonals, points, hurried = [], [], False
+        for (quadratic, linear), seconds in zip(forms, deadline.shares(len(forms)), strict=True):
+            share = Deadline(None if math.isinf(seconds) else seconds)
             unit = unit_of(quadratic, linear + theta)
-            shift = best_shift(quadratic / unit, (linear + theta) / unit, None, tolerance=tolerance)
+            shift = best_shift(
+                quadratic / unit, (linear + theta) / unit, None, tolerance=tolerance, expired=share.expired
+            )
+            hurried |= share.expired()
             diagonals.append(unit * shift.diagonal)
             points.append(shift.point)
         candidate = LagrangianCertificate(theta, tuple(diagonals), tuple(points))
@@ -96,7 +101,7 @@ def lagrangian_bound(problem: SelectionProblem, *, tolerance: float = 1e-4, time
         if value > best_value:
             best, best_value = candidate, value
         removed = sum(float(point.sum()) for point in points)
-        if abs(removed - problem.n_prune) <= 1e-3:
+        if not hurried and abs(removed - problem.n_prune) <= 1e-3:
             converged = True
             break
         low, high = (theta, high) if removed < problem.n_prune else (low, theta)

@@ -62,16 +62,24 @@ class ShiftCertificate(Certificate):
         return bound if linear.any() else max(bound, 0.0)
 
 
-def qcr_bound(problem: SelectionProblem, *, tolerance: float = 1e-6) -> Bound:
+def qcr_bound(problem: SelectionProblem, *, tolerance: float = 1e-6, time_limit: float | None = None) -> Bound:
     """The bound to a relative duality gap of `tolerance`; raises CapabilityError beyond `MAX_WEIGHTS` weights."""
     if problem.n > MAX_WEIGHTS:
         raise CapabilityError(
             f"the qcr bound takes at most {MAX_WEIGHTS} weights, the problem has {problem.n}; use "
             "method='frank_wolfe', or 'lagrangian' for several blocks"
         )
-    deadline = Deadline()
+    deadline = Deadline(time_limit)
     quadratic, linear = problem.arrays().selection_form
     unit = unit_of(quadratic, linear)
-    shift = best_shift(quadratic / unit, linear / unit, problem.n_prune, tolerance=tolerance)
+    # An iteration begun, and the certificate, take as long at least.
+    spare = 5e-10 * problem.n**3
+    shift = best_shift(
+        quadratic / unit,
+        linear / unit,
+        problem.n_prune,
+        tolerance=tolerance,
+        expired=lambda: deadline.remaining() <= spare,
+    )
     certificate = ShiftCertificate(unit * shift.diagonal, shift.point)
     return Bound(certificate.value(problem), "qcr", deadline.elapsed(), shift.iterations, certificate, shift.converged)

@@ -134,6 +134,14 @@ def test_a_gap_is_relative_to_the_objective_itself() -> None:
     assert relative_gap(-2.0, -3.0) == 0.5
 
 
+@pytest.mark.parametrize("method", ["frank_wolfe", "qcr", "lagrangian"])
+def test_a_bound_without_time_is_valid_and_says_it_has_not_converged(method: str) -> None:
+    problem = make_problem(1)
+    hurried = solvers.bound(problem, method, time_limit=1e-9)
+    assert not hurried.converged
+    assert hurried.value <= optimum(problem)
+
+
 def test_qcr_is_tighter_than_frank_wolfe() -> None:
     for seed in (0, 2, 6, 8):
         problem = make_problem(seed, n=12, blocks=1).with_n_prune(6)
