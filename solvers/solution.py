@@ -83,7 +83,8 @@ class Solution:
     objective : float
         The problem's objective of this mask, float64. For the joint objective that is the value of the refit, but where
         no refit was asked for (``with_refit=False``) and the backend proposes weights of its own (`sweep`): it is then
-        the value of these, `own_objective`, which the refit could only lower.
+        the value of these, `own_objective`, or under ``as_is=True`` that of the kept weights as they are where the
+        backend proposes none; the refit could only lower either.
     bound : float
         The backend's proven lower bound, checked not to exceed the objective; −inf where there is none.
     gap : float
