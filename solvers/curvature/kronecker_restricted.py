@@ -5,8 +5,8 @@ Cholesky per batch, and corrected by steps of iterative refinement. That costs k
 row; conjugate gradients on all rows at once cost two products of (R, d) with (d, d) a step and about as many steps
 whatever k is, so that they take over where rows are long. M⁻¹, one matrix for all rows, preconditions them: on S its
 inverse is M_SS less what the pruned inputs explain. They run in the dtype of C, are restarted from the float64 residual
-and end at `RESIDUAL` in every row. Rows whose system is singular to float64 get the minimum-norm solution, and that is
-said.
+and end at `RESIDUAL` in every row; rows that are there are left out of the products. Rows whose system is singular to
+float64 get the minimum-norm solution, and that is said.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ RESIDUAL = 1e-6
 #: What a row costs, in multiply-adds of a large product as measured: k³ and k² of a Cholesky factorisation, d² of CG.
 _CUBE, _SQUARE, _STEPS = 5.0, 400.0, 240.0
 _MAX_STEPS, _RESTARTS = 300, 4
+#: Rows that are done are left out once no more than this share is not.
+_COMPACT = 0.8
 #: Entries of a batch of gathered systems.
 _BATCH_ENTRIES = 1 << 22
 _REFINEMENTS = 2
@@ -93,16 +95,21 @@ class KroneckerRestricted(Restricted):
         keep, matrix, inverse = self.mask.to(dtype), self.matrix.to(dtype), self.inputs.inverse.to(dtype)
         norm = target.norm(dim=1, keepdim=True)
         norm = torch.where(norm > 0.0, norm, 1.0)
-        x, residual = torch.zeros_like(target), target / norm
+        wanted = target / norm
+        x, residual = torch.zeros_like(target), wanted
+        rows = torch.arange(len(target), device=target.device)
         for _ in range(_RESTARTS):
             worst = residual.norm(dim=1)
-            if float(worst.max()) <= RESIDUAL:
+            # What is not a number is not there.
+            left = ~(worst <= RESIDUAL)
+            if not bool(left.any()):
                 return x * norm
-            size = torch.where(worst > 0.0, worst, 1.0).unsqueeze(1)
+            rows, residual, size = rows[left], residual[left], worst[left]
             # To half of what is asked for, so that rounding does not ask for another round.
-            goal = (0.5 * RESIDUAL / size).to(dtype).clamp_max(1.0)
-            x += _preconditioned(matrix, inverse, keep, (residual / size).to(dtype), goal.squeeze(1)).double() * size
-            residual = target / norm - (x @ self.matrix) * self.mask
+            goal, unit = (0.5 * RESIDUAL / size).to(dtype), size.unsqueeze(1)
+            step = _preconditioned(matrix, inverse, keep[rows], (residual / unit).to(dtype), goal)
+            x[rows] += step.double() * unit
+            residual = wanted[rows] - (x[rows] @ self.matrix) * self.mask[rows]
         return None
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -174,7 +181,7 @@ class KroneckerRestricted(Restricted):
 def _preconditioned(
     matrix: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor, right: torch.Tensor, goal: torch.Tensor
 ) -> torch.Tensor:
-    """Conjugate gradients on every row at once until the residuals (R,) meet `goal`, or cannot be made smaller.
+    """Conjugate gradients on the rows whose residual is not yet down to their `goal`, all of them at once.
 
     Parameters
     ----------
@@ -186,12 +193,19 @@ def _preconditioned(
         Of norm at most 1 in each row, zero on P.
     goal : (R,)
     """
+    found, rows = torch.zeros_like(right), torch.arange(len(right), device=right.device)
     x, residual = torch.zeros_like(right), right.clone()
     direction, before = torch.zeros_like(right), torch.ones_like(goal)
     tiny = torch.finfo(right.dtype).tiny
     for _ in range(_MAX_STEPS):
-        if bool((residual.norm(dim=1) <= goal).all()):
-            break
+        left = ~(residual.norm(dim=1) <= goal)
+        count = int(left.sum())
+        if count <= _COMPACT * rows.numel():
+            found[rows] = x
+            if count == 0:
+                return found
+            state = (rows, keep, goal, x, residual, direction, before)
+            rows, keep, goal, x, residual, direction, before = (part[left] for part in state)
         better = (residual @ inverse).mul_(keep)
         inner = torch.linalg.vecdot(residual, better)
         direction = torch.addcmul(better, direction, (inner / before.clamp_min(tiny)).unsqueeze(1))
@@ -200,7 +214,8 @@ def _preconditioned(
         x.addcmul_(direction, length.unsqueeze(1))
         residual.addcmul_(image, length.unsqueeze(1), value=-1.0)
         before = inner
-    return x
+    found[rows] = x
+    return found
 
 
 def _minimum_norm(matrix: torch.Tensor, right: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -70,6 +70,23 @@ def test_the_objective_is_right_to_the_square_of_the_residual(monkeypatch: pytes
     assert iterated.value >= direct.value * (1 - 1e-12)
 
 
+def test_rows_that_are_done_sooner_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one kept input take a step, full ones many: each ends at the residual, none waits for another."""
+    monkeypatch.setattr(kronecker_restricted, "_STEPS", 0.0)
+    block, sizes = layer(8, 30, 50, torch.float32), []
+    kept = torch.arange(50) < torch.linspace(1, 45, 30).long().unsqueeze(1)
+    product = torch.addcmul
+    monkeypatch.setattr(torch, "addcmul", lambda *args: (sizes.append(len(args[0])), product(*args))[1])
+    right = torch.where(kept, block.multiply(block.weights).view(30, 50), 0.0)
+    found = torch.zeros_like(right)
+    solved = block.curvature.restrict(kept.reshape(-1)).solve(right[kept])
+    found[kept] = solved.x
+    curvature = block.curvature
+    assert isinstance(curvature, Kronecker) and sizes[0] == 30 and min(sizes) < 24
+    left = ((curvature.row_scale.unsqueeze(1) * found) @ curvature.inputs.matrix) * kept - right
+    assert float((left.norm(dim=1) / right.norm(dim=1)).max()) <= kronecker_restricted.RESIDUAL
+
+
 def test_what_does_not_converge_is_factorised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kronecker_restricted, "_STEPS", 0.0)
     monkeypatch.setattr(kronecker_restricted, "_MAX_STEPS", 1)
