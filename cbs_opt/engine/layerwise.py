@@ -267,10 +267,11 @@ class _Run:
             updated = own_update(problem, solution, choice.update_scale)
         else:
             updated = update_weights(problem, solution.pruned, choice.update, scale=choice.update_scale)
-        if not refits and problem.objective is Objective.JOINT and updated.weights is not solution.own_weights:
+        as_found = refits or (choice.update is Update.OWN and choice.update_scale == 1.0)
+        if problem.objective is Objective.JOINT and not as_found:
             # What is judged is what the layer gets.
             solution = replace(solution, objective=problem.change(updated.weights))
-        self.network.write(layer, torch.tensor(updated.weights))
+        self.network.write(layer, torch.from_numpy(updated.weights))
         solution = replace(solution, refit_weights=None, own_weights=None, trace=())
         return _Pruned(solution, updated.seconds, len(problem.blocks), (*solution.repairs, *updated.repairs))
 

@@ -31,7 +31,7 @@ from cbs_opt.engine.step_search import search_step
 from solvers import QuadraticBlock, SelectionProblem, Solution
 from solvers.arguments import number
 from solvers.arrays import Array, Mask
-from solvers.errors import OptionError, UnknownNameError
+from solvers.errors import BackendError, OptionError, UnknownNameError
 from solvers.plain import plainly
 from solvers.refit import refit
 
@@ -85,10 +85,17 @@ def check_scale(scale: float) -> float:
 
 
 def own_update(problem: SelectionProblem, solution: Solution, scale: float = 1.0) -> Updated:
-    """The solver's own weights; those of a mask of nothing or of all, which takes no solver, are as they are."""
+    """The solver's own weights; a budget of one mask takes no solver, and its kept weights are as they are.
+
+    Raises
+    ------
+    BackendError
+        If the solver has proposed none.
+    """
     own = solution.own_weights
-    if own is None:
-        own = np.where(solution.pruned, 0.0, problem.weights)
+    if own is None and problem.budget.only_mask(problem.n) is None:
+        raise BackendError(f"solver {solution.solver!r} declares own_weights and has proposed none; mend the solver")
+    own = np.where(solution.pruned, 0.0, problem.weights if own is None else own)
     return scaled(problem, solution.pruned, Updated(own, math.nan, 0.0), scale)
 
 

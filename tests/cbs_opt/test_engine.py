@@ -65,6 +65,8 @@ class Untouchable:
         ({"update": "searched", "fisher": FisherOptions(damping=0.0)}, OptionError, "damping"),
         ({"fisher": FisherOptions(n_rows=10**10)}, OptionError, r"10,000,000,000 rows for 62 weights.*fewer rows"),
         ({"solver": "obs", "objective": "selection"}, CapabilityError, "selection"),
+        ({"solver": "obs", "update": "own"}, CapabilityError, "'obs' proposes none"),
+        ({"solver": "sweep", "update": "own", "stages": 2}, OptionError, "not 'own'"),
     ],
     ids=str,
 )
@@ -73,6 +75,19 @@ def test_what_does_not_fit_is_refused_before_the_data_are_read(
 ) -> None:
     with pytest.raises(error, match=message):
         cbs_opt.prune(trained[0], Untouchable(), F.cross_entropy, **arguments)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_weights_of_the_solver_are_put_into_the_network(trained, scale: float) -> None:
+    model, data = trained
+    prepared = cbs_opt.prepare(model, data, F.cross_entropy, fisher=FisherOptions(blocks="one", damping=1e-3))
+    choice = {"sparsity": 0.5, "solver": "sweep"}
+    problem, solution = prepared.choose(cbs_opt.Choice(**choice))
+    result = prepared.prune(**choice, update="own", update_scale=scale)
+    dense = problem.weights
+    expected = np.where(solution.pruned, 0.0, dense + scale * (solution.own_weights - dense))
+    np.testing.assert_allclose(result.weights, expected, rtol=1e-6, atol=1e-7)
+    assert not np.asarray(result.weights)[solution.pruned].any() and result.report.refit_objective <= solution.objective
 
 
 @dataclass(frozen=True)

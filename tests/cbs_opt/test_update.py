@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cbs_opt import OptionError, SingularHessianError, UnknownNameError, Update, update_weights
-from solvers import QuadraticBlock, SelectionProblem
+from cbs_opt.engine.update import own_update
+from solvers import BackendError, QuadraticBlock, SelectionProblem, solve
 
 
 def random_case(seed: int, sizes: tuple[int, ...], rows: int, gradient: bool, damping: float = 0.05):
@@ -122,6 +123,13 @@ def test_bad_arguments_are_refused() -> None:
     for scale in (-1.0, float("nan"), float("inf"), "x"):
         with pytest.raises(OptionError, match="update_scale"):
             update_weights(problem, pruned, scale=scale)
+    with pytest.raises(OptionError, match="a mask has not"):
+        update_weights(problem, pruned, Update.OWN)
+    silent = solve(problem.with_objective("joint"), "obs")
+    with pytest.raises(BackendError, match="has proposed none"):
+        own_update(problem, silent)
+    nothing = problem.with_n_prune(0)
+    np.testing.assert_array_equal(own_update(nothing, solve(nothing, "magnitude")).weights, problem.weights)
     singular, mask = random_case(1, (30,), 8, False, damping=0.0)
     with pytest.raises(SingularHessianError, match="damping"):
         update_weights(singular, mask, "single")
