@@ -62,10 +62,23 @@ class Prepared(Measured):
         allocation: str | None = None,
         start: Mask | None = None,
         seed: int | None = None,
+        min_kept: int | float | None = None,
+        min_kept_per_row: int = 0,
     ) -> PruneResult:
         """Choose, update, and put into a copy of the network, as a `Choice` or its fields say; raises CBSError."""
         made = choice or Choice(
-            sparsity, n_kept, solver, objective, update, update_scale, allocation, time_limit, start, seed
+            sparsity=sparsity,
+            n_kept=n_kept,
+            solver=solver,
+            objective=objective,
+            update=update,
+            update_scale=update_scale,
+            allocation=allocation,
+            time_limit=time_limit,
+            start=start,
+            seed=seed,
+            min_kept=min_kept,
+            min_kept_per_row=min_kept_per_row,
         )
         return self.one_shot(made)
 

@@ -43,6 +43,8 @@ def prune(
     objective: Objective | str | None = None,
     allocation: str | None = None,
     time_limit: float | None = None,
+    min_kept: int | float | None = None,
+    min_kept_per_row: int = 0,
     curvature: str = "fisher",
     fisher: FisherOptions | None = None,
     layer_inputs: LayerInputOptions | None = None,
@@ -69,7 +71,7 @@ def prune(
     loss_fn : callable, optional
         (output, target) → mean loss over the batch; for dict batches (output, batch). Only ``layer_inputs`` does
         without; losses in the report are then nan.
-    sparsity, n_kept, solver, update, update_scale, objective, allocation, time_limit
+    sparsity, n_kept, solver, update, update_scale, objective, allocation, time_limit, min_kept, min_kept_per_row
         What is chosen; see `cbs_opt.Choice`. With neither a sparsity nor a number of weights to keep, 0.9.
     curvature, fisher, layer_inputs, calibration, include, exclude, device, seed, loss_samples
         What is measured, and on what; see `cbs_opt.Setup`.
@@ -100,6 +102,8 @@ def prune(
         update_scale=update_scale,
         allocation=allocation,
         time_limit=time_limit,
+        min_kept=min_kept,
+        min_kept_per_row=min_kept_per_row,
     )
     setup = Setup(
         fisher=fisher,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from solvers.block import QuadraticBlock
 from solvers.bounds import Bound, bound
-from solvers.budget import NM, Budget, Cardinality, Partitioned
+from solvers.budget import NM, Bounded, Budget, Cardinality, Partitioned
 from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import (
     BackendError,
@@ -33,6 +33,7 @@ __all__ = [
     "NM",
     "BackendError",
     "Bound",
+    "Bounded",
     "Budget",
     "CBSError",
     "Capability",

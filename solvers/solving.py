@@ -9,6 +9,8 @@ import numpy as np
 
 from solvers.allocation import allocated
 from solvers.arguments import instance, seconds, seed_of
+from solvers.baselines.obd import diagonal_saliency
+from solvers.budget import Bounded
 from solvers.composites.nested import merged, run_parts
 from solvers.errors import OptionError, ProblemError
 from solvers.plain import plainly
@@ -17,8 +19,8 @@ from solvers.registry import make_solver
 from solvers.running import check_capabilities, check_range, run_backend
 from solvers.separate import parts_for
 from solvers.solution import Proposal, Solution
-from solvers.solver import CalibrationLoss, Context, Deadline, Solver
-from solvers.verify import evaluate, verified
+from solvers.solver import CalibrationLoss, Context, Deadline, Need, Solver
+from solvers.verify import check_support, evaluate, verified
 
 
 @plainly
@@ -86,7 +88,8 @@ def solve(
     check_range(problem)
     if start is not None:
         start = problem.check_mask(start)
-    given = problem if allocation is None else allocated(problem, allocation)
+    given = _relaxed(chosen, problem, allocation)
+    given = given if allocation is None else allocated(given, allocation)
     check_capabilities(chosen, given, limit, None if start is not None and given.budget.violation(start) else start)
     context = Context(seed=seed, deadline=Deadline(limit), start=start, calibration_loss=calibration_loss)
     only = problem.budget.only_mask(problem.n)
@@ -95,11 +98,42 @@ def solve(
         proposal = Proposal(only, bound=-math.inf if math.isnan(value) else value)
     else:
         proposal = _run(chosen, given, context)
-        if given is not problem:
+        if allocation is not None:
             # What is proven for these shares is not proven for others.
             proposal = replace(proposal, bound=-math.inf)
+        proposal = _repaired(chosen, problem, proposal)
     name = chosen.spec if allocation is None else f"{chosen.spec}@{allocation}"
     return verified(problem, proposal, context, name, with_refit, as_is)
+
+
+def _relaxed(solver: Solver, problem: SelectionProblem, allocation: str | None) -> SelectionProblem:
+    """The problem without floors and ceilings, where the solver or an allocation cannot keep them.
+
+    Its masks include those of the problem, so a bound proven for it holds; `_repaired` sees to what its mask lacks.
+    """
+    budget = problem.budget
+    if not isinstance(budget, Bounded) or (allocation is None and isinstance(budget, solver.budgets)):
+        return problem
+    return problem.with_budget(budget.relaxed)
+
+
+def _repaired(solver: Solver, problem: SelectionProblem, proposal: Proposal) -> Proposal:
+    """The proposal with floors and ceilings kept, by swaps of the diagonal saliency, or |w| where no solver needs more.
+
+    For rules that rank by one of the two this is what ranking under the floors gives.
+    """
+    budget = problem.budget
+    if not isinstance(budget, Bounded):
+        return proposal
+    pruned = check_support(problem.with_budget(budget.relaxed), proposal, solver.spec)
+    if not budget.violation(pruned):
+        return proposal
+    looks = problem.measured and Need.CURVATURE in solver.needs
+    mask = budget.repaired(pruned, diagonal_saliency(problem) if looks else np.abs(problem.weights))
+    back = int(np.count_nonzero(pruned & ~mask))
+    gained = int(np.count_nonzero(budget.kept(mask) > budget.kept(pruned)))
+    note = f"floors: {back} weights of {gained} groups were put back, and as many of others removed"
+    return replace(proposal, pruned=mask, weights=None, repairs=(*proposal.repairs, note))
 
 
 def _run(solver: Solver, problem: SelectionProblem, context: Context) -> Proposal:

@@ -10,6 +10,7 @@ from torch import nn
 
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.estimate import Estimate, estimate_memory
+from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
@@ -41,6 +42,7 @@ def check_plan(
     OptionError, CapabilityError
         The message says what to do instead.
     """
+    Floors.of(choice, layers)
     fisher, stages = setup.options, plan.stages
     need = choice.needs if stages is None else Extent.CURVATURE
     if setup.curvature == "none" and need is not Extent.WEIGHTS:

@@ -10,7 +10,7 @@ import numpy as np
 from cbs_opt.engine.update import Update, check_scale
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
-from solvers.arguments import integer, one_of, seconds, seed_of, sparsity_of
+from solvers.arguments import integer, number, one_of, seconds, seed_of, sparsity_of
 from solvers.arrays import Mask
 from solvers.errors import CapabilityError, OptionError
 from solvers.solver import Need
@@ -53,6 +53,12 @@ class Choice:
         A mask to start from, True = removed, in the order of the network.
     seed : int, optional
         Of the solver; None takes that of the setup.
+    min_kept : int or float in (0, 1), optional
+        So many weights of every layer, or this share of them, stay at least; smaller layers whole. None is 1 where at
+        least as many weights stay as there are layers, so that a path leads through each, and else 0, which sets no
+        floor; see `cbs_opt.engine.floors`.
+    min_kept_per_row : int
+        So many weights of every row (what leads to one output) stay at least, instead of `min_kept`.
 
     Raises
     ------
@@ -71,6 +77,8 @@ class Choice:
     time_limit: float | None
     start: Mask | None
     seed: int | None
+    min_kept: int | float | None
+    min_kept_per_row: int
 
     def __init__(
         self,
@@ -84,6 +92,8 @@ class Choice:
         time_limit: float | None = None,
         start: Mask | None = None,
         seed: int | None = None,
+        min_kept: int | float | None = None,
+        min_kept_per_row: int = 0,
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
@@ -97,6 +107,11 @@ class Choice:
                 f"update 'own' keeps the weights that a solver proposes, and solver {chosen.name!r} proposes none; use "
                 "update='combinatorial', or a solver that does, e.g. 'sweep'"
             )
+        if min_kept and min_kept_per_row:
+            raise OptionError(
+                f"give one of min_kept={min_kept!r} and min_kept_per_row={min_kept_per_row!r}; the second keeps "
+                "weights of every layer too"
+            )
         values = {
             "sparsity": None if sparsity is None else sparsity_of(sparsity),
             "n_kept": None if n_kept is None else integer("n_kept", n_kept, 0),
@@ -108,6 +123,8 @@ class Choice:
             "time_limit": seconds(time_limit),
             "start": start,
             "seed": None if seed is None else seed_of(seed),
+            "min_kept": None if min_kept is None else _floor_of(min_kept),
+            "min_kept_per_row": integer("min_kept_per_row", min_kept_per_row, 0),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -141,3 +158,15 @@ class Choice:
         if staged:
             first, second = second, first
         return first if Capability(first.value) in self.solver.capabilities else second
+
+
+def _floor_of(value: int | float) -> int | float:
+    """A number of weights, or a share of a layer."""
+    if isinstance(value, float):
+        share = number("min_kept", value, remedy="a number of weights, or a share of a layer in (0, 1)")
+        if not 0.0 < share < 1.0:
+            raise OptionError(
+                f"min_kept as a share of each layer lies in (0, 1), not {share!r}; a number is an integer"
+            )
+        return share
+    return integer("min_kept", value, 0)

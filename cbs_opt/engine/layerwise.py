@@ -24,6 +24,7 @@ from cbs_opt.data.forward import Forward, LossFunction
 from cbs_opt.data.losses import StreamMeter
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.measured import ModelFigures, Outcome, conclude
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
@@ -36,7 +37,7 @@ from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import PruneResult
 from solvers import Capability, Objective, QuadraticBlock, Reason, SelectionProblem, Solution, Status, solve
 from solvers.allocation import SCORES, uniform_shares
-from solvers.arrays import Mask
+from solvers.arrays import Index, Mask
 from solvers.curvature import Kronecker
 from solvers.errors import DataError, OptionError
 from solvers.ranking import prune_smallest_magnitudes
@@ -143,7 +144,7 @@ def _no_loss(*_: object) -> Tensor:
 
 def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
     """Raise OptionError, CapabilityError for what layers cannot be pruned by; no data are needed for that."""
-    choice.kept(layers.n)
+    Floors.of(choice, layers)
     if choice.update is Update.SEARCHED:
         raise OptionError("update 'searched' asks the loss of the whole network; layer by layer use 'combinatorial'")
     if choice.start is not None:
@@ -162,6 +163,7 @@ class _Run:
         self.options = self.setup.layer_inputs or LayerInputOptions()
         default = "uniform" if self.setup.curvature == "layer_inputs" else "surgeon"
         self.rule = choice.allocation or default
+        self.floors = Floors.of(choice, self.layers)
         self.notes: list[str] = []
 
     def outcome(self) -> tuple[Outcome, list[float]]:
@@ -217,11 +219,20 @@ class _Run:
         return found
 
     def _counts(self, chain: Chain) -> dict[str, int]:
-        """How many weights each layer loses."""
+        """How many weights each layer loses, its floors being kept."""
+        asked = self._shares(chain)
+        counts = self.floors.shared(asked, self.layers)
+        gains = np.maximum(asked - counts, 0)
+        if gains.any():
+            names = ", ".join(name for name, gain in zip(self.layers.names, gains, strict=True) if gain)
+            self.notes.append(f"floors: {gains.sum()} weights more were left to {names}, and as many fewer to others")
+        return dict(zip(self.layers.names, counts.tolist(), strict=True))
+
+    def _shares(self, chain: Chain) -> Index:
+        """How many weights each layer loses by the allocation, (layers,)."""
         n_prune = self.layers.n - self.choice.kept(self.layers.n)
         if self.rule not in SCORES:
-            counts = uniform_shares([layer.n for layer in self.layers], n_prune).tolist()
-            return dict(zip(self.layers.names, counts, strict=True))
+            return uniform_shares([layer.n for layer in self.layers], n_prune)
         scores = {}
         if self.rule == "magnitude":
             scores = {layer.name: self._weights(layer).abs().float() for layer in self.layers}
@@ -231,7 +242,7 @@ class _Run:
                     problem = SelectionProblem(self._blocks(moment), moment.layer.n, self.choice.goal())
                     scores[moment.layer.name] = torch.from_numpy(SCORES[self.rule](problem)).float()
         chosen = prune_smallest_magnitudes([scores[layer.name].cpu() for layer in self.layers], n_prune)
-        return {layer.name: int(np.count_nonzero(chosen[layer.slice])) for layer in self.layers}
+        return np.array([np.count_nonzero(chosen[layer.slice]) for layer in self.layers], dtype=np.int64)
 
     def _weights(self, layer: Layer) -> Tensor:
         weight = getattr(*layer.held(self.network.model))
@@ -248,7 +259,8 @@ class _Run:
             f"layer {layer.name!r} is also used by {owner!r}, as another matrix: it was not measured there"
             for owner, _ in self.network.streamed().unlike(layer)
         ]
-        problem = SelectionProblem(self._blocks(moment), n_prune, choice.goal())
+        budget = self.floors.inside(layer.start, layer.stop).budget(n_prune)
+        problem = SelectionProblem(self._blocks(moment), budget, choice.goal())
         refits = choice.update in (Update.COMBINATORIAL, Update.SINGLE)
         shares = len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in choice.solver.capabilities
         solution = solve(

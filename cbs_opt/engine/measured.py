@@ -14,6 +14,7 @@ import torch
 
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.engine.choice import Choice, Extent
+from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import OpenNetwork, Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
@@ -142,6 +143,8 @@ class Measured:
                 "measured; prepare the network with curvature='fisher', or choose by magnitude"
             )
         problem = self.problem(n_kept=choice.kept(self.n), objective=choice.goal())
+        budget = Floors.of(choice, self.layers).budget(problem.n_prune, self.blocks.partition.order)
+        problem = problem.with_budget(budget)
         start = None if choice.start is None else self.blocks.partition.to_groups(np.asarray(choice.start))
         judge = Capability.CALIBRATION in choice.solver.capabilities
         solution = solve(

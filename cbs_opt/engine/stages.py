@@ -43,6 +43,7 @@ from torch import nn
 from cbs_opt.data.trees import leaves
 from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.damped_refits import DampedRefits
+from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.journal import Journal, StageState
 from cbs_opt.engine.plan import Plan, Prune
 from cbs_opt.engine.stage_model import StageModel
@@ -166,6 +167,7 @@ class _Stager:
         self.options, self.fisher = samples.options, samples.fisher
         self.seed = samples.seed if choice.seed is None else choice.seed
         self.objective = choice.goal(staged=True)
+        self.floors = Floors.of(choice, self.layers)
         self.partition = contiguous_partition(self.layers, self.fisher.spec)
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -196,6 +198,7 @@ class _Stager:
             "solver": self.solver.spec,
             "objective": self.objective.value,
             "allocation": str(self.choice.allocation),
+            "floors": hashlib.sha256(np.stack([self.floors.sizes, self.floors.least]).tobytes()).hexdigest()[:32],
             "stages": self.options.describe(),
             "fisher": repr(self.fisher),
             "seed": str(self.seed),
@@ -280,12 +283,14 @@ class _Stager:
         if regrow and self.options.regrow > 0:
             active |= model.most_wanted(state.pruned, int(self.options.regrow * n_kept))
         problem, index = model.problem(active, int(active.sum()) - n_kept, self.fisher.damping)
-        problem = problem.with_objective(self.objective)
+        budget = self.floors.among(active).budget(problem.n_prune)
+        problem = problem.with_objective(self.objective).with_budget(budget)
         if not first_order:
             problem = problem.without_gradient()
         start = None
         if n_kept == state.n_kept and Capability.WARM_START in self.solver.capabilities:
-            start = state.pruned[index]
+            # A state of another run may know no floors.
+            start = None if budget.violation(state.pruned[index]) else state.pruned[index]
 
         def calibration_loss(mask: Mask) -> float:
             trial = model.weights.copy()

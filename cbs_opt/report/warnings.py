@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,11 +71,13 @@ def curvature_warnings(layers: PrunableLayers, diagonal: Array, damping: float) 
 def collapse_warnings(layers: PrunableLayers, pruned: Mask, constant: bool) -> tuple[str, ...]:
     """Warnings for layers of which nothing is left, and for an output that no longer depends on the input."""
     empty = [layer.name for layer in layers if pruned[layer.slice].all()]
-    found = []
+    found, n_kept = [], int(np.count_nonzero(~pruned))
+    if n_kept < len(layers):
+        found.append(f"the {n_kept} weights that stay are fewer than the {len(layers)} layers, so some must be empty")
     if empty:
         found.append(
             f"nothing is left of {len(empty)} of {len(layers)} layers: {', '.join(empty)}; unless something leads "
-            "around them the network is cut in two: ask for a lower sparsity, or exclude them"
+            "around them the network is cut in two: ask for a lower sparsity, min_kept=1, or exclude them"
         )
     if constant:
         found.append("the pruned network gives the same output for all calibration samples looked at: it has collapsed")

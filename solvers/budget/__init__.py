@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from solvers.budget.base import Budget
+from solvers.budget.bounded import Bounded
 from solvers.budget.cardinality import Cardinality
 from solvers.budget.nm import NM
 from solvers.budget.partitioned import Groups, Partitioned, as_partition, places
@@ -11,6 +12,7 @@ from solvers.budget.text import parse
 
 __all__ = [
     "NM",
+    "Bounded",
     "Budget",
     "Cardinality",
     "Groups",

@@ -105,7 +105,7 @@ def test_layers_of_which_nothing_is_left_and_constant_outputs_are_said(solver: s
     with torch.no_grad():
         model[2].weight.mul_(1e-4)
     update = {"update": "none"} if solver == "magnitude" else {}
-    report = cbs_opt.prune(model, labels(), F.cross_entropy, n_kept=10, solver="magnitude", **update).report
+    report = cbs_opt.prune(model, labels(), F.cross_entropy, n_kept=10, solver="magnitude", min_kept=0, **update).report
     assert [layer.n_kept for layer in report.layers] == [10, 0]
     assert any("nothing is left of 1 of 2 layers: 2" in w for w in report.warnings)
     assert any("same output" in w for w in report.warnings)
@@ -116,6 +116,7 @@ def test_layers_of_which_nothing_is_left_and_constant_outputs_are_said(solver: s
 def test_everything_removed_is_said() -> None:
     report = cbs_opt.prune(net(), labels(), F.cross_entropy, n_kept=0, solver="magnitude", update="none").report
     assert any("nothing is left of 2 of 2" in w for w in report.warnings)
+    assert any("the 0 weights that stay are fewer than the 2 layers" in w for w in report.warnings)
     assert any("same output" in w for w in report.warnings)
 
 
