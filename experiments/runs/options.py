@@ -103,6 +103,7 @@ class ChoiceOptions:
         int, "Prune in as many steps, each from gradients anew, with the experiment's settings; a few more polish."
     ] = 1
     allocation: Annotated[str | None, "Split the budget over the blocks instead of sharing it, e.g. uniform."] = None
+    min_kept: Annotated[int | None, "Weights of each layer that stay at least; default 1, 0 sets no floor."] = None
     time_limit: Annotated[float | None, "Seconds for each call of a solver."] = None
     bound: Annotated[
         str | None,
@@ -238,6 +239,7 @@ class RunOptions:
             update_scale=task.update_scale,
             allocation=self.choice.allocation,
             time_limit=self.choice.time_limit,
+            min_kept=self.choice.min_kept,
         )
         if n is None:
             return choice

@@ -119,6 +119,8 @@ class Sweep:
         extra = {"include": list(o.network.include or o.experiment.include), "exclude": list(setup.exclude)}
         if o.layerwise:
             extra["curvature"], extra["layer_damping"] = setup.curvature, o.curvature.damping
+        if choice.min_kept is not None:
+            extra["min_kept"] = choice.min_kept
         solver = task.solver
         if o.sweep.masks:
             solver = Path(task.solver).stem

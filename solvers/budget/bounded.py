@@ -132,18 +132,20 @@ class Bounded(Budget):
         pruned = smallest(scores, self.k)
         if not self.violation(pruned.cpu().numpy()):
             return pruned
-        return torch.from_numpy(self._cheapest(scores.cpu().numpy())).to(scores.device)
+        found = self._cheapest(scores.cpu().numpy(), np.arange(scores.numel()), self.k)
+        return torch.from_numpy(found).to(scores.device)
 
-    def _cheapest(self, scores: npt.NDArray[Any]) -> Mask:
-        """`cheapest` where floors or ceilings bind."""
-        group = np.repeat(np.arange(self.least.size), np.diff(self.starts))
-        rank = np.empty(group.size, dtype=np.int64)
-        # Each group fills its own range again, so the end of the range less the place is the rank from above.
-        rank[np.lexsort((self._to_groups(scores), group))] = self.starts[1:][group] - np.arange(group.size)
-        locked, barred = rank <= self.least[group], rank > self.most[group]
-        pruned = self._from_groups(barred)
-        free = np.flatnonzero(~self._from_groups(locked | barred))
-        pruned[free] = prune_smallest(scores[free], self.k - int(np.count_nonzero(barred)))
+    def _cheapest(self, scores: npt.NDArray[Any], index: Index, k: int) -> Mask:
+        """Which k of some weights (m,) go, `index` ascending, floors and ceilings being those of all."""
+        place = index if self.order is None else self.order[index]
+        group = np.searchsorted(self.starts[1:], place, side="right")
+        above = np.empty(group.size, dtype=np.int64)
+        # In this order each group is a range, whose end less the place is the rank from above.
+        order = np.lexsort((scores, group))
+        above[order] = np.cumsum(np.bincount(group))[group[order]] - np.arange(group.size)
+        pruned = above > self.most[group]
+        free = np.flatnonzero(~pruned & (above > self.least[group]))
+        pruned[free] = prune_smallest(scores[free], k - int(np.count_nonzero(pruned)))
         return pruned
 
     def repaired(self, pruned: Mask, saliency: Array) -> Mask:
@@ -152,19 +154,23 @@ class Bounded(Budget):
         Where too few stay the removed weights of highest saliency (n,) come back, where too many stay the kept ones of
         lowest go, and the number is made up for in the other groups in the same way.
         """
-        rank = np.empty(pruned.size, dtype=np.int64)
-        rank[np.lexsort((saliency, ~pruned))] = np.arange(pruned.size)
-        return self._cheapest(rank)
+        kept = self.kept(pruned)
+        # Where nothing has to go, removed weights of groups that are not short play no part.
+        gaining = (kept < self.least) | bool((kept > self.most).any())
+        member = np.repeat(gaining, self.sizes)
+        index = np.flatnonzero(~pruned | (member if self.order is None else member[self.order]))
+        rank = np.empty(index.size, dtype=np.int64)
+        rank[np.lexsort((saliency[index], ~pruned[index]))] = np.arange(index.size)
+        mask = pruned.copy()
+        mask[index] = self._cheapest(rank, index, self.k - (pruned.size - index.size))
+        return mask
 
-    def _to_groups(self, vector: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _to_groups(self, mask: Mask) -> Mask:
         if self.order is None:
-            return vector
-        found = np.empty_like(vector)
-        found[self.order] = vector
+            return mask
+        found = np.empty_like(mask)
+        found[self.order] = mask
         return found
-
-    def _from_groups(self, mask: Mask) -> Mask:
-        return mask.copy() if self.order is None else mask[self.order]
 
 
 def _is_permutation(order: Index, n: int) -> bool:
