@@ -277,7 +277,16 @@ def explore(
         outcome, size, bound, current, value, high, after = relax(face, size, count, constant, bound, cut, counters)
         if outcome == Outcome.LEAF:
             counters[Count.LEAVES] += 1
-            if value < upper:
+            ones = 0
+            for i in range(n):
+                ones += face.z[i] > 0.5
+            if ones != count:
+                # Rounding has the last word here: whoever called solves it afresh.
+                opened = _hand_back(opened, face, bound, o_status, o_bound, o_z)
+                counters[Count.STUCK] += 1
+                if opened + depth + 2 >= room:
+                    node_limit = counters[Count.NODES]
+            elif value < upper:
                 upper = value
                 for i in range(n):
                     best[i] = face.z[i] > 0.5

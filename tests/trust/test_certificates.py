@@ -139,6 +139,14 @@ def test_one_column_a_hundred_million_times_the_others() -> None:
             assert check(problem, backend, optimum) is Status.OPTIMAL
 
 
+def test_a_leaf_that_rounding_leaves_with_the_wrong_number_is_no_mask() -> None:
+    problem = problem_of(8908, 14)
+    optimum = optimum_of(problem)
+    assert optimum is not None
+    for backend in ("branch_bound", "by_component", "lns"):
+        assert check(problem, backend, optimum) is Status.OPTIMAL
+
+
 def test_rational_values_of_a_problem_worked_by_hand() -> None:
     block = QuadraticBlock(np.array([1.0, 3.0]), np.array([[2.0, 1.0]]), 1.0, np.array([0.5, 0.0]))
     selection, joint = (SelectionProblem(block, 1, objective) for objective in ("selection", "joint"))
