@@ -57,6 +57,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def load_checkpoint(model: nn.Module, path: Path | str) -> bool:
     """Load a safetensors file into a model, in place; names and shapes must be the model's.
 
+    Only the counts of batches that batch norms have seen may be missing.
+
     Returns
     -------
     bool
@@ -69,6 +71,8 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> bool:
     """
     tensors, metadata = read_tensors(path)
     own = model.state_dict()
+    # How many batches a batch norm has seen: files made elsewhere leave it out, and in eval mode nothing reads it.
+    tensors |= {key: own[key] for key in own.keys() - tensors.keys() if key.endswith("num_batches_tracked")}
     name = type(model).__name__
     for names, fault in ((own.keys() - tensors.keys(), "lacks"), (tensors.keys() - own.keys(), "has an unknown")):
         if names:

@@ -24,6 +24,13 @@ def test_round_trip_keeps_every_tensor(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["net.safetensors"]
 
 
+def test_files_made_elsewhere_may_lack_how_many_batches_were_seen(tmp_path: Path) -> None:
+    path, model, other = tmp_path / "net.safetensors", ResNet20(), ResNet20()
+    save_file({key: t for key, t in model.state_dict().items() if "num_batches" not in key}, path)
+    load_checkpoint(other, path)
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_truncated(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "net.safetensors"
