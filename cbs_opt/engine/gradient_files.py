@@ -30,7 +30,7 @@ from solvers.files import replacing, write_atomically
 _VERSION = 1
 _HEADER, _TENSORS = "gradients.json", "gradients.safetensors"
 #: Fields of `FisherOptions` that other gradients come of.
-MEASURED = ("n_rows", "batch_size", "seed", "dtype", "method")
+MEASURED = ("n_rows", "batch_size", "seed", "dtype", "method", "row_sampling")
 
 
 def save(
@@ -133,4 +133,5 @@ def key_of(workspace: Workspace, fisher: FisherOptions) -> dict[str, str]:
         "seed": str(workspace.setup.seed if fisher.seed is None else fisher.seed),
         "dtype": fisher.dtype,
         "gradient method": fisher.method,
+        "row sampling": fisher.row_sampling,
     }

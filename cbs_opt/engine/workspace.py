@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from cbs_opt.data.losses import LossMeter, Meter
 from cbs_opt.engine.setup import Setup
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import GradientSample, Progress, sample_gradients
+from cbs_opt.measure.row_sampling import draw_rows
 from cbs_opt.network.finding import find_layers
 from cbs_opt.network.identity import copy_network
 from cbs_opt.network.layers import PrunableLayers
@@ -161,12 +163,22 @@ class Workspace(OpenNetwork):
         seed = self.setup.seed if fisher.seed is None else fisher.seed
         if out is not None and (out.shape != (n_rows, self.layers.n) or out.dtype != fisher.torch_dtype):
             out = None
-        return sample_gradients(
+        drawn = draw_rows(
+            self.model,
+            self.data,
+            self.forward,
+            (n_rows, fisher.batch_size),
+            importance=fisher.row_sampling == "importance",
+            seed=seed,
+            device=self.setup.place,
+        )
+        sample = sample_gradients(
             self.model,
             self.layers,
             self.data,
             self.forward,
-            self.data.draw(n_rows, fisher.batch_size, seed),
+            drawn.index,
+            scale=drawn.scale,
             device=self.setup.place,
             dtype=fisher.torch_dtype,
             method=fisher.gradient_method,
@@ -175,6 +187,7 @@ class Workspace(OpenNetwork):
             out=out,
             progress=progress,
         )
+        return replace(sample, notes=(*drawn.notes, *sample.notes))
 
 
 def own_copy(model: nn.Module, setup: Setup) -> tuple[nn.Module, PrunableLayers]:

@@ -19,7 +19,7 @@ from cbs_opt.measure.gradient_methods import GradientMethod, parse_method
 from cbs_opt.measure.gradients import GradientSample
 from cbs_opt.network.layers import PrunableLayers
 from solvers import QuadraticBlock
-from solvers.arguments import flag, integer, number, seed_of
+from solvers.arguments import flag, integer, number, one_of, seed_of
 from solvers.curvature import Unmeasured
 from solvers.errors import DataError, ModelError, OptionError
 
@@ -58,6 +58,11 @@ class FisherOptions:
     memory_budget : int, optional
         Bytes of temporary memory for gradients, beside the factor.
 
+    row_sampling : {"importance", "uniform"}
+        How samples become rows where there are more of them than rows of one sample: as likely as their loss gradients
+        at the output are large, and weighted so that AᵀA stays unbiased, or all alike; see
+        `cbs_opt.measure.row_sampling`. Rows of several samples, and stages, are drawn uniformly.
+
     Raises
     ------
     OptionError, UnknownNameError
@@ -73,6 +78,7 @@ class FisherOptions:
     method: str = "auto"
     memory_budget: int | None = None
     relative_damping: float | None = None
+    row_sampling: str = "importance"
 
     def __post_init__(self) -> None:
         for name in ("n_rows", "batch_size", "memory_budget"):
@@ -87,6 +93,7 @@ class FisherOptions:
         flag("first_order", self.first_order)
         if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise OptionError(f"dtype must be 'float32' or 'float64', not {self.dtype!r}")
+        one_of("row_sampling", self.row_sampling, ("importance", "uniform"))
         _ = self.spec, self.gradient_method
 
     @property

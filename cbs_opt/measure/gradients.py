@@ -36,6 +36,7 @@ from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import evaluation_mode as evaluation_mode
 from cbs_opt.network.modes import in_plain_state
 from solvers.arguments import integer
+from solvers.arrays import Array
 from solvers.errors import DataError, ModelError, OptionError
 
 Progress = Callable[[int, int], None]
@@ -116,6 +117,7 @@ def sample_gradients(
     keep_rows: bool = True,
     out: Tensor | None = None,
     progress: Progress | None = None,
+    scale: Array | None = None,
 ) -> GradientSample:
     """Gradients of the loss with respect to the prunable weights, a row per mini-batch.
 
@@ -143,6 +145,8 @@ def sample_gradients(
         Memory for the factor, e.g. that of an earlier one.
     progress : callable, optional
         Called with (rows done, rows in all) after each chunk.
+    scale : float64 (r,), optional
+        What each row is multiplied by; None is 1 / √r. Mean gradient and loss are weighted to match.
 
     Returns
     -------
@@ -174,7 +178,7 @@ def sample_gradients(
             memory = factor if keep_rows else _allocate(chunk, layers.n, dtype, place, None)
             begun = time.perf_counter()
             try:
-                mean, total = _fill(memory, subject, index, engine, chunk, progress)
+                mean, total = _fill(memory, subject, index, engine, chunk, progress, scale)
                 break
             except NotApplicableError as error:
                 _refuse(chosen, NAMES[engine], str(error), notes)
@@ -189,9 +193,18 @@ def sample_gradients(
 
 
 def _fill(
-    memory: Tensor, subject: Subject, index: Index, engine: Engine, chunk: int, progress: Progress | None
+    memory: Tensor,
+    subject: Subject,
+    index: Index,
+    engine: Engine,
+    chunk: int,
+    progress: Progress | None,
+    scales: Array | None,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the rows, sum of the losses), float64; rows go into `memory`, one over another where it is short."""
+    """(sum of the rows, sum of the losses), float64; rows go into `memory`, one over another where it is short.
+
+    They are scaled by scales (r,), and the sums weighted alike.
+    """
     rows, n = len(index), memory.shape[1]
     mean = torch.zeros(n, dtype=torch.float64, device=subject.device)
     total = torch.zeros((), dtype=torch.float64, device=subject.device)
@@ -209,8 +222,15 @@ def _fill(
             count = min(len(part), max(1, round(_CHECKED * len(part) / rows)))
             picked = np.sort(random.choice(len(part), count, replace=False))
             _check_rows(target[torch.from_numpy(picked)], subject, part[picked], scale)
-        total += losses.double().sum()
-        mean += target.sum(0, dtype=torch.float64)
+        if scales is None:
+            total += losses.double().sum()
+            mean += target.sum(0, dtype=torch.float64)
+        else:
+            # Relative to 1 / √r, by which the engine has multiplied.
+            weight = torch.from_numpy(scales[start : start + chunk] / scale).to(subject.device)
+            target.mul_(weight.unsqueeze(1).to(target.dtype))
+            total += weight.square() @ losses.double()
+            mean += (weight.to(target.dtype) @ target).double()
         if progress is not None:
             progress(min(start + chunk, rows), rows)
     return mean, total

@@ -20,6 +20,7 @@ from cbs_opt.engine.checks import check_plan
 from cbs_opt.engine.layerwise import check_layerwise, prune_layerwise
 from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import LAYERWISE
+from cbs_opt.measure.row_sampling import POOL
 from cbs_opt.prepared import prepare_setup
 from experiments.datasets.augmentation import CropAndFlip
 from experiments.networks.load import open_network
@@ -209,6 +210,8 @@ class Bench:
         """A sample of the training set, drawn with the seed: normalised images and labels."""
         fisher = self.options.fisher
         count = max(CALIBRATION_SAMPLES, (fisher.n_rows or 0) * fisher.batch_size)
+        if fisher.row_sampling == "importance" and fisher.batch_size == 1:
+            count = max(count, POOL * (fisher.n_rows or 0))
         if self.options.layerwise:
             count = fisher.n_rows or CALIBRATION_SAMPLES
         if self.options.staged:

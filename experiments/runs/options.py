@@ -69,6 +69,9 @@ class CurvatureOptions:
     ] = "fisher"
     fisher_samples: Annotated[int | None, "Gradients, rows of the factor."] = None
     fisher_batch: Annotated[int | None, "Images averaged into each gradient."] = None
+    row_sampling: Annotated[
+        str | None, "Gradients of single images: importance (of 20 times as many, weighted) or uniform."
+    ] = None
     damping: Annotated[float | None, "Added to the diagonal; layer by layer relative to its mean, usually 0.01."] = None
     blocks: Annotated[
         str | None, "Fisher blocks: one, per_layer, per_row, fixed:SIZE, components[:T], clusters:SIZE."
@@ -195,6 +198,7 @@ class RunOptions:
         asked = {
             "n_rows": self.curvature.fisher_samples,
             "batch_size": self.curvature.fisher_batch,
+            "row_sampling": self.curvature.row_sampling,
             "damping": self.curvature.damping,
             "blocks": self.curvature.blocks,
             "first_order": self.curvature.first_order,

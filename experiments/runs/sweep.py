@@ -136,6 +136,7 @@ class Sweep:
             "objective_kind": choice.goal(o.staged).value,
             "fisher_samples": o.fisher.n_rows,
             "fisher_batch": o.fisher.batch_size,
+            "row_sampling": o.fisher.row_sampling,
             "damping": o.fisher.damping,
             "blocks": str(o.fisher.blocks),
             "first_order": o.fisher.first_order,
