@@ -64,7 +64,7 @@ def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Extent) -> None
     if choice.update is Update.SEARCHED:
         if choice.update_scale != 1.0:
             raise OptionError(f"update 'searched' finds its own length; leave update_scale={choice.update_scale:g} out")
-        if fisher.damping <= 0.0 and not fisher.relative_damping:
+        if fisher.ridge <= 0.0 and not fisher.relative_damping:
             raise OptionError("update 'searched' varies the damping; pass a positive one, e.g. damping=1e-3")
     if choice.selects is Extent.GRADIENT and need is Extent.CURVATURE and not fisher.first_order:
         raise OptionError(
@@ -84,7 +84,7 @@ def _check_stages(choice: Choice, fisher: FisherOptions, stages: StageOptions) -
         raise OptionError("stages start from the network as it is; leave start out")
     if fisher.relative_damping is not None:
         raise OptionError("stages search the damping of each step from a number; pass damping=, not relative_damping=")
-    if fisher.damping <= 0.0:
+    if fisher.ridge <= 0.0:
         raise OptionError("stages need a positive damping to start from, e.g. FisherOptions(damping=1e-4)")
     if not fisher.spec.contiguous:
         raise OptionError(

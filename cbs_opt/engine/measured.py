@@ -220,7 +220,7 @@ class Measured:
             loss_before=loss_dense,
             loss_masked=math.nan,
             loss_after=math.nan,
-            damping=float(self.fisher.damping) if self.has is Extent.CURVATURE else math.nan,
+            damping=self.fisher.ridge if self.has is Extent.CURVATURE else math.nan,
             step=choice.update_scale if choice.update in (Update.COMBINATORIAL, Update.SINGLE) else math.nan,
             evaluations=workspace.meter.calls - calls,
             n_regrown=0,
@@ -246,7 +246,7 @@ class Measured:
         """What the gradients do not say."""
         if self.has is Extent.CURVATURE:
             diagonal = torch.cat([block.diagonal for block in self.blocks.blocks]).cpu().numpy()
-            return curvature_warnings(self.layers, self.blocks.partition.to_network(diagonal), self.fisher.damping)
+            return curvature_warnings(self.layers, self.blocks.partition.to_network(diagonal), self.fisher.ridge)
         if self.has is Extent.GRADIENT:
             return gradient_warnings(self.layers, self.gradients.silent(self.layers))
         return ()
@@ -283,7 +283,7 @@ class ModelFigures:
         rows, size = fisher.rows_for(data), fisher.batch_size
         if measured is Extent.GRADIENT:
             return cls(name, "per_layer", n_blocks, rows, size)
-        return cls(name, str(fisher.spec), n_blocks, rows, size, float(fisher.damping))
+        return cls(name, str(fisher.spec), n_blocks, rows, size, fisher.ridge)
 
 
 @dataclass(frozen=True, eq=False)

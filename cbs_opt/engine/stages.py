@@ -176,7 +176,7 @@ class _Stager:
         """The network as it is: zeros count as removed only once a stage has removed them."""
         weights = self.layers.read(self.model)
         pruned = np.zeros(self.layers.n, dtype=bool)
-        damping = self.fisher.damping if self.options.step_damping is None else self.options.step_damping
+        damping = self.fisher.ridge if self.options.step_damping is None else self.options.step_damping
         return StageState(0, weights, pruned, damping, statistics_of(self.model))
 
     def install(self, state: StageState) -> None:
@@ -282,7 +282,7 @@ class _Stager:
         active = ~state.pruned
         if regrow and self.options.regrow > 0:
             active |= model.most_wanted(state.pruned, int(self.options.regrow * n_kept))
-        problem, index = model.problem(active, int(active.sum()) - n_kept, self.fisher.damping)
+        problem, index = model.problem(active, int(active.sum()) - n_kept, self.fisher.ridge)
         budget = self.floors.among(active).budget(problem.n_prune)
         problem = problem.with_objective(self.objective).with_budget(budget)
         if not first_order:

@@ -26,6 +26,8 @@ from solvers.errors import DataError, ModelError, OptionError
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 #: Rows where none are asked for.
 DEFAULT_ROWS = 1000
+#: λ where none is asked for: relative to the mean diagonal of AᵀA in one shot, and that with which stages begin.
+DEFAULT_RELATIVE_DAMPING, DEFAULT_DAMPING = 0.1, 1e-4
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class FisherOptions:
         Rows r of the factor; None takes min(1000, samples // batch_size).
     batch_size : int
         Samples b whose gradients are averaged into a row.
-    damping : float
+    damping : float, optional
         λ ≥ 0.
     relative_damping : float, optional
         λ as a multiple of the mean diagonal entry of AᵀA over all prunable weights, instead of `damping`: the same
-        number fits losses of any scale. 1e-2 is a good first value where the report warns that λ is larger than the
-        curvature.
+        number fits losses of any scale. Where neither is given it is 0.1 in one shot; stages, which search λ as they
+        go, then start from λ = 1e-4.
     blocks : str
         ``one``, ``per_layer``, ``per_row``, ``fixed:SIZE``, ``components[:τ]`` or ``clusters:SIZE``.
     first_order : bool
@@ -70,7 +72,7 @@ class FisherOptions:
 
     n_rows: int | None = None
     batch_size: int = 1
-    damping: float = 1e-4
+    damping: float | None = None
     blocks: str = "one"
     first_order: bool = False
     seed: int | None = None
@@ -85,9 +87,9 @@ class FisherOptions:
             value = getattr(self, name)
             if value is not None or name == "batch_size":
                 object.__setattr__(self, name, integer(name, value))
-        object.__setattr__(self, "damping", number("damping", self.damping, least=0))
-        if self.relative_damping is not None:
-            object.__setattr__(self, "relative_damping", number("relative_damping", self.relative_damping, least=0))
+        for name in ("damping", "relative_damping"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number(name, getattr(self, name), least=0))
         if self.seed is not None:
             object.__setattr__(self, "seed", seed_of(self.seed))
         flag("first_order", self.first_order)
@@ -111,11 +113,19 @@ class FisherOptions:
         """Of the factor."""
         return _DTYPES[self.dtype]
 
+    @property
+    def ridge(self) -> float:
+        """λ where it is a number already, else what stages start from."""
+        return DEFAULT_DAMPING if self.damping is None else self.damping
+
     def resolved(self, sample: GradientSample) -> FisherOptions:
-        """The same with λ as a number where it was relative to the gradients; raises ModelError if they vanish."""
-        if self.relative_damping is None or not len(sample.factor):
+        """The same with λ as a number where it is relative to the gradients; raises ModelError if they vanish."""
+        if not len(sample.factor) or (self.damping is not None and self.relative_damping is None):
             return self
         size = float(torch.linalg.vector_norm(sample.factor, dtype=torch.float64)) ** 2 / sample.factor.shape[1]
+        if self.relative_damping is None:
+            # Without any curvature the report says so, and λ decides no more than the size of the objective.
+            return replace(self, damping=DEFAULT_RELATIVE_DAMPING * size or DEFAULT_DAMPING)
         if size == 0.0:
             raise ModelError(
                 "every gradient is zero, so that no damping is relative to them; look for what cuts the layers off "
@@ -192,7 +202,7 @@ def build_blocks(
             QuadraticBlock(
                 weights=w[pick],
                 factor=factor[:, pick],
-                damping=options.damping,
+                damping=options.ridge,
                 gradient=None if gradient is None else gradient[pick],
                 name=name,
             )

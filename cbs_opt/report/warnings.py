@@ -63,7 +63,7 @@ def curvature_warnings(layers: PrunableLayers, diagonal: Array, damping: float) 
         found += (
             f"λ = {damping:.3g} is larger than the curvature of most weights of {len(damped)} of {len(layers)} layers "
             f"({listed}), whose choice is then close to magnitude's; AᵀA has a mean diagonal of {measured.mean():.3g}: "
-            "a smaller damping, or FisherOptions(relative_damping=1e-2), may do much better",
+            "a smaller damping, or FisherOptions(relative_damping=0.1), may do much better",
         )
     return found
 

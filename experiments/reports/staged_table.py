@@ -53,7 +53,7 @@ def write_table(
         f"Dense: {dense:.2f}. Seeds {', '.join(map(str, seeds))}: mean ± standard error."
         + (f" Quoted from the literature: {notes}." if quoted else ""),
         f"Ours: `{table.solver}`, {staged.fisher.n_rows} rows of {staged.fisher.batch_size} training images per stage, "
-        f"λ = {staged.fisher.damping:g} for the choice, searched for the step on {staged.options.held_out} training "
+        f"λ = {staged.fisher.ridge:g} for the choice, searched for the step on {staged.options.held_out} training "
         f"images that no gradient sees.{_distilled(staged.options)} One nested path per seed: stages "
         "and seconds (wall, of this machine as it was) are those from the dense network on.",
         "",

@@ -76,7 +76,7 @@ def cut_blocks(
     )
     rows = fisher.n_rows or DEFAULT_ROWS
     target = folder.expanduser() / (
-        f"{chosen.name}-{size}x{options.count}-seed{seed}-rows{rows}-damping{fisher.damping:g}"
+        f"{chosen.name}-{size}x{options.count}-seed{seed}-rows{rows}-damping{fisher.ridge:g}"
     )
     wanted = [target / f"{chosen.name}-{size}-{index:03d}.npz" for index in range(options.count)]
     if all(path.is_file() for path in wanted):
@@ -100,7 +100,7 @@ def cut_blocks(
     target.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for path in wanted:
-        save_block(path, _draw(layers, size, rng, fisher.damping, path.stem))
+        save_block(path, _draw(layers, size, rng, fisher.ridge, path.stem))
     say(f"blocks: {target}")
     return target
 

@@ -137,7 +137,7 @@ class Sweep:
             "fisher_samples": o.fisher.n_rows,
             "fisher_batch": o.fisher.batch_size,
             "row_sampling": o.fisher.row_sampling,
-            "damping": o.fisher.damping,
+            "damping": o.fisher.ridge,
             "blocks": str(o.fisher.blocks),
             "first_order": o.fisher.first_order,
             "stages": o.choice.stages,
