@@ -14,6 +14,7 @@ from cbs_opt.data.distillation import Distillation as Distillation
 from cbs_opt.data.forward import Forward as Forward
 from cbs_opt.engine.choice import Choice as Choice
 from cbs_opt.engine.estimate import Estimate as Estimate
+from cbs_opt.engine.layerwise import sensitivity as sensitivity
 from cbs_opt.engine.plan import Plan as Plan
 from cbs_opt.engine.plan import Polish as Polish
 from cbs_opt.engine.plan import Prune as Prune
@@ -60,6 +61,9 @@ from cbs_opt.report.records import StageRecord as StageRecord
 from cbs_opt.report.report import LayerReport as LayerReport
 from cbs_opt.report.report import PruneReport as PruneReport
 from cbs_opt.report.report import PruneResult as PruneResult
+from cbs_opt.report.sensitivity import Candidate as Candidate
+from cbs_opt.report.sensitivity import LayerCurve as LayerCurve
+from cbs_opt.report.sensitivity import Sensitivity as Sensitivity
 from solvers.errors import BackendError as BackendError
 from solvers.errors import CapabilityError as CapabilityError
 from solvers.errors import CBSError as CBSError

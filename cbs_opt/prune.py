@@ -41,7 +41,7 @@ def prune(
     update: Update | str = Update.COMBINATORIAL,
     update_scale: float = 1.0,
     objective: Objective | str | None = None,
-    allocation: str | None = None,
+    allocation: str | Sequence[str] | None = None,
     time_limit: float | None = None,
     min_kept: int | float | None = None,
     min_kept_per_row: int = 0,

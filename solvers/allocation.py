@@ -10,12 +10,14 @@ found block by block carries no bound on the shared budget, so none is claimed.
 backward elimination (joint objective) or its cheapest diagonal saliencies (selection). Minimising Σ_b F_b(k_b) subject
 to Σ_b k_b = n_prune by a Lagrange multiplier μ removes from every block while a removal costs less than μ; on the
 lower convex hull of each F_b, where slopes rise, that is exactly the n_prune smallest slopes over all blocks (the
-optimum for the convexified curves; Shoham and Gersho, 1988, for bit allocation).
+optimum for the convexified curves; Shoham and Gersho, 1988, for bit allocation). `split_curves` does the same for
+curves known at some points only, whoever measured them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ from scipy.optimize import isotonic_regression
 from solvers.arguments import one_of
 from solvers.baselines.obd import diagonal_saliency
 from solvers.budget import Cardinality, Partitioned
-from solvers.errors import CapabilityError
+from solvers.errors import CapabilityError, ProblemError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
 from solvers.problem import Array, Objective, SelectionProblem
 from solvers.ranking import prune_smallest
@@ -73,6 +75,60 @@ def _marginal_costs(alone: SelectionProblem, count: int) -> Array:
 def convex_slopes(increments: Array) -> Array:
     """Slopes of the lower convex hull of a curve given by its increments, non-decreasing, same shape."""
     return np.asarray(isotonic_regression(increments).x) if increments.size else increments
+
+
+@dataclass(frozen=True, eq=False)
+class CostCurve:
+    """What it costs to remove weights from one group of them, known at some numbers of weights.
+
+    Attributes
+    ----------
+    removed : int64 (points,)
+        Rising from 0 to all weights of the group.
+    costs : float64 (points,)
+        Finite.
+
+    Raises
+    ------
+    ProblemError
+    """
+
+    removed: Counts
+    costs: Array
+
+    def __post_init__(self) -> None:
+        removed, costs = np.asarray(self.removed), np.asarray(self.costs)
+        fine = removed.ndim == 1 and removed.shape == costs.shape and len(removed) >= 2 and removed[0] == 0
+        if not fine or (np.diff(removed) <= 0).any() or not np.isfinite(costs).all():
+            raise ProblemError(
+                "a cost curve has as many finite costs as numbers of removed weights, which rise from 0, not "
+                f"{removed.tolist()} and {costs.tolist()}"
+            )
+
+    @property
+    def slopes(self) -> Array:
+        """Cost per weight on the lower convex hull, between each point and the next, non-decreasing."""
+        steps = np.diff(self.removed).astype(np.float64)
+        return np.asarray(isotonic_regression(np.diff(self.costs) / steps, weights=steps).x)
+
+
+def split_curves(curves: Sequence[CostCurve], n_prune: int) -> Counts:
+    """How many weights each group loses so that `n_prune` go at the least cost on the hulls of their curves.
+
+    Raises
+    ------
+    ProblemError
+        If there are fewer weights.
+    """
+    sizes = np.array([int(curve.removed[-1]) for curve in curves], dtype=np.int64)
+    if not 0 <= n_prune <= sizes.sum():
+        raise ProblemError(f"n_prune must lie in [0, {sizes.sum()}], the weights of all curves, not {n_prune}")
+    owners = np.repeat(np.arange(len(curves)), [len(curve.removed) - 1 for curve in curves])
+    steps = np.concatenate([np.diff(curve.removed) for curve in curves])
+    order = np.argsort(np.concatenate([curve.slopes for curve in curves]), kind="stable")
+    done = np.cumsum(steps[order])
+    taken = np.clip(n_prune - (done - steps[order]), 0, steps[order])
+    return np.bincount(owners[order], weights=taken, minlength=len(curves)).astype(np.int64)
 
 
 #: Rules that split as one threshold on scores (n,) does: as many per block as are among the `n_prune` smallest of all.

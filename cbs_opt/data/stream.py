@@ -165,6 +165,40 @@ class BatchStream:
                 return
 
 
+class StreamPart(BatchStream):
+    """Some of the samples of a stream.
+
+    Parameters
+    ----------
+    whole : BatchStream
+    numbers : int64, sorted
+        Of the samples, from 0.
+    stored : bool
+        Keep the batches in memory instead of reading the whole stream in each pass.
+    """
+
+    def __init__(self, whole: BatchStream, numbers: Index, *, stored: bool = False) -> None:
+        self.whole, self.numbers, self.n, self.once = whole, numbers, len(numbers), whole.once
+        self._stored: list[Batch] | None = None
+        if stored:
+            self._stored = list(self._parts())
+
+    def first(self) -> Batch:
+        """The first batch."""
+        return next(iter(self))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._parts() if self._stored is None else iter(self._stored)
+
+    def _parts(self) -> Iterator[Batch]:
+        start = 0
+        for batch in self.whole:
+            first, last = np.searchsorted(self.numbers, (start, start + batch[2]))
+            if last > first:
+                yield cut(batch, self.numbers[first:last] - start)
+            start += batch[2]
+
+
 def _ends(data: Iterable[object]) -> bool:
     """Whether data say how many batches they have."""
     try:

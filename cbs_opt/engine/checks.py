@@ -52,7 +52,7 @@ def check_plan(
         _check_one_shot(choice, fisher, need)
     else:
         _check_stages(choice, fisher, stages)
-    if choice.allocation is None:
+    if choice.shared is None:
         problem = _outline(layers, fisher, choice, stages, need)
         check_capabilities(choice.solver, problem, choice.time_limit, choice.start)
     refits = choice.update in (Update.COMBINATORIAL, Update.SEARCHED)

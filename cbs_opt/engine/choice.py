@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -14,6 +15,9 @@ from solvers.arguments import integer, number, one_of, seconds, seed_of, sparsit
 from solvers.arrays import Mask
 from solvers.errors import CapabilityError, OptionError
 from solvers.solver import Need
+
+#: Allocations that ask the network itself, layer by layer.
+MEASURED, BEST = "measured", "best"
 
 
 class Extent(IntEnum):
@@ -45,8 +49,10 @@ class Choice:
         How the kept weights are re-optimised; see `cbs_opt.engine.update`.
     update_scale : float
         Multiplies the step of the kept weights.
-    allocation : str, optional
-        How to split the budget over blocks for solvers that cannot share one.
+    allocation : str or sequence of str, optional
+        How to split the budget over blocks for solvers that cannot share one. Layer by layer, how much each layer
+        loses: also ``"measured"``, ``"best"``, or several names of which the best is taken; see
+        `cbs_opt.engine.shares`.
     time_limit : float, optional
         Seconds, for solvers that keep one.
     start : bool (n,), optional
@@ -73,7 +79,7 @@ class Choice:
     objective: Objective | None
     update: Update
     update_scale: float
-    allocation: str | None
+    allocation: str | tuple[str, ...] | None
     time_limit: float | None
     start: Mask | None
     seed: int | None
@@ -88,7 +94,7 @@ class Choice:
         objective: Objective | str | None = None,
         update: Update | str = Update.COMBINATORIAL,
         update_scale: float = 1.0,
-        allocation: str | None = None,
+        allocation: str | Sequence[str] | None = None,
         time_limit: float | None = None,
         start: Mask | None = None,
         seed: int | None = None,
@@ -97,8 +103,6 @@ class Choice:
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
-        if allocation is not None:
-            one_of("allocation", allocation, ALLOCATIONS)
         if start is not None and (not isinstance(start, np.ndarray) or start.dtype != np.bool_):
             raise OptionError(f"start must be a numpy array of bool, True = removed, not {type(start).__name__}")
         chosen, how = make_solver(solver), Update.parse(update)
@@ -119,7 +123,7 @@ class Choice:
             "objective": None if objective is None else Objective.parse(objective),
             "update": how,
             "update_scale": check_scale(update_scale),
-            "allocation": allocation,
+            "allocation": None if allocation is None else _allocation_of(allocation),
             "time_limit": seconds(time_limit),
             "start": start,
             "seed": None if seed is None else seed_of(seed),
@@ -128,6 +132,22 @@ class Choice:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def shared(self) -> str | None:
+        """The allocation, of one problem that is solved at once.
+
+        Raises
+        ------
+        OptionError
+            For those that are found layer by layer.
+        """
+        if self.allocation is None or (isinstance(self.allocation, str) and self.allocation in ALLOCATIONS):
+            return self.allocation
+        raise OptionError(
+            f"allocation={self.allocation!r} is found by pruning layers one by one; use curvature='layer_inputs' or "
+            f"'kfac', or one of {', '.join(ALLOCATIONS)}"
+        )
 
     def kept(self, n: int) -> int:
         """How many of `n` weights stay; raises OptionError if there are fewer."""
@@ -158,6 +178,18 @@ class Choice:
         if staged:
             first, second = second, first
         return first if Capability(first.value) in self.solver.capabilities else second
+
+
+def _allocation_of(value: object) -> str | tuple[str, ...]:
+    """A rule, or several, no matter in what kind of sequence."""
+    if isinstance(value, str):
+        return one_of("allocation", value, (*ALLOCATIONS, MEASURED, BEST))
+    if not isinstance(value, Sequence):
+        raise OptionError(f"allocation is a name or several, not {type(value).__name__}")
+    names = tuple(one_of("allocation", name, (*ALLOCATIONS, MEASURED)) for name in value)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise OptionError(f"several allocations to choose among are two or more different names, not {list(value)}")
+    return names
 
 
 def _floor_of(value: int | float) -> int | float:

@@ -154,7 +154,7 @@ class Measured:
             seed=self.workspace.setup.seed if choice.seed is None else choice.seed,
             start=start,
             calibration_loss=self.calibration_loss if judge else None,
-            allocation=choice.allocation,
+            allocation=choice.shared,
             with_refit=with_refit,
         )
         return problem, solution

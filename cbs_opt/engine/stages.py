@@ -303,7 +303,7 @@ class _Stager:
             seed=derived_seed(self.seed, state.number + 1, SOLVER),
             start=start,
             calibration_loss=calibration_loss,
-            allocation=self.choice.allocation,
+            allocation=self.choice.shared,
             with_refit=False,
         )
         pruned = np.ones(self.layers.n, dtype=bool)

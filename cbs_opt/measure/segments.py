@@ -328,13 +328,7 @@ class SegmentPasses:
 
     def _run(self, segment: int, number: int, batch: Batch, accumulator: Accumulator) -> None:
         """One batch through the segment before, whose output is kept, and through this one."""
-        cuts, stubs = self.chain.cuts, {}
-        if segment >= 2:
-            before = zip(cuts, self._shapes[number], strict=False)
-            # What is called inside of another cut is not called any more.
-            apart = [name for name in cuts[: segment - 1] if not _inside(name, cuts[: segment - 1])]
-            stubs = {name: tree_map_only(Tensor, self._nothing, shape) for name, shape in before if name in apart}
-            stubs[cuts[segment - 2]] = tree_map_only(Tensor, self._here, self._kept[number])
+        cuts, stubs = self.chain.cuts, self._stubs(number, segment - 1)
         through = cuts[max(segment - 1, 0) : segment + 1]
         with _replaced(self.network.model, stubs), accumulator.watching(batch, number):
             found = _outputs(self.network, batch, through, stop=segment < len(cuts))
@@ -347,6 +341,31 @@ class SegmentPasses:
         if segment >= 2:
             self._shapes[number].append(tree_map_only(Tensor, lambda t: t.to("meta"), self._kept[number]))
         self._kept[number] = tree_map_only(Tensor, lambda t: t.cpu(), found[cuts[segment - 1]])
+
+    def _stubs(self, number: int, done: int) -> dict[str, Any]:
+        """What the first `done` cuts return for a batch: the last of them what was kept, the others nothing."""
+        if done < 1:
+            return {}
+        cuts = self.chain.cuts
+        before = zip(cuts, self._shapes[number], strict=False)
+        # What is called inside of another cut is not called any more.
+        apart = [name for name in cuts[:done] if not _inside(name, cuts[:done])]
+        stubs = {name: tree_map_only(Tensor, self._nothing, shape) for name, shape in before if name in apart}
+        stubs[cuts[done - 1]] = tree_map_only(Tensor, self._here, self._kept[number])
+        return stubs
+
+    @torch.no_grad()
+    def outputs(self, segment: int) -> Iterator[tuple[Batch, Any]]:
+        """Batches and the outputs of the network, once segment `segment` was measured, run from there to the end.
+
+        All of the network is put on the device.
+        """
+        self.network.model.to(self.network.device)
+        with quiet(self.network.model):
+            for number, batch in enumerate(self.network.batches()):
+                with _replaced(self.network.model, self._stubs(number, segment)):
+                    output = self.network.call(batch)
+                yield batch, output
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.network.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cbs_opt.network.layers import PrunableLayers, Skipped
 from cbs_opt.report.records import StageRecord
+from cbs_opt.report.sensitivity import Candidate, Sensitivity
 from solvers import Objective, SelectionProblem, Solution
 from solvers.arrays import Array, Mask
 from solvers.errors import DataError, OutputError
@@ -118,6 +119,12 @@ class PruneReport:
         Every matrix-shaped parameter that was left alone, with the reason.
     statistics : mapping of str to float
         Counts of the solver in the last choice of one shot.
+    shares : str
+        Layer by layer, the allocation by which layers lose weights; of several, the one taken. Else empty.
+    sensitivity : Sensitivity, optional
+        Where shares were measured.
+    candidates : tuple of Candidate
+        Allocations that were tried, where there were several.
     """
 
     layers: tuple[LayerReport, ...]
@@ -158,6 +165,9 @@ class PruneReport:
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     statistics: Mapping[str, float] = field(default_factory=dict)
+    shares: str = ""
+    sensitivity: Sensitivity | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     def __rich__(self) -> Group:
         table = Table(title=f"{self.solver}, update {self.update}: {self.n_kept:,} of {self.n:,} weights kept")
@@ -193,11 +203,24 @@ class PruneReport:
             f"{_FIRST_ORDER[self.first_order]}, stages {self.stages}, seed {self.seed}, {self.device}",
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
+            *self._search(),
             *(f"repair: {repair}" for repair in self.repairs),
             *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in self.skipped),
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return Group(table, *(Text(line) for line in lines))
+
+    def _search(self) -> Iterator[str]:
+        """What the shares of the layers were found by."""
+        if self.sensitivity is not None:
+            found = self.sensitivity
+            yield (
+                f"shares measured: {found.measure} at {len(found.levels)} levels of {len(found.layers)} layers, "
+                f"{found.samples} samples held out, {found.solver}, {found.seconds:.1f} s"
+            )
+        for tried in self.candidates:
+            chosen = ", taken" if tried.name == self.shares else ""
+            yield f"shares {tried.name}: {tried.value:.6g} on samples held out, {tried.seconds:.1f} s{chosen}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, color_system=None)
@@ -230,6 +253,9 @@ class PruneReport:
             for name, kind in (("layers", LayerReport), ("skipped", Skipped)):
                 values[name] = [kind(**{**_floats(kind, row), "shape": tuple(row["shape"])}) for row in values[name]]
             values.update({name: tuple(values[name]) for name in ("layers", "skipped", "repairs", "warnings")})
+            values["candidates"] = tuple(Candidate(**row) for row in values["candidates"])
+            if values["sensitivity"] is not None:
+                values["sensitivity"] = Sensitivity.from_dict(values["sensitivity"])
             return cls(**_floats(cls, values))
         except OSError as error:
             raise DataError(f"cannot read the report {path}: {error.strerror or error}") from error

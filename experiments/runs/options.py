@@ -105,7 +105,10 @@ class ChoiceOptions:
     stages: Annotated[
         int, "Prune in as many steps, each from gradients anew, with the experiment's settings; a few more polish."
     ] = 1
-    allocation: Annotated[str | None, "Split the budget over the blocks instead of sharing it, e.g. uniform."] = None
+    allocation: Annotated[
+        str | None,
+        "Split the budget over blocks instead of sharing it, e.g. uniform; layer by layer also measured or best.",
+    ] = None
     min_kept: Annotated[int | None, "Weights of each layer that stay at least; default 1, 0 sets no floor."] = None
     time_limit: Annotated[float | None, "Seconds for each call of a solver."] = None
     bound: Annotated[

@@ -6,9 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from solvers import QuadraticBlock, SelectionProblem, UnknownNameError, solve
-from solvers.allocation import ALLOCATIONS, allocate, convex_slopes
+from solvers.allocation import ALLOCATIONS, CostCurve, allocate, convex_slopes, split_curves
+from solvers.errors import ProblemError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
 from tests.conftest import random_block, random_problem
 
@@ -87,3 +90,39 @@ def test_the_marginal_split_beats_a_uniform_one_on_unequal_blocks() -> None:
     marginal = solve(problem, "obs", allocation="marginal").objective
     assert marginal < 0.8 * solve(problem, "obs", allocation="uniform").objective
     assert marginal <= 1.2 * solve(problem, "obs").objective
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_curves_are_split_at_the_least_cost_of_their_hulls(increments: list[list[int]], draw: st.DataObject) -> None:
+    """Brute force over all splits, on curves that are convex."""
+    curves = [np.concatenate([[0.0], np.cumsum(np.sort(row))]) for row in increments]
+    n_prune = draw.draw(st.integers(0, sum(len(row) for row in increments)))
+    counts = split_curves([CostCurve(np.arange(len(c)), c) for c in curves], n_prune)
+    assert counts.sum() == n_prune
+    every = itertools.product(*(range(len(c)) for c in curves))
+    best = min(sum(c[k] for c, k in zip(curves, ks, strict=True)) for ks in every if sum(ks) == n_prune)
+    assert sum(c[k] for c, k in zip(curves, counts.tolist(), strict=True)) == best
+
+
+def test_between_the_points_of_a_curve_its_hull_decides() -> None:
+    # The hull of the first rises by 1 a weight from 0 to 10; the second by 0.5 to 4, then by 2.
+    bump = CostCurve(np.array([0, 5, 10]), np.array([0.0, 9.0, 10.0]))
+    bend = CostCurve(np.array([0, 4, 8]), np.array([0.0, 2.0, 10.0]))
+    np.testing.assert_allclose(bump.slopes, [1.0, 1.0])
+    for n_prune, expected in ((3, [0, 3]), (4, [0, 4]), (11, [7, 4]), (14, [10, 4]), (18, [10, 8])):
+        assert split_curves([bump, bend], n_prune).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("removed", "costs"),
+    [([0, 2], [0.0]), ([1, 2], [0.0, 1.0]), ([0, 0], [0.0, 1.0]), ([0, 2], [0.0, np.inf]), ([0], [0])],
+)
+def test_curves_that_are_none_are_refused(removed: list[int], costs: list[float]) -> None:
+    with pytest.raises(ProblemError, match="cost curve"):
+        CostCurve(np.array(removed), np.array(costs))
+
+
+def test_more_than_there_is_cannot_be_split() -> None:
+    with pytest.raises(ProblemError, match="n_prune"):
+        split_curves([CostCurve(np.array([0, 2]), np.array([0.0, 1.0]))], 3)
