@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from solvers.block import QuadraticBlock
 from solvers.bounds import Bound, bound
-from solvers.budget import NM, Bounded, Budget, Cardinality, Partitioned
+from solvers.budget import NM, Bounded, Budget, Cardinality, Groups, Partitioned, Tiles
 from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import (
     BackendError,
@@ -44,6 +44,7 @@ __all__ = [
     "Deadline",
     "Dense",
     "Diagonal",
+    "Groups",
     "Kronecker",
     "LowRank",
     "Need",
@@ -61,6 +62,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "Tiles",
     "TracePoint",
     "UnknownNameError",
     "available_solvers",

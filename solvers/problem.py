@@ -27,7 +27,7 @@ from solvers.arrays import ProblemArrays as ProblemArrays
 from solvers.block import QuadraticBlock
 from solvers.budget import Budget, Cardinality, Pattern, parse
 from solvers.curvature import Kronecker
-from solvers.errors import ProblemError, UnknownNameError
+from solvers.errors import CapabilityError, ProblemError, UnknownNameError
 from solvers.plain import plainly
 from solvers.refit import Refit, refit
 from solvers.tensors import ProblemTensors
@@ -107,14 +107,25 @@ class SelectionProblem:
 
     def __repr__(self) -> str:
         return (
-            f"SelectionProblem(n={self.n}, n_prune={self.n_prune}, objective={self.objective.value!r}, "
+            f"SelectionProblem(n={self.n}, {self._limit}, objective={self.objective.value!r}, "
             f"blocks={len(self.blocks)})"
         )
 
     @property
     def n_prune(self) -> int:
-        """Number of weights that go."""
-        return self.budget.n_prune
+        """Number of weights that go; raises CapabilityError where the budget does not settle it."""
+        count = self.budget.n_prune
+        if count is None:
+            raise CapabilityError(
+                f"a {type(self.budget).__name__} budget does not settle how many weights go, so what counts on a "
+                "number cannot be had under it"
+            )
+        return count
+
+    @property
+    def _limit(self) -> str:
+        count = self.budget.n_prune
+        return type(self.budget).__name__ if count is None else f"n_prune={count}"
 
     @property
     def measured(self) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from solvers.budget.base import Budget
 from solvers.budget.bounded import Bounded
 from solvers.budget.cardinality import Cardinality
+from solvers.budget.groups import Groups, Tiles
 from solvers.budget.nm import NM
-from solvers.budget.partitioned import Groups, Partitioned, as_partition, places
+from solvers.budget.partitioned import GroupReach, Partitioned, as_partition, places
 from solvers.budget.pattern import Pattern, Sparsity
 from solvers.budget.text import parse
 
@@ -15,10 +16,12 @@ __all__ = [
     "Bounded",
     "Budget",
     "Cardinality",
+    "GroupReach",
     "Groups",
     "Partitioned",
     "Pattern",
     "Sparsity",
+    "Tiles",
     "as_partition",
     "parse",
     "places",

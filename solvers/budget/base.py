@@ -26,13 +26,14 @@ class Budget(ABC):
         """What is wrong with a mask (n,), in words; empty if it is feasible."""
 
     @property
-    @abstractmethod
-    def n_prune(self) -> int:
-        """How many weights every feasible mask removes."""
+    def n_prune(self) -> int | None:
+        """How many weights every feasible mask removes; None where that is not settled."""
+        return None
 
     def only_mask(self, n: int) -> Mask | None:
         """The feasible mask if there is just one, (n,), so that nothing is to be chosen; else None."""
-        return np.full(n, self.n_prune > 0) if self.n_prune in (0, n) else None
+        count = self.n_prune
+        return np.full(n, count > 0) if count is not None and count in (0, n) else None
 
     def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
         """The feasible mask with the least sum of scores (n,), bool (n,) on their device; ties to the lower index.

@@ -18,7 +18,7 @@ from solvers.errors import ProblemError
 from solvers.ranking import smallest_of_rows
 
 
-class Groups(NamedTuple):
+class GroupReach(NamedTuple):
     """Groups among m weights in ascending order, for compiled code.
 
     `of` (m,) is the number of the group of each weight, `low` to before `high` (m,) are the positions of all its
@@ -40,12 +40,14 @@ class Groups(NamedTuple):
         """`low` and `high`."""
         return self.low, self.high
 
-    def among(self, index: Index) -> Groups:
+    def among(self, index: Index) -> GroupReach:
         """The same for some of these weights, `index` ascending."""
         group = self.of[index]
         if not self.several:
-            return Groups(group, group, np.full_like(group, group.size), self.quotas)
-        return Groups(group, np.searchsorted(group, group), np.searchsorted(group, group, side="right"), self.quotas)
+            return GroupReach(group, group, np.full_like(group, group.size), self.quotas)
+        return GroupReach(
+            group, np.searchsorted(group, group), np.searchsorted(group, group, side="right"), self.quotas
+        )
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ class Partitioned(Budget):
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
     @cached_property
-    def groups(self) -> Groups:
+    def groups(self) -> GroupReach:
         """For compiled code."""
         group = self.group_of
-        return Groups(group, self.starts[:-1][group], self.starts[1:][group], self.quotas)
+        return GroupReach(group, self.starts[:-1][group], self.starts[1:][group], self.quotas)
 
     @property
     def n_prune(self) -> int:

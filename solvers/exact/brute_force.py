@@ -6,10 +6,9 @@ rational arithmetic; the bound is the least value less what it may be off.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from solvers.budget import as_partition
+from solvers.budget import Groups
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
@@ -24,7 +23,7 @@ class BruteForceSolver(Solver):
     summary = "look at every mask (at most 20 weights): the oracle"
     reference = ""
     capabilities = ANY_PROBLEM | PROVING
-    budgets = RANKED
+    budgets = (*RANKED, Groups)
     apart = True
     max_weights = MOST_WEIGHTS
 
@@ -32,7 +31,5 @@ class BruteForceSolver(Solver):
         """The best of all masks; of masks that tie, the lexicographically first."""
         found = best_mask(problem.arrays(), problem.objective, problem.budget)
         context.record(found.value, found.bound)
-        groups = as_partition(problem.budget, problem.n)
-        masks = math.prod(map(math.comb, groups.sizes, groups.counts))
-        statistics = {"masks": float(masks), "rational": float(found.exact)}
+        statistics = {"masks": float(found.masks), "rational": float(found.exact)}
         return Proposal(found.pruned, bound=found.bound, statistics=statistics)

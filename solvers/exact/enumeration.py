@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from solvers.arrays import Array, Mask, ProblemArrays
-from solvers.budget import Budget, as_partition
+from solvers.budget import Budget, Cardinality, Partitioned, as_partition
 from solvers.exact.double_double import EPSILON, add, divide, multiply, product
 from solvers.problem import Objective
 from solvers.rational import ExactProblem
@@ -54,17 +54,28 @@ class AllMasks(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """The best mask (n,), its value, a lower bound on all masks, and the number evaluated in rational arithmetic."""
+    """The best mask (n,), its value, a lower bound on all masks; how many there are, and were evaluated exactly."""
 
     pruned: Mask
     value: float
     bound: float
     exact: int
+    masks: int
 
 
 def enumerate_masks(arrays: ProblemArrays, objective: Objective, budget: Budget) -> AllMasks:
-    """All masks that keep a `Cardinality` or a `Partitioned` budget; n ≤ `MOST_WEIGHTS`."""
+    """All masks that keep a budget; n ≤ `MOST_WEIGHTS`. Kinds other than numbers are looked for among all 2ⁿ."""
     n = arrays.weights.size
+    if not isinstance(budget, (Cardinality, Partitioned)):
+        parts = [enumerate_masks(arrays, objective, Cardinality(k)) for k in range(n + 1)]
+        kept = [
+            np.array([not budget.violation(_decode(code, n)) for code in part.codes.tolist()], dtype=bool)
+            for part in parts
+        ]
+        whole = [np.concatenate([field[some] for field, some in zip(fields, kept, strict=True)])
+                 for fields in zip(*parts, strict=True)]  # fmt: skip
+        order = np.argsort(-whole[0], kind="stable")
+        return AllMasks(whole[0][order], whole[1][order], whole[2][order])
     # Powers of two, so that nothing is rounded: columns of the size of one, and the weights to match.
     size = np.sqrt(np.square(arrays.factor).sum(0) + arrays.damping)
     units = np.exp2(np.round(np.log2(np.where(size > 0.0, size, 1.0))))
@@ -99,7 +110,7 @@ def best_mask(arrays: ProblemArrays, objective: Objective, budget: Budget) -> Op
     limit = best + _TIE * abs(best) if math.isfinite(best) else best
     chosen = int(np.flatnonzero(values <= limit)[0])
     value = float(values[chosen])
-    return Optimum(_decode(int(found.codes[chosen]), arrays.weights.size), value, min(least, value), exact)
+    return Optimum(_decode(int(found.codes[chosen]), arrays.weights.size), value, min(least, value), exact, values.size)
 
 
 def _settle(

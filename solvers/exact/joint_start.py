@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from solvers.budget import Groups
+from solvers.budget import GroupReach
 from solvers.exact import joint_nodes
 from solvers.exact.best_first import Incumbent
 from solvers.exact.joint_square import Square
@@ -31,14 +31,14 @@ def value_of(square: Square, pruned: Mask) -> Incumbent:
     return Incumbent(pruned, float(joint_nodes.mask_value(square.hessian, square.scaled_root, square.centre, pruned)))
 
 
-def improved(square: Square, groups: Groups, pruned: Mask, deadline: Deadline | None = None) -> Incumbent:
+def improved(square: Square, groups: GroupReach, pruned: Mask, deadline: Deadline | None = None) -> Incumbent:
     """The one-swap local optimum reached from a mask by the steepest swaps."""
     dense = DenseJoint(square.hessian, square.linear, 1.0, groups)
     gain = 1e-10 * value_of(square, pruned).value
     return value_of(square, ~descend(dense, ~pruned, gain, deadline).kept)
 
 
-def find_incumbent(square: Square, groups: Groups, start: Mask | None, seed: int, deadline: Deadline) -> Incumbent:
+def find_incumbent(square: Square, groups: GroupReach, start: Mask | None, seed: int, deadline: Deadline) -> Incumbent:
     """The best of backward elimination (and a given start) after swaps and a tabu walk, in a third of the time left."""
     n = square.centre.size
     dense = DenseJoint(square.hessian, square.linear, 1.0, groups)

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from solvers.budget import Groups, Partitioned
+from solvers.budget import GroupReach, Partitioned
 from solvers.exact import joint_nodes, symmetry
 from solvers.exact.best_first import SECONDS_OF_CUBE, Expansion, Fate, Fates, Incumbent, Node, Relaxation, best_first
 from solvers.exact.joint_bound import bound_node
@@ -96,7 +96,7 @@ class _JointRelaxation(Relaxation[_State]):
     max_open = 300_000
     floor = 0.0
 
-    def __init__(self, square: Square, partition: Groups, deadline: Deadline, stop: Mask, tolerance: float) -> None:
+    def __init__(self, square: Square, partition: GroupReach, deadline: Deadline, stop: Mask, tolerance: float) -> None:
         self.square, self.n, self.partition = square, square.centre.size, partition
         self.keeps = np.bincount(partition.of, minlength=partition.quotas.size) - partition.quotas
         self.deadline, self.stop, self.tolerance = deadline, stop, tolerance

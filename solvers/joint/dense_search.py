@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.budget import Groups
+from solvers.budget import GroupReach
 from solvers.moves import joint_swaps, kicks
 from solvers.problem import Array, Mask
 from solvers.solver import Deadline
@@ -32,7 +32,7 @@ class DenseJoint:
     hessian: Array
     linear: Array
     constant: float
-    groups: Groups
+    groups: GroupReach
 
     def value(self, solution: Array, kept: Mask) -> float:
         """The objective from the tableau's solution column."""

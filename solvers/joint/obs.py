@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from solvers.budget import Groups
 from solvers.joint.elimination import EliminationPlan, eliminate
+from solvers.joint.group_elimination import eliminate_groups
 from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.problem import SelectionProblem
-from solvers.solution import Proposal
+from solvers.solution import Proposal, Reason
 from solvers.solver import JOINT_PROBLEM, RANKED, Capability, Context, Solver, option
 
 
@@ -33,7 +35,7 @@ class OptimalBrainSurgeonSolver(Solver):
     capabilities = JOINT_PROBLEM | {Capability.TIME_LIMIT}
 
     curvatures = KEPT_SYSTEMS
-    budgets = RANKED
+    budgets = (*RANKED, Groups)
     apart = True
 
     chunks: int = option(20, "rounds before blocks are small enough for one-at-a-time elimination", minimum=1)
@@ -45,7 +47,10 @@ class OptimalBrainSurgeonSolver(Solver):
     frozen_zeros: bool = option(False, "weights that are zero already go first and stay out (staged pruning)")
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
-        """Eliminate until exactly ``n_prune`` are gone."""
+        """Eliminate until exactly ``n_prune`` weights, or as many groups as are to go, are gone."""
+        if isinstance(problem.budget, Groups):
+            pruned, completed = eliminate_groups(problem, context.deadline)
+            return Proposal(pruned, reason=Reason.COMPLETED if completed else Reason.TIME_LIMIT)
         plan = EliminationPlan(self.chunks, self.exact_below, self.pool, self.refresh, self.frozen_zeros)
         result = eliminate(problem, plan, context.deadline)
         return Proposal(

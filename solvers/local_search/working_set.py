@@ -28,7 +28,7 @@ class WorkingSet:
     table : float64 (m, m)
     forces : float64 (m,)
     pruned : numpy bool (m,)
-    groups : Groups
+    groups : GroupReach
         Within which swaps stay; the index is in ascending order where there are several.
     """
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from solvers.budget import Groups, places
+from solvers.budget import GroupReach, places
 from solvers.problem import Mask
 
 
-def exchanged(mask: Mask, size: int, rng: np.random.Generator, groups: Groups) -> Mask:
+def exchanged(mask: Mask, size: int, rng: np.random.Generator, groups: GroupReach) -> Mask:
     """A copy of a mask (n,) with `size` weights of either side (fewer where there are fewer) exchanged at random.
 
     A weight is exchanged with one of its own group.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from solvers.block import QuadraticBlock
-from solvers.budget import Budget, Partitioned
+from solvers.budget import Budget, Groups, Partitioned
 from solvers.curvature import Unmeasured
 from solvers.errors import CapabilityError
 from solvers.problem import Mask, Objective, SelectionProblem
@@ -148,17 +151,36 @@ def check_partitions(subject: Subject) -> None:
             )
             sizes = [n // 2, n - n // 2] if index else [2] * (n // 2) + [1] * (n % 2)
             problem = drawn.with_budget(Partitioned(tuple(sizes), tuple((size + 1) // 2 for size in sizes)))
+            # Groups of whole rows, say, are not found in every block.
+            with contextlib.suppress(CapabilityError):
+                against_optimum(subject, problem, f"groups of {sizes}")
+
+
+def check_groups(subject: Subject) -> None:
+    """Groups that go whole do so, natively or by way of a problem over them; what it does not take it refuses."""
+    for objective in subject.objectives:
+        for index in range(2 * subject.instances):
+            n, linear = subject.size(min(subject.largest, 9)), subject.linear(None)
+            drawn = random_problem(
+                subject.seed + 121 + index, objective, n=n, n_blocks=1 + index % 2, kinds=("plain",), linear=linear
+            )
+            labels = np.random.default_rng(index).permutation(np.arange(n) % ((n + 1) // 2))
+            problem = drawn.with_budget(Groups(labels, max(1, n // 4)))
             try:
-                solution, optimum = subject.solve(problem), optimum_of(problem)
+                against_optimum(subject, problem, "groups")
             except CapabilityError:
-                # Groups of whole rows, say, are not found in every block.
-                continue
-            limit, where = optimum + tolerance_of(problem, optimum), f"{told(problem)} with groups of {sizes}"
-            assert solution.objective >= optimum - tolerance_of(problem, optimum), f"below the optimum on {where}"
-            assert solution.bound <= limit, f"bound {solution.bound!r} exceeds {optimum!r} on {where}"
-            if subject.can(Capability.EXACT):
-                assert solution.objective <= limit, f"{solution.objective!r} is not {optimum!r} on {where}"
-                assert solution.status is Status.OPTIMAL, f"optimality was not proven on {where}"
+                assert not issubclass(Groups, subject.solver.budgets), f"Groups are declared, refused {told(problem)}"
+
+
+def against_optimum(subject: Subject, problem: SelectionProblem, what: str) -> None:
+    """Hold a solution to brute force: no better, bounded below the optimum, equal to it where the solver is exact."""
+    solution, optimum = subject.solve(problem), optimum_of(problem)
+    limit, where = optimum + tolerance_of(problem, optimum), f"{told(problem)} with {what}"
+    assert solution.objective >= optimum - tolerance_of(problem, optimum), f"below the optimum on {where}"
+    assert solution.bound <= limit, f"bound {solution.bound!r} exceeds {optimum!r} on {where}"
+    if subject.can(Capability.EXACT):
+        assert solution.objective <= limit, f"{solution.objective!r} is not {optimum!r} on {where}"
+        assert solution.status is Status.OPTIMAL, f"optimality was not proven on {where}"
 
 
 def check_budgets(subject: Subject) -> None:
@@ -180,4 +202,5 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_needs,
     check_budgets,
     check_partitions,
+    check_groups,
 )

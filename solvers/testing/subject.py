@@ -97,8 +97,8 @@ class Subject:
             if self.can(Capability.LINEAR_TERM) and not problem.has_gradient and "gradient" in str(error):
                 raise NotApplicable("it refuses problems without a gradient, as it may") from None
             raise
-        count = int(solution.pruned.sum())
-        assert count == problem.n_prune, f"removed {count} of {problem.n_prune} weights on {told(problem)}"
+        violation = problem.budget.violation(solution.pruned)
+        assert not violation, f"on {told(problem)} the budget is not kept: {violation}"
         return solution
 
     def problems(self, objective: Objective, kinds: tuple[str, ...] = KINDS) -> Iterator[SelectionProblem]:
@@ -118,7 +118,7 @@ class Subject:
 def told(problem: SelectionProblem) -> str:
     """A problem in words, for messages."""
     names = ", ".join(block.name for block in problem.blocks)
-    return f"random problem {names!r} (n={problem.n}, n_prune={problem.n_prune}, {problem.objective.value})"
+    return f"random problem {names!r} ({problem!r})"
 
 
 def optimum_of(problem: SelectionProblem) -> float:
