@@ -14,13 +14,14 @@ from typing import Annotated
 
 import typer
 
+from cbs_opt import Sensitivity
 from experiments.commands.grouping import grouped
 from experiments.commands.shell import on_backend, wide_console
 from experiments.datasets.cache import CacheWarning
 from experiments.networks.load import Source
 from experiments.reports.accuracy import accuracy_table, quoted_series, rows_table
 from experiments.reports.display import RunDisplay
-from experiments.reports.plots import Series, plot_accuracy, series_of
+from experiments.reports.plots import Series, plot_accuracy, plot_sensitivity, series_of
 from experiments.runs.bench import Listener
 from experiments.runs.options import ChoiceOptions, CurvatureOptions, NetworkOptions, RunOptions, SweepOptions
 from experiments.runs.rows import ResultsFile
@@ -66,6 +67,7 @@ def main(
         console.print(f"the last line of {results.path} was cut off and has been removed", soft_wrap=True)
     rows: list[dict[str, object]] = []
     plain: dict[float, float] = {}
+    found: Sensitivity | None = None
     try:
         with RunDisplay(console, len(options.tasks)) as display, warnings.catch_warnings():
             warnings.showwarning = lambda message, category, *_: display.say(f"warning: {message}")
@@ -74,10 +76,13 @@ def main(
             if curvature.measure_only:
                 run.measure()
                 return
-            with on_backend(output.backend):
-                rows.extend(run.run(workers))
-            if output.reference and options.experiment.reference:
-                plain = run.reference()
+            if curvature.sensitivity:
+                found = run.bench.sensitivity()
+            else:
+                with on_backend(output.backend):
+                    rows.extend(run.run(workers))
+                if output.reference and options.experiment.reference:
+                    plain = run.reference()
     except KeyboardInterrupt:
         console.print(
             f"interrupted; finished rows are in {results.path}, the same command goes on from there",
@@ -85,6 +90,12 @@ def main(
             soft_wrap=True,
         )
         raise
+    if found is not None:
+        console.print(found)
+        path = results.folder / f"sensitivity-{_plain_name(options.experiment.name)}.png"
+        plot_sensitivity(path, f"{options.experiment.name}: one layer pruned at a time", found)
+        console.print(f"plot: {path}", soft_wrap=True, highlight=False)
+        return
     extra = [Series("magnitude, no update (for comparison)", {s: (a,) for s, a in plain.items()})] if plain else []
     good, name, dense = [row for row in rows if row["error"] is None], options.experiment.name, run.bench.dense
     if len(good) <= MOST_ROWS:
@@ -101,8 +112,13 @@ def main(
 
 def write_plot(experiment: str, rows: list[dict[str, object]], extra: list[Series], dense: float, folder: Path) -> Path:
     """Draw the rows and the literature into ``folder``; returns the file."""
-    path = folder / f"accuracy-{re.sub(r'[^a-z0-9-]+', '_', experiment)}.png"
+    path = folder / f"accuracy-{_plain_name(experiment)}.png"
     series = [*series_of(rows), *extra]
     sparsities = sorted({s for line in series for s in line.points})
     plot_accuracy(path, experiment, [*series, *quoted_series(experiment, sparsities)], dense)
     return path
+
+
+def _plain_name(experiment: str) -> str:
+    """As part of the name of a file."""
+    return re.sub(r"[^a-z0-9-]+", "_", experiment)

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from cbs_opt import Sensitivity
 from solvers.errors import OutputError
 
 #: Colour-blind safe (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+#: Layers that are named in a plot.
+MOST_NAMES = 12
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,37 @@ def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float
         axes.set_xticks(_steps(everything), [f"{100 * s:g}" for s in everything])
         axes.set_xlabel("sparsity (%), scaled by the logarithm of the weights kept")
         axes.set_ylabel("test accuracy (%)")
+
+
+def plot_sensitivity(path: Path, title: str, found: Sensitivity) -> None:
+    """Draw what pruning each layer alone does, a line a layer from the first (dark) to the last (light).
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    from matplotlib import colormaps
+
+    with drawn(path, title) as axes:
+        colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(found.layers)))
+        last = len(found.layers) - 1
+        for i, (row, colour) in enumerate(zip(found.layers, colours, strict=True)):
+            excess = np.array(row.values) - found.dense
+            # A legend of dozens of layers would hide them.
+            label = row.name if last < MOST_NAMES or i in (0, last) else None
+            axes.plot(
+                found.levels,
+                np.where(excess > 0.0, excess, np.nan),
+                label=label,
+                color=colour,
+                linestyle="-" if row.measured else ":",
+                marker="." if row.measured else "",
+                linewidth=1.1,
+            )
+        axes.set_yscale("log")
+        axes.set_xlabel("share of the layer's weights removed")
+        axes.set_ylabel(f"{found.measure}, above the dense network's")
 
 
 def _steps(sparsities: Any) -> list[float]:

@@ -145,6 +145,21 @@ class Bench:
             self._chosen = mask, problem, result.solution
         return result
 
+    def sensitivity(self) -> cbs_opt.Sensitivity:
+        """Curves of all layers, by the first seed and, where one is named, the first solver and update."""
+        sweep = self.options.sweep
+        solver, update = (sweep.solver[0], sweep.update[0]) if sweep.solver else ("sweep", "own")
+        return cbs_opt.sensitivity(
+            self.network.model,
+            self._data(sweep.seed[0]),
+            F.cross_entropy,
+            levels=sorted({task.sparsity for task in self.tasks}),
+            solver=solver,
+            update=update,
+            setup=self.options.setup(sweep.seed[0]),
+            progress=self._progress("layers alone"),
+        )
+
     def prepared(self, seed: int) -> cbs_opt.Prepared:
         """The quadratic model of a seed; it can take gigabytes, so it is let go when another is asked for."""
         if self._prepared is not None and self._prepared[0] == seed:

@@ -81,6 +81,9 @@ class CurvatureOptions:
         Path | None, "Folder which keeps what is measured, a sub-folder per seed; what it holds is used again."
     ] = None
     measure_only: Annotated[bool, "Stop when --gradients has been filled."] = False
+    sensitivity: Annotated[
+        bool, "Layer by layer: show what pruning each layer alone to the sparsities does, and stop."
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ class RunOptions:
             raise OptionError("--measure-only needs a folder for what is measured; give --gradients DIR")
         if curvature.gradients is not None and self.staged:
             raise OptionError("stages measure anew at every step; leave --gradients out")
+        if curvature.sensitivity and not self.layerwise:
+            raise OptionError("--sensitivity prunes layer by layer; give --curvature layer_inputs or kfac with it")
         if self.layerwise and (self.staged or sweep.masks or choice.bound or curvature.gradients):
             raise OptionError(
                 f"--curvature {curvature.curvature} knows no --stages, --masks, --bound and --gradients; leave them out"

@@ -496,3 +496,15 @@ def test_a_bound_certifies_every_mask(tmp_path: Path) -> None:
 
 def test_an_unknown_bound_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "frank_wolfe" in fails(capsys, "--bound", "frank_wolf", "--output-dir", tmp_path)
+
+
+def test_sensitivity_shows_every_layer_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(
+        *QUICK[:2], "--curvature", "layer_inputs", "--sensitivity", "--sparsity", "0.9", "0.5", "--output-dir", tmp_path
+    )
+    shown = capsys.readouterr().out
+    layers = cbs_opt.find_layers(DigitsMLP()).names
+    assert all(name in shown for name in (*layers, "50.0%", "90.0%", "100.0%", "divergence"))
+    assert (tmp_path / "sensitivity-digits-mlp.png").stat().st_size > 1000
+    assert not (tmp_path / "results.jsonl").exists()
+    assert "--curvature layer_inputs" in fails(capsys, "--sensitivity", "--output-dir", tmp_path)
