@@ -1,6 +1,7 @@
 """Certified lower bounds for problems nobody can solve exactly: `bound(problem, method=...)`.
 
 * ``frank_wolfe``: convex relaxation of any size, matrix-free (joint objective: perspective relaxation).
+* ``diagonal``: joint objective, the best perspective relaxation, of whole layers whose rows share their inputs too.
 * ``qcr``: semidefinite bound for up to about a thousand weights; the tightest.
 * ``lagrangian``: one semidefinite bound per block, coupled by the multiplier of the common budget.
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 from solvers.arguments import instance, number, one_of
 from solvers.bounds.certificate import Bound, Certificate
+from solvers.bounds.diagonal import diagonal_bound, largest_inputs
 from solvers.bounds.frank_wolfe import frank_wolfe_bound
 from solvers.bounds.lagrangian import lagrangian_bound
 from solvers.bounds.perspective import perspective_bound
@@ -27,9 +29,11 @@ _SELECTION: dict[str, Callable[..., Bound]] = {
     "qcr": qcr_bound,
     "lagrangian": lagrangian_bound,
 }
-METHODS = ("auto", *_SELECTION)
+_JOINT: dict[str, Callable[..., Bound]] = {"frank_wolfe": perspective_bound, "diagonal": diagonal_bound}
+METHODS = ("auto", "frank_wolfe", "diagonal", "qcr", "lagrangian")
 _AUTO_QCR = 400
 _AUTO_BLOCK = 300
+_AUTO_DIAGONAL = 1600
 
 __all__ = ["METHODS", "Bound", "Certificate", "bound"]
 
@@ -56,8 +60,9 @@ def bound(
     Parameters
     ----------
     problem : SelectionProblem
-    method : {"auto", "frank_wolfe", "qcr", "lagrangian"}
-        ``auto`` takes qcr up to 400 weights, lagrangian for several small blocks, frank_wolfe otherwise.
+    method : {"auto", "frank_wolfe", "diagonal", "qcr", "lagrangian"}
+        ``auto`` takes qcr up to 400 weights, lagrangian for several small blocks, frank_wolfe otherwise; for the joint
+        objective diagonal where no matrix is larger than 1,600, else frank_wolfe.
     tolerance : float, optional
         How near the method's own optimum to stop, relative; each method has its default.
     time_limit : float, optional
@@ -89,15 +94,16 @@ def bound(
     if method == "auto":
         largest = max(block.n for block in problem.blocks)
         if joint:
-            method = "frank_wolfe"
+            method = "diagonal" if largest_inputs(problem) <= _AUTO_DIAGONAL else "frank_wolfe"
         elif problem.n <= _AUTO_QCR:
             method = "qcr"
         else:
             method = "lagrangian" if len(problem.blocks) > 1 and largest <= _AUTO_BLOCK else "frank_wolfe"
-    if joint and method != "frank_wolfe":
+    methods = _JOINT if joint else _SELECTION
+    if method not in methods:
+        own, other = ("joint", "selection") if joint else ("selection", "joint")
         raise CapabilityError(
-            f"method={method!r} bounds the selection objective only; use method='frank_wolfe', or the bound of the "
-            "solver 'branch_bound', for the joint one"
+            f"method={method!r} bounds the {other} objective only; for the {own} one use method="
+            f"{' or '.join(map(repr, methods))}{', or the bound of the solver branch_bound' if joint else ''}"
         )
-    search: Callable[..., Bound] = perspective_bound if joint else _SELECTION[method]
-    return search(problem, **limits)
+    return methods[method](problem, **limits)

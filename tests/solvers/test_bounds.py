@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import solvers
 from solvers.bounds.certificate import relative_gap
+from solvers.bounds.diagonal import DiagonalCertificate
 from solvers.bounds.frank_wolfe import ResidualCertificate, frank_wolfe_bound, project_capped_simplex
 from solvers.bounds.lagrangian import LagrangianCertificate
 from solvers.bounds.perspective import PerspectiveCertificate
@@ -50,10 +52,11 @@ def test_bounds_lie_below_the_optimum_and_verify(method: str, seed: int) -> None
     assert found.verify(problem) <= best + 1e-12 * problem.scale
 
 
+@pytest.mark.parametrize("method", ["frank_wolfe", "diagonal"])
 @pytest.mark.parametrize("seed", range(10))
-def test_joint_bound_lies_below_the_optimum(seed: int) -> None:
+def test_joint_bound_lies_below_the_optimum(seed: int, method: str) -> None:
     problem = make_problem(seed, objective="joint")
-    found = solvers.bound(problem)
+    found = solvers.bound(problem, method)
     assert found.value <= optimum(problem) + 1e-12 * problem.scale
     assert found.verify(problem) == pytest.approx(found.value, rel=1e-9)
 
@@ -76,6 +79,37 @@ def test_any_certificate_proves_a_valid_bound(seed: int, spread: float) -> None:
     assert certificate.value(problem) <= best + slack
     joint = problem.with_objective("joint")
     assert PerspectiveCertificate(residuals).value(joint) <= optimum(joint) + slack
+    shares = tuple(np.abs(part) for part in parts[0])
+    points = tuple(spread * rng.standard_normal((1, b.n)) for b in problem.blocks)
+    assert DiagonalCertificate(shares, points).value(joint) <= optimum(joint) + slack
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_share_inputs_are_bounded_together(seed: int, gradient: bool) -> None:
+    """Against brute force on three rows of four inputs, one of which has no curvature where there is no gradient."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((6, 4))
+    scale = np.array([1.0, 0.3, 0.5 if gradient else 0.0])
+    kronecker = solvers.Kronecker(torch.from_numpy(scale), torch.from_numpy(inputs.T @ inputs / 6), 0.1)
+    slope = 0.1 * rng.standard_normal(12) if gradient else None
+    block = solvers.QuadraticBlock(rng.standard_normal(12), curvature=kronecker, gradient=slope)
+    problem = solvers.SelectionProblem(block, 6, "joint")
+    best = min(problem.value(np.isin(np.arange(12), p)) for p in combinations(range(12), 6))
+    found = solvers.bound(problem)
+    assert found.method == "diagonal" and found.verify(problem) == pytest.approx(found.value)
+    assert best - 0.8 * abs(best) <= found.value <= best + 1e-12
+
+
+def test_the_best_diagonal_beats_the_damping_on_a_layer() -> None:
+    rng = np.random.default_rng(5)
+    inputs = rng.standard_normal((200, 30)) * np.logspace(0, -1, 30)
+    kronecker = solvers.Kronecker(torch.ones(10, dtype=torch.float64), torch.from_numpy(inputs.T @ inputs / 200), 1e-3)
+    block = solvers.QuadraticBlock(rng.standard_normal(300), curvature=kronecker)
+    problem = solvers.SelectionProblem(block, 180, "joint")
+    value = solvers.solve(problem, "admm").objective
+    gaps = [solvers.bound(problem, method).gap(value) for method in ("diagonal", "frank_wolfe")]
+    assert 0.0 <= gaps[0] < 0.6 * gaps[1]
 
 
 def test_frank_wolfe_reaches_the_optimum_of_the_relaxation() -> None:
@@ -194,7 +228,12 @@ def test_what_is_refused() -> None:
         solvers.bound(large, "lagrangian")
     undamped = solvers.SelectionProblem([solvers.QuadraticBlock(np.ones(3), np.eye(3))], 1, "joint")
     with pytest.raises(solvers.CapabilityError, match="damping"):
-        solvers.bound(undamped)
+        solvers.bound(undamped, "frank_wolfe")
+    singular = solvers.SelectionProblem([solvers.QuadraticBlock(np.ones(3), np.ones((1, 3)))], 1, "joint")
+    with pytest.raises(solvers.CapabilityError, match="singular"):
+        solvers.bound(singular, "diagonal")
+    with pytest.raises(solvers.CapabilityError, match="joint objective only"):
+        solvers.bound(problem, "diagonal")
 
 
 @settings(max_examples=50, deadline=None)
