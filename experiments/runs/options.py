@@ -116,7 +116,7 @@ class ChoiceOptions:
     time_limit: Annotated[float | None, "Seconds for each call of a solver."] = None
     bound: Annotated[
         str | None,
-        "Certify each mask by a bound: auto, frank_wolfe, qcr or lagrangian; takes minutes on a network.",
+        "Certify each mask by a bound: auto, frank_wolfe, diagonal, qcr or lagrangian; takes minutes on a network.",
     ] = None
     sparsity_rounding: Annotated[Rounding, "exact, or as many weights as the published code keeps."] = Rounding.EXACT
     refit: Annotated[
