@@ -30,6 +30,7 @@ from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.engine import gradient_files
 from cbs_opt.engine.choice import Choice, Extent
+from cbs_opt.engine.distill import Distill
 from cbs_opt.engine.estimate import announce, estimate_memory
 from cbs_opt.engine.measured import Measured, take_gradients
 from cbs_opt.engine.setup import Setup
@@ -64,6 +65,7 @@ class Prepared(Measured):
         seed: int | None = None,
         min_kept: int | float | None = None,
         min_kept_per_row: int = 0,
+        distill: Distill | None = None,
     ) -> PruneResult:
         """Choose, update, and put into a copy of the network, as a `Choice` or its fields say; raises CBSError."""
         made = choice or Choice(
@@ -79,6 +81,7 @@ class Prepared(Measured):
             seed=seed,
             min_kept=min_kept,
             min_kept_per_row=min_kept_per_row,
+            distill=distill,
         )
         return self.one_shot(made)
 

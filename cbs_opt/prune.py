@@ -17,6 +17,7 @@ from cbs_opt.data.calibration import CalibrationOptions
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.distill import Distill
 from cbs_opt.engine.layerwise import prune_layerwise
 from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import Setup
@@ -55,6 +56,7 @@ def prune(
     seed: int = 0,
     loss_samples: int = MOST_SAMPLES,
     stages: int | StageOptions = 1,
+    distill: Distill | None = None,
     journal: Path | str | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -78,11 +80,13 @@ def prune(
     stages : int or StageOptions
         How often gradients are recomputed on the way to the sparsity; see `cbs_opt.engine.stages`. With more than one
         stage steps always follow the gradient, and the update is the combinatorial one, its length searched.
+    distill : Distill, optional
+        Afterwards the kept weights are moved towards the dense network's outputs, by so many steps on the same data.
     journal : path, optional
         Folder that gets the state after each stage; a killed run that is started again goes on from there.
     progress : callable, optional
         Called with (rows done, rows in all) while gradients are computed, or with (stages done, stages in all), or
-        with (layers done, layers in all).
+        with (layers done, layers in all); then with (steps done, steps in all) of the distillation.
 
     Returns
     -------
@@ -104,6 +108,7 @@ def prune(
         time_limit=time_limit,
         min_kept=min_kept,
         min_kept_per_row=min_kept_per_row,
+        distill=distill,
     )
     setup = Setup(
         fisher=fisher,

@@ -8,10 +8,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from cbs_opt.engine.distill import Distill
 from cbs_opt.engine.update import Update, check_scale
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
-from solvers.arguments import integer, number, one_of, seconds, seed_of, sparsity_of
+from solvers.arguments import instance, integer, number, one_of, seconds, seed_of, sparsity_of
 from solvers.arrays import Mask
 from solvers.errors import CapabilityError, OptionError
 from solvers.solver import Need
@@ -65,6 +66,8 @@ class Choice:
         floor; see `cbs_opt.engine.floors`.
     min_kept_per_row : int
         So many weights of every row (what leads to one output) stay at least, instead of `min_kept`.
+    distill : Distill, optional
+        After all else kept weights are moved towards the dense network's outputs.
 
     Raises
     ------
@@ -85,6 +88,7 @@ class Choice:
     seed: int | None
     min_kept: int | float | None
     min_kept_per_row: int
+    distill: Distill | None
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class Choice:
         seed: int | None = None,
         min_kept: int | float | None = None,
         min_kept_per_row: int = 0,
+        distill: Distill | None = None,
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
@@ -129,6 +134,7 @@ class Choice:
             "seed": None if seed is None else seed_of(seed),
             "min_kept": None if min_kept is None else _floor_of(min_kept),
             "min_kept_per_row": integer("min_kept_per_row", min_kept_per_row, 0),
+            "distill": None if distill is None else instance("distill", distill, Distill),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -18,7 +18,9 @@ from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_we
 from cbs_opt.engine.workspace import OpenNetwork
 from cbs_opt.measure.layer_inputs import InputMoment, LayerInputOptions, Streamed, row_scales
 from cbs_opt.measure.segments import Chain, find_chain, whole
+from cbs_opt.network.identity import copy_network
 from cbs_opt.network.layers import Layer, PrunableLayers
+from cbs_opt.network.masks import remove_masks
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, solve
 from solvers.allocation import ALLOCATIONS
 from solvers.arrays import Mask
@@ -74,6 +76,15 @@ class LayerwiseNetwork(OpenNetwork):
         """Mean calibration loss of the network given, to be asked for before it is pruned."""
         self.gather()
         return self.meter.of_network(self.model)
+
+    @property
+    def source(self) -> BatchStream:
+        """The calibration data."""
+        return self.stream
+
+    def dense_copy(self) -> nn.Module:
+        """A copy of the network given, in eval mode."""
+        return remove_masks(copy_network(self.given)).eval()
 
     def gather(self) -> None:
         """Put all of the network on the device, if there is a loss to be taken of it."""

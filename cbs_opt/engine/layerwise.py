@@ -26,7 +26,7 @@ from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.layer_network import ONE_PASS, LayerPruner, LayerwiseNetwork, PrunedLayer
-from cbs_opt.engine.measured import ModelFigures, Outcome, conclude
+from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.sensitivity import MEASURES, Parts, check_levels, levels_around, measured_curves
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.shares import Shares, Sharing, prune_segments
@@ -42,7 +42,7 @@ from cbs_opt.report.sensitivity import Sensitivity
 from solvers import QuadraticBlock, Reason, SelectionProblem, Solver, Status
 from solvers.arguments import one_of
 from solvers.curvature import Kronecker
-from solvers.errors import OptionError
+from solvers.errors import DataError, OptionError
 from solvers.running import check_capabilities
 
 
@@ -61,7 +61,7 @@ def prune_layerwise(
     run = _Run(network, choice, progress)
     outcome, parts = run.outcome()
     network.gather()
-    result = conclude(network, choice, outcome, own=True)
+    result = conclude(network, choice, outcome, own=True, progress=progress)
     rows = tuple(replace(row, share=part) for row, part in zip(result.report.layers, parts, strict=True))
     shares = run.shares
     report = replace(
@@ -135,9 +135,17 @@ def _opened(
         raise OptionError("curvature='kfac' takes gradients of a loss; pass loss_fn, or use curvature='layer_inputs'")
     if loss_fn is not None and not callable(loss_fn):
         raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
+    if loss_fn is None and choice.distill is not None and choice.distill.loss == "given":
+        raise OptionError("distill=Distill(loss='given') takes a loss; pass loss_fn, or use loss='kl' or 'mse'")
     own, layers = own_copy(model, setup)
     check_layerwise(layers, choice)
-    return LayerwiseNetwork(own, layers, setup, model, BatchStream(data, setup.samples), loss_fn)
+    stream = BatchStream(data, setup.samples)
+    if choice.distill is not None and stream.once:
+        raise DataError(
+            f"the calibration data are a one-shot {type(data).__name__}, and distillation reads them again; pass a "
+            "list, a Dataset or a DataLoader"
+        )
+    return LayerwiseNetwork(own, layers, setup, model, stream, loss_fn)
 
 
 def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:

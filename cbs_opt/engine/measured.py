@@ -7,32 +7,28 @@ quadratic model.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.floors import Floors
+from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
-from cbs_opt.engine.workspace import OpenNetwork, Workspace
+from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult, contributions
+from cbs_opt.report.report import PruneResult, contributions
 from cbs_opt.report.warnings import (
-    collapse_warnings,
     curvature_warnings,
     gradient_warnings,
-    nonzero,
-    repruning_warnings,
-    skipped_warnings,
 )
 from solvers import Capability, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
-from solvers.errors import CapabilityError, ModelError, OptionError
+from solvers.errors import CapabilityError, OptionError
 from solvers.refit import refit
 
 
@@ -181,6 +177,7 @@ class Measured:
         *,
         own: bool = False,
         judge: bool = True,
+        progress: Progress | None = None,
     ) -> PruneResult:
         """Choose, update, and put into the network.
 
@@ -193,6 +190,8 @@ class Measured:
             Give the network of the workspace away instead of a copy; nothing here can be used afterwards.
         judge : bool
             Refit the mask for the report where the update does not yield its refit objective; it costs as much as one.
+        progress : callable, optional
+            Called with (steps done, steps in all) of a distillation.
         """
         workspace, to_network = self.workspace, self.blocks.partition.to_network
         loss_dense = workspace.dense_loss
@@ -240,7 +239,7 @@ class Measured:
         if own:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
             del problem, chosen, self.blocks
-        return conclude(workspace, choice, outcome, own=own)
+        return conclude(workspace, choice, outcome, own=own, progress=progress)
 
     def _warnings(self) -> tuple[str, ...]:
         """What the gradients do not say."""
@@ -261,118 +260,3 @@ class Measured:
             return solution, ()
         judged = refit(problem, solution.pruned)
         return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs
-
-
-@dataclass(frozen=True)
-class ModelFigures:
-    """What a report says of the quadratic model; see `PruneReport`."""
-
-    curvature: str
-    blocks: str
-    n_blocks: int
-    n_rows: int = 0
-    batch_size: int = 0
-    damping: float = math.nan
-
-    @classmethod
-    def of(cls, measured: Extent, fisher: FisherOptions, data: CalibrationData, n_blocks: int) -> ModelFigures:
-        """Of gradients, as much of them as was measured."""
-        name = ("none", "gradient", "fisher")[measured]
-        if measured is Extent.WEIGHTS:
-            return cls(name, "per_layer", n_blocks)
-        rows, size = fisher.rows_for(data), fisher.batch_size
-        if measured is Extent.GRADIENT:
-            return cls(name, "per_layer", n_blocks, rows, size)
-        return cls(name, str(fisher.spec), n_blocks, rows, size, fisher.ridge)
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a plan made of a network.
-
-    Attributes
-    ----------
-    pruned : bool (n,)
-    weights : float64 (n,), optional
-        None where they stay as they are.
-    records : tuple of StageRecord
-    model : ModelFigures
-    staged : bool
-        Whether each record has an objective of its own.
-    terms : float64 (n,), optional
-        What each weight adds to the objective, in one shot with a curvature.
-    solution : Solution, optional
-        None in stages.
-    """
-
-    pruned: Mask
-    weights: Array | None
-    records: tuple[StageRecord, ...]
-    model: ModelFigures
-    staged: bool = False
-    terms: Array | None = None
-    solution: Solution | None = None
-
-
-def conclude(workspace: OpenNetwork, choice: Choice, outcome: Outcome, *, own: bool = False) -> PruneResult:
-    """Put an outcome into a network, the workspace's own or a copy, and report."""
-    layers, setup, pruned, records = workspace.layers, workspace.setup, outcome.pruned, outcome.records
-    dense = workspace.dense_layers()
-    norms, before = LayerNorms(layers, dense, pruned), nonzero(dense)
-    del dense
-    loss_dense = workspace.dense_loss
-    model, loss = workspace.network(outcome.weights, pruned, own=own)
-    if math.isfinite(loss_dense) and not math.isfinite(loss):
-        raise ModelError(
-            f"the calibration loss of the pruned network is {loss}, that of the network given {loss_dense:.6g}; use a "
-            f"smaller update_scale than {choice.update_scale:g}, a larger damping or a lower sparsity"
-        )
-    constant = workspace.meter.is_constant(model)
-    rows = norms.reports(layers.parameters(model), outcome.terms)
-    masks = workspace.finish(model, pruned)
-    solution, staged = outcome.solution, outcome.staged
-    if not staged:
-        records = (replace(records[0], loss_after=loss),)
-    last = next((record for record in reversed(records) if record.solver), records[-1])
-    n_kept = layers.n - int(np.count_nonzero(pruned))
-    report = PruneReport(
-        layers=rows,
-        n=layers.n,
-        n_kept=n_kept,
-        sparsity=(layers.n - n_kept) / layers.n,
-        sparsity_asked=(layers.n - n_kept) / layers.n if choice.sparsity is None else choice.sparsity,
-        n_model=layers.n_model,
-        sparsity_of_model=(layers.n - n_kept) / layers.n_model,
-        skipped=layers.skipped,
-        warnings=(
-            *skipped_warnings(layers),
-            *dict.fromkeys(warning for record in records for warning in record.warnings),
-            *collapse_warnings(layers, pruned, constant),
-            *repruning_warnings(n_kept, before, nonzero(layers.parameters(model)), layers.n),
-        ),
-        solver=last.solver or choice.solver.spec,
-        update=choice.update.value,
-        update_scale=math.nan if staged else choice.update_scale,
-        objective_kind=choice.goal(staged).value,
-        objective=last.objective,
-        refit_objective=last.refit_objective,
-        bound=last.bound,
-        gap=last.gap,
-        status=last.status,
-        reason=last.reason,
-        loss_dense=loss_dense,
-        loss_pruned=loss,
-        loss_samples=workspace.meter.n_samples,
-        **asdict(outcome.model),
-        first_order=None if staged else last.first_order,
-        gradient_method=", ".join(dict.fromkeys(record.method for record in records)),
-        stages=len(records),
-        seed=setup.seed if choice.seed is None else choice.seed,
-        device=str(setup.place),
-        seconds_gradients=sum(record.seconds_gradients for record in records),
-        seconds_solve=sum(record.seconds_solve for record in records),
-        seconds_update=sum(record.seconds_update + record.seconds_batch_norm for record in records),
-        repairs=tuple(dict.fromkeys(repair for record in records for repair in record.repairs)),
-        statistics={} if solution is None else dict(solution.statistics),
-    )
-    return PruneResult(model, masks, report, pruned, layers, solution, records)

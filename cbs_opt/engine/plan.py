@@ -12,6 +12,8 @@ With K_0 weights at the start, K at the end, N stages and t = i/N after stage i 
 
 ``first`` makes the first stage go straight to a sparsity that costs a network nothing, and spreads the others over
 what is left: late stages matter, and early ones are the dear ones.
+
+After the last step, of one shot and of layer by layer too, a `Distill` may follow (`Choice.distill`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from cbs_opt.engine.checks import check_plan
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.estimate import Estimate, announce, probe_seconds
 from cbs_opt.engine.journal import StageState
-from cbs_opt.engine.measured import Measured, ModelFigures, Outcome, conclude, take_gradients
+from cbs_opt.engine.measured import Measured, take_gradients
+from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
@@ -114,7 +115,7 @@ def carry_out(
         if need is not Extent.WEIGHTS:
             announce(workspace)
         measured = Measured(workspace, workspace.setup.options, take_gradients(workspace, need, progress))
-        return measured.one_shot(choice, own=True)
+        return measured.one_shot(choice, own=True, progress=progress)
     # Before the first stage changes them.
     _ = workspace.weights, workspace.dense_loss
     total = len(plan.steps)
@@ -132,4 +133,5 @@ def carry_out(
     weights = np.where(state.pruned, 0.0, state.weights.cpu().numpy())
     n_blocks = len(contiguous_partition(workspace.layers, fisher.spec).sizes)
     model = ModelFigures.of(Extent.CURVATURE, fisher, workspace.data, n_blocks)
-    return conclude(workspace, choice, Outcome(state.pruned, weights, records, model, staged=True), own=True)
+    outcome = Outcome(state.pruned, weights, records, model, staged=True)
+    return conclude(workspace, choice, outcome, own=True, progress=progress)

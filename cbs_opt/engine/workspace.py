@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from cbs_opt.data.calibration import CalibrationData
 from cbs_opt.data.forward import Forward, LossFunction
 from cbs_opt.data.losses import LossMeter, Meter
+from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.setup import Setup
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import GradientSample, Progress, sample_gradients
 from cbs_opt.measure.row_sampling import draw_rows
+from cbs_opt.network.batch_norm import restore_statistics, statistics_of
 from cbs_opt.network.finding import find_layers
 from cbs_opt.network.identity import copy_network
 from cbs_opt.network.layers import PrunableLayers
@@ -72,6 +74,15 @@ class OpenNetwork(ABC):
     def dense_loss(self) -> float:
         """Mean calibration loss of the network given."""
 
+    @property
+    @abstractmethod
+    def source(self) -> CalibrationData | BatchStream:
+        """The calibration data."""
+
+    @abstractmethod
+    def dense_copy(self) -> nn.Module:
+        """A copy of the network given, in eval mode."""
+
     def network(self, weights: Array | None, pruned: Mask, *, own: bool = False) -> tuple[nn.Module, float]:
         """A network with prunable weights (n,), zero where pruned; and its calibration loss.
 
@@ -115,6 +126,20 @@ class Workspace(OpenNetwork):
     ) -> None:
         super().__init__(model, layers, forward, setup)
         self.data = data.cast(layers.parameters(model)[0].dtype)
+        self._statistics = statistics_of(self.model)
+
+    @property
+    def source(self) -> CalibrationData:
+        """The calibration data."""
+        return self.data
+
+    def dense_copy(self) -> nn.Module:
+        """A copy of the network given, in eval mode."""
+        model = copy_network(self.model)
+        if "weights" in self.__dict__:
+            self.layers.write(model, self.weights)
+        restore_statistics(model, self._statistics)
+        return model
 
     @cached_property
     def weights(self) -> Array:

@@ -10,6 +10,45 @@ from solvers import Solution
 
 
 @dataclass(frozen=True)
+class DistillRecord:
+    """What a distillation did; see `cbs_opt.engine.distill`.
+
+    Attributes
+    ----------
+    loss : str
+        The divergence that was lowered.
+    parameters : str
+    steps : int
+        Of each try.
+    steps_kept : int
+        After how many of them the weights were best; 0 where nothing was gained and they are as before.
+    lr : float
+        Length of the first step of the try that was kept; nan without one.
+    loss_before, loss_after : float
+        Mean divergence on the held-out share.
+    n_samples, n_held_out : int
+        Samples that steps were taken on, and those that judged them.
+    evaluations : int
+        How often the held-out divergence was taken.
+    seconds : float
+    notes : tuple of str
+    """
+
+    loss: str
+    parameters: str
+    steps: int
+    steps_kept: int
+    lr: float
+    loss_before: float
+    loss_after: float
+    n_samples: int
+    n_held_out: int
+    evaluations: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What a step of a plan did; nan, or nothing, where a figure does not exist.
 

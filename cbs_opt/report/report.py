@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from cbs_opt.network.layers import PrunableLayers, Skipped
-from cbs_opt.report.records import StageRecord
+from cbs_opt.report.records import DistillRecord, StageRecord
 from cbs_opt.report.sensitivity import Candidate, Sensitivity
 from solvers import Objective, SelectionProblem, Solution
 from solvers.arrays import Array, Mask
@@ -125,6 +125,10 @@ class PruneReport:
         Where shares were measured.
     candidates : tuple of Candidate
         Allocations that were tried, where there were several.
+    distill : DistillRecord or None
+        What steps towards the dense network's outputs gained; objectives and seconds above are without them.
+    loss_undistilled : float
+        Mean calibration loss before them, `loss_pruned` being that after; nan where there were none.
     """
 
     layers: tuple[LayerReport, ...]
@@ -168,6 +172,8 @@ class PruneReport:
     shares: str = ""
     sensitivity: Sensitivity | None = None
     candidates: tuple[Candidate, ...] = ()
+    distill: DistillRecord | None = None
+    loss_undistilled: float = math.nan
 
     def __rich__(self) -> Group:
         table = Table(title=f"{self.solver}, update {self.update}: {self.n_kept:,} of {self.n:,} weights kept")
@@ -204,6 +210,7 @@ class PruneReport:
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
             *self._search(),
+            *self._distilled(),
             *(f"repair: {repair}" for repair in self.repairs),
             *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in self.skipped),
             *(f"warning: {warning}" for warning in self.warnings),
@@ -221,6 +228,21 @@ class PruneReport:
         for tried in self.candidates:
             chosen = ", taken" if tried.name == self.shares else ""
             yield f"shares {tried.name}: {tried.value:.6g} on samples held out, {tried.seconds:.1f} s{chosen}"
+
+    def _distilled(self) -> list[str]:
+        done = self.distill
+        if done is None:
+            return []
+        what = "loss" if done.loss == "given" else done.loss
+        moved = "the weights kept" if done.parameters == "layers" else "all parameters"
+        lines = [
+            f"distillation of {moved}: held-out {what} {done.loss_before:.6g} -> {done.loss_after:.6g} over "
+            f"{done.n_held_out:,} samples, {done.steps_kept} of {done.steps} steps of {_number(done.lr)} on "
+            f"{done.n_samples:,} others, {done.seconds:.2f} s",
+        ]
+        if math.isfinite(self.loss_undistilled):
+            lines.append(f"calibration loss before it {self.loss_undistilled:.6g}")
+        return lines
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, color_system=None)
@@ -256,6 +278,9 @@ class PruneReport:
             values["candidates"] = tuple(Candidate(**row) for row in values["candidates"])
             if values["sensitivity"] is not None:
                 values["sensitivity"] = Sensitivity.from_dict(values["sensitivity"])
+            if values.get("distill") is not None:
+                done = _floats(DistillRecord, values["distill"])
+                values["distill"] = DistillRecord(**{**done, "notes": tuple(done["notes"])})
             return cls(**_floats(cls, values))
         except OSError as error:
             raise DataError(f"cannot read the report {path}: {error.strerror or error}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.report.records import DistillRecord
 from solvers.arrays import Array, Mask
 
 #: Share of the network that may be skipped without being asked, and of a layer whose curvature may lie below λ.
@@ -91,6 +92,21 @@ def repruning_warnings(n_kept: int, before: int, after: int, n: int) -> tuple[st
     return (
         f"{n_kept} weights count as kept, but only {before} of the network given are not zero (it was pruned before) "
         f"and {after} of this one; ask for a sparsity of {1 - before / n:.4g} or more to prune it further",
+    )
+
+
+def distill_warnings(done: DistillRecord, before: float, after: float) -> tuple[str, ...]:
+    """A warning where a distillation has gained nothing, or has raised the calibration loss."""
+    if done.steps_kept and after > before:
+        return (
+            f"distillation lowered the {done.loss} and raised the calibration loss from {before:.4g} to {after:.4g}, "
+            "which was lowered before it already (stages do that); Distill(loss='given') lowers the loss itself",
+        )
+    if done.steps_kept:
+        return ()
+    return (
+        f"distillation gained nothing: no step length tried lowered the {done.loss} on {done.n_held_out} held-out "
+        f"samples ({done.loss_before:.4g}), and the weights are as before; try another lr, more steps or more data",
     )
 
 

@@ -1,0 +1,177 @@
+"""What a plan made of a network, put into it: distilled where that is asked for, masked and reported."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.training_batches import TrainingBatches
+from cbs_opt.engine.choice import Choice, Extent
+from cbs_opt.engine.distill import Distill, distill
+from cbs_opt.engine.workspace import OpenNetwork
+from cbs_opt.measure.fisher import FisherOptions
+from cbs_opt.measure.gradients import Progress
+from cbs_opt.report.records import DistillRecord, StageRecord
+from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult
+from cbs_opt.report.warnings import (
+    collapse_warnings,
+    distill_warnings,
+    nonzero,
+    repruning_warnings,
+    skipped_warnings,
+)
+from solvers import Solution
+from solvers.arrays import Array, Mask
+from solvers.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a report says of the quadratic model; see `PruneReport`."""
+
+    curvature: str
+    blocks: str
+    n_blocks: int
+    n_rows: int = 0
+    batch_size: int = 0
+    damping: float = math.nan
+
+    @classmethod
+    def of(cls, measured: Extent, fisher: FisherOptions, data: CalibrationData, n_blocks: int) -> ModelFigures:
+        """Of gradients, as much of them as was measured."""
+        name = ("none", "gradient", "fisher")[measured]
+        if measured is Extent.WEIGHTS:
+            return cls(name, "per_layer", n_blocks)
+        rows, size = fisher.rows_for(data), fisher.batch_size
+        if measured is Extent.GRADIENT:
+            return cls(name, "per_layer", n_blocks, rows, size)
+        return cls(name, str(fisher.spec), n_blocks, rows, size, fisher.ridge)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a plan made of a network.
+
+    Attributes
+    ----------
+    pruned : bool (n,)
+    weights : float64 (n,), optional
+        None where they stay as they are.
+    records : tuple of StageRecord
+    model : ModelFigures
+    staged : bool
+        Whether each record has an objective of its own.
+    terms : float64 (n,), optional
+        What each weight adds to the objective, in one shot with a curvature.
+    solution : Solution, optional
+        None in stages.
+    """
+
+    pruned: Mask
+    weights: Array | None
+    records: tuple[StageRecord, ...]
+    model: ModelFigures
+    staged: bool = False
+    terms: Array | None = None
+    solution: Solution | None = None
+
+
+def conclude(
+    workspace: OpenNetwork,
+    choice: Choice,
+    outcome: Outcome,
+    *,
+    own: bool = False,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Put an outcome into a network, the workspace's own or a copy, distil if that is asked for, and report."""
+    layers, setup, pruned, records = workspace.layers, workspace.setup, outcome.pruned, outcome.records
+    dense = workspace.dense_layers()
+    norms, before = LayerNorms(layers, dense, pruned), nonzero(dense)
+    del dense
+    loss_dense = workspace.dense_loss
+    teacher = None if choice.distill is None else workspace.dense_copy()
+    model, loss = workspace.network(outcome.weights, pruned, own=own)
+    if math.isfinite(loss_dense) and not math.isfinite(loss):
+        raise ModelError(
+            f"the calibration loss of the pruned network is {loss}, that of the network given {loss_dense:.6g}; use a "
+            f"smaller update_scale than {choice.update_scale:g}, a larger damping or a lower sparsity"
+        )
+    distilled, before_steps = None, loss
+    if choice.distill is not None and teacher is not None:
+        distilled = _distilled(workspace, choice.distill, model, teacher, pruned, progress)
+        loss = workspace.meter.of_network(model)
+    constant = workspace.meter.is_constant(model)
+    rows = norms.reports(layers.parameters(model), outcome.terms)
+    masks = workspace.finish(model, pruned)
+    solution, staged = outcome.solution, outcome.staged
+    if not staged:
+        records = (replace(records[0], loss_after=before_steps),)
+    last = next((record for record in reversed(records) if record.solver), records[-1])
+    n_kept = layers.n - int(np.count_nonzero(pruned))
+    report = PruneReport(
+        layers=rows,
+        n=layers.n,
+        n_kept=n_kept,
+        sparsity=(layers.n - n_kept) / layers.n,
+        sparsity_asked=(layers.n - n_kept) / layers.n if choice.sparsity is None else choice.sparsity,
+        n_model=layers.n_model,
+        sparsity_of_model=(layers.n - n_kept) / layers.n_model,
+        skipped=layers.skipped,
+        warnings=(
+            *skipped_warnings(layers),
+            *dict.fromkeys(warning for record in records for warning in record.warnings),
+            *collapse_warnings(layers, pruned, constant),
+            *repruning_warnings(n_kept, before, nonzero(layers.parameters(model)), layers.n),
+            *(() if distilled is None else distill_warnings(distilled, before_steps, loss)),
+        ),
+        solver=last.solver or choice.solver.spec,
+        update=choice.update.value,
+        update_scale=math.nan if staged else choice.update_scale,
+        objective_kind=choice.goal(staged).value,
+        objective=last.objective,
+        refit_objective=last.refit_objective,
+        bound=last.bound,
+        gap=last.gap,
+        status=last.status,
+        reason=last.reason,
+        loss_dense=loss_dense,
+        loss_pruned=loss,
+        loss_samples=workspace.meter.n_samples,
+        **asdict(outcome.model),
+        first_order=None if staged else last.first_order,
+        gradient_method=", ".join(dict.fromkeys(record.method for record in records)),
+        stages=len(records),
+        seed=setup.seed if choice.seed is None else choice.seed,
+        device=str(setup.place),
+        seconds_gradients=sum(record.seconds_gradients for record in records),
+        seconds_solve=sum(record.seconds_solve for record in records),
+        seconds_update=sum(record.seconds_update + record.seconds_batch_norm for record in records),
+        repairs=(
+            *dict.fromkeys(repair for record in records for repair in record.repairs),
+            *(() if distilled is None else distilled.notes),
+        ),
+        statistics={} if solution is None else dict(solution.statistics),
+        distill=distilled,
+        loss_undistilled=math.nan if distilled is None else before_steps,
+    )
+    return PruneResult(model, masks, report, pruned, layers, solution, records)
+
+
+def _distilled(
+    workspace: OpenNetwork,
+    options: Distill,
+    model: nn.Module,
+    dense: nn.Module,
+    pruned: Mask,
+    progress: Progress | None,
+) -> DistillRecord:
+    """Distil a network in place."""
+    setup = workspace.setup
+    batches = TrainingBatches(workspace.source, options.batch_size, options.held_out, setup.seed)
+    model, dense = model.to(setup.place), dense.to(setup.place)
+    return distill(model, dense, workspace.layers, pruned, batches, workspace.forward, options, progress)
