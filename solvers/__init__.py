@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from solvers.block import QuadraticBlock
 from solvers.bounds import Bound, bound
-from solvers.budget import NM, Bounded, Budget, Cardinality, Groups, Partitioned, Tiles
+from solvers.budget import NM, Bounded, Budget, Cardinality, Groups, Knapsack, Partitioned, Tiles
 from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.errors import (
     BackendError,
@@ -45,6 +45,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Groups",
+    "Knapsack",
     "Kronecker",
     "LowRank",
     "Need",

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from solvers.arrays import Array, Index, Mask
 from solvers.block import QuadraticBlock
-from solvers.budget import Budget, Cardinality, Groups
+from solvers.budget import Cardinality, Groups, Knapsack
 from solvers.curvature import Curvature, Dense, Diagonal, Kronecker, LowRank
 from solvers.curvature.unmeasured import Unmeasured
 from solvers.errors import CapabilityError
@@ -64,8 +64,10 @@ class Aggregate:
 
 def aggregate(problem: SelectionProblem) -> Aggregate:
     """The problem over its groups; raises CapabilityError where too many groups interact."""
-    assert isinstance(problem.budget, Groups)
-    labels, total = np.asarray(problem.budget.labels), problem.budget.n_groups
+    given = problem.budget
+    assert isinstance(given, Groups) or (isinstance(given, Knapsack) and given.labels is not None)
+    labels = np.asarray(given.labels)
+    total = int(labels.max()) + 1
     if not problem.measured:
         parts = [np.arange(total)]
     elif all(isinstance(block.curvature, Diagonal) for block in problem.blocks):
@@ -99,12 +101,13 @@ def aggregate(problem: SelectionProblem) -> Aggregate:
         for at, (part, curvature) in enumerate(zip(order, curvatures, strict=True))
     ]
     place = np.empty(total, dtype=np.int64)
-    place[np.concatenate(order)] = np.arange(total)
-    budget: Budget = Cardinality(problem.budget.k)
+    numbers = np.concatenate(order)
+    place[numbers] = np.arange(total)
+    budget = Cardinality(given.k) if isinstance(given, Groups) else Knapsack(given.table[:, numbers], given.limit)
     return Aggregate(
         SelectionProblem(blocks, budget, Objective.SELECTION),
         place[labels],
-        _rounding(problem, labels, problem.budget.k) if problem.measured else 0.0,
+        _rounding(problem, labels, given.k if isinstance(given, Groups) else total) if problem.measured else 0.0,
     )
 
 
@@ -112,14 +115,14 @@ def _weights(problem: SelectionProblem) -> Array:
     return problem.weights.astype(np.float64)
 
 
-def _rounding(problem: SelectionProblem, labels: Index, k: int) -> float:
-    """16 eps (Σ √H_ii |w_i|)² + 16 eps Σ |g_i w_i| over the k groups where that is largest."""
+def _rounding(problem: SelectionProblem, labels: Index, most: int) -> float:
+    """16 eps (Σ √H_ii |w_i|)² + 16 eps Σ |g_i w_i| over the `most` groups where that is largest."""
     size = np.abs(problem.weights)
     roots = np.bincount(labels, weights=np.sqrt(problem.diagonal) * size)
-    total = float(np.sort(roots)[::-1][:k].sum()) ** 2
+    total = float(np.sort(roots)[::-1][:most].sum()) ** 2
     if problem.gradient is not None:
         slopes = np.bincount(labels, weights=np.abs(problem.gradient) * size)
-        total += float(np.sort(slopes)[::-1][:k].sum())
+        total += float(np.sort(slopes)[::-1][:most].sum())
     return 16.0 * _EPS * total
 
 

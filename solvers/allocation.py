@@ -25,10 +25,10 @@ from scipy.optimize import isotonic_regression
 
 from solvers.arguments import one_of
 from solvers.baselines.obd import diagonal_saliency
-from solvers.budget import Cardinality, Partitioned
+from solvers.budget import Cardinality, Knapsack, Partitioned
 from solvers.errors import CapabilityError, ProblemError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
-from solvers.problem import Array, Objective, SelectionProblem
+from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.ranking import prune_smallest
 
 Counts = npt.NDArray[np.int64]
@@ -59,8 +59,9 @@ def _marginal_slopes(problem: SelectionProblem) -> Array:
     """Slopes of the convexified cost curves, block after block."""
     # Beyond the whole budget no more can be asked of a block.
     slopes = np.full(problem.n, np.inf)
+    most_gone = problem.n if problem.budget.n_prune is None else problem.budget.n_prune
     for block, where in zip(problem.blocks, problem.slices, strict=True):
-        alone, most = SelectionProblem([block], block.n, problem.objective), min(block.n, problem.n_prune)
+        alone, most = SelectionProblem([block], block.n, problem.objective), min(block.n, most_gone)
         slopes[where][:most] = convex_slopes(_marginal_costs(alone, most))
     return slopes
 
@@ -152,6 +153,8 @@ def allocate(problem: SelectionProblem, rule: str) -> Counts:
 
 def allocated(problem: SelectionProblem, rule: str) -> SelectionProblem:
     """The problem whose blocks each have their own budget under `rule`; raises UnknownNameError, CapabilityError."""
+    if isinstance(problem.budget, Knapsack) and problem.budget.labels is None:
+        return split(problem, rule)
     if not isinstance(problem.budget, Cardinality):
         raise CapabilityError(
             f"allocation={rule!r} shares out a number of weights; a {type(problem.budget).__name__} budget has done so"
@@ -163,6 +166,53 @@ def allocated(problem: SelectionProblem, rule: str) -> SelectionProblem:
         counts = [share for total, n in zip(counts, parts, strict=True) for share in _evenly(total, n)]
         sizes = [size // n for size, n in zip(sizes, parts, strict=True) for _ in range(n)]
     return problem.with_budget(Partitioned(tuple(sizes), tuple(counts)))
+
+
+def split(problem: SelectionProblem, rule: str | None, start: Mask | None = None) -> SelectionProblem:
+    """A knapsack as exact counts for the ranges of weights that cost the same: what the scores of a rule leave.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        With a `Knapsack` of single weights.
+    rule : str, optional
+        Of `ALLOCATIONS`; None takes the diagonal saliency, or |w| where there is no curvature.
+    start : bool (n,), optional
+        A feasible mask, whose counts are taken instead.
+
+    Raises
+    ------
+    CapabilityError
+        Where costs change from weight to weight, so that counts would leave nothing to choose; and for ``rows``, or
+        ``marginal`` with costs that change inside a block.
+    """
+    budget = problem.budget
+    assert isinstance(budget, Knapsack)
+    sizes = np.array(budget.classes(), dtype=np.int64)
+    if 2 * sizes.size > problem.n:
+        raise CapabilityError(
+            f"costs change {sizes.size} times over {problem.n} weights, so counts of weights that cost the same leave "
+            "little to choose; use a solver that takes costs itself: obd, magnitude, woodfisher, brute_force"
+        )
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    within = np.isin(starts, [0, *(where.stop for where in problem.slices)]).all()
+    if rule == "rows" or (rule == "marginal" and not within):
+        raise CapabilityError(f"allocation={rule!r} does not share out costs; use another of {', '.join(ALLOCATIONS)}")
+    if rule == "uniform":
+        total = budget.table.sum(1)
+        share = float(((total - budget.limits) / np.maximum(total, 1e-300)).max(initial=0.0))
+        counts = np.minimum(np.ceil(sizes * share), sizes)
+        if budget.min_kept is not None and (sizes - counts < np.asarray(budget.min_kept)).any():
+            raise CapabilityError("allocation='uniform' does not keep these floors under a limit on costs")
+    else:
+        scores = _default_scores(problem) if rule is None else SCORES[rule](problem)
+        chosen = budget.cheapest_of(scores) if start is None else start
+        counts = np.add.reduceat(chosen, starts[:-1], dtype=np.int64)
+    return problem.with_budget(Partitioned(tuple(sizes.tolist()), tuple(counts.astype(np.int64).tolist())))
+
+
+def _default_scores(problem: SelectionProblem) -> Array:
+    return diagonal_saliency(problem) if problem.measured else _magnitude(problem)
 
 
 def _evenly(total: int, parts: int) -> list[int]:

@@ -2,64 +2,126 @@
 
 A selection among groups that go whole is one among the weights of a smaller problem (`solvers.aggregate`), which any
 solver of the selection objective takes. Rules that look once (`magnitude`, `obd`) choose so under the joint objective,
-too; what optimises the joint objective itself must know groups.
+too; what optimises the joint objective itself must know groups. Costs are turned into counts of weights that cost the
+same (`solvers.allocation.split`) for solvers that prove nothing; those that do must take costs themselves. Where the
+objective is a sum over weights, the linear relaxation of a knapsack bounds whatever mask was found.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from solvers.aggregate import Aggregate, aggregate
+from solvers.allocation import split
+from solvers.baselines.obd import diagonal_saliency
+from solvers.budget import Budget, Groups, Knapsack, Partitioned
+from solvers.curvature import Diagonal
 from solvers.errors import CapabilityError, CBSError
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.registry import available_solvers, solver_class
-from solvers.running import run_backend
 from solvers.solution import Proposal
 from solvers.solver import PROVING, Capability, Context, Solver
 
 
-def over_groups(solver: Solver, problem: SelectionProblem) -> Aggregate:
-    """The problem over groups that `solver` gets; raises CapabilityError, with solvers that do, if it cannot."""
-    if not _chooses(solver, problem):
-        raise _refusal(solver, problem)
-    return aggregate(problem)
+@dataclass(frozen=True, eq=False)
+class Route:
+    """What a solver is given instead of a problem, and the way back.
+
+    Attributes
+    ----------
+    given, problem : SelectionProblem
+        What was to be solved, and what the solver gets: the same where it takes it.
+    start : bool or None
+        A mask to start from, of `problem`.
+    groups : Aggregate, optional
+    costed : SelectionProblem
+        With the budget before it was turned into counts.
+    notes : tuple of str
+        What the way there decided.
+    """
+
+    given: SelectionProblem
+    problem: SelectionProblem
+    start: Mask | None
+    groups: Aggregate | None
+    costed: SelectionProblem
+    notes: tuple[str, ...]
+
+    def context(self, context: Context) -> Context:
+        """For the solver: the start, and the loss as one of its masks."""
+        judge, groups = context.calibration_loss, self.groups
+        if judge is not None and groups is not None:
+            whole = judge
+            return replace(context, start=self.start, calibration_loss=lambda gone: whole(groups.widen(gone)))
+        return replace(context, start=self.start)
+
+    def back(self, found: Proposal) -> Proposal:
+        """The proposal for what was given."""
+        if self.problem is self.given and not isinstance(self.given.budget, Knapsack):
+            return found
+        pruned, bound = np.asarray(found.pruned), found.bound if self.problem is self.costed else -math.inf
+        if _adds_up(self.costed) and not self.costed.budget.violation(pruned):
+            assert isinstance(self.costed.budget, Knapsack)
+            bound = max(bound, self.costed.budget.least_sum(diagonal_saliency(self.costed)))
+        if self.groups is not None:
+            pruned = self.groups.widen(pruned)
+            bound = bound - self.groups.rounding if self.given.objective is Objective.SELECTION else -math.inf
+        return replace(
+            found,
+            pruned=pruned,
+            bound=bound,
+            repairs=(*found.repairs, *self.notes),
+            weights=None if self.groups is not None else found.weights,
+        )
 
 
-def run_over_groups(solver: Solver, whole: Aggregate, problem: SelectionProblem, context: Context) -> Proposal:
-    """The proposal of `solver` for the groups, as one for the weights."""
-    start, judge = context.start, context.calibration_loss
-
-    def calibration_loss(gone: Mask) -> float:
-        assert judge is not None
-        return judge(whole.widen(gone))
-
-    inner = replace(
-        context,
-        start=None if start is None else whole.narrow(start),
-        calibration_loss=None if judge is None else calibration_loss,
-    )
-    found = run_backend(solver, whole.problem, inner)
-    proven = problem.objective is Objective.SELECTION and math.isfinite(found.bound)
-    note = ("groups: chosen by what each costs alone, the kept weights as they are",)
-    return replace(
-        found,
-        pruned=whole.widen(np.asarray(found.pruned)),
-        bound=found.bound - whole.rounding if proven else -math.inf,
-        repairs=found.repairs if problem.objective is Objective.SELECTION else (*found.repairs, *note),
-        weights=None,
-    )
+def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
+    """The way of `solver` to a problem; raises CapabilityError, naming solvers that have one, if there is none."""
+    budget, groups, notes = given.budget, None, []
+    costed = problem = given
+    if not _takes(solver, budget):
+        if not _finds(solver, given):
+            raise _refusal(solver, given)
+        if getattr(budget, "labels", None) is not None:
+            groups = aggregate(given)
+            costed = problem = groups.problem
+            start = None if start is None else groups.narrow(start)
+            if given.objective is Objective.JOINT:
+                notes.append("groups: chosen by the selection objective, the kept weights as they are")
+        if isinstance(problem.budget, Knapsack) and not _takes(solver, problem.budget):
+            problem = split(problem, None, start)
+            assert isinstance(problem.budget, Partitioned)
+            notes.append(f"costs: turned into counts for {len(problem.budget.sizes)} ranges of weights that cost alike")
+    return Route(given, problem, start, groups, costed, tuple(notes))
 
 
-def _chooses(solver: Solver | type[Solver], problem: SelectionProblem) -> bool:
-    """Whether a solver may choose among groups through the selection objective."""
-    can = solver.capabilities
+def _takes(solver: Solver | type[Solver], budget: Budget) -> bool:
+    """Whether a solver takes a budget itself, or is left to `solvers.running` to refuse it."""
+    if isinstance(budget, Groups):
+        return isinstance(budget, solver.budgets)
+    if isinstance(budget, Knapsack):
+        whole = budget.labels is None or any(issubclass(Groups, kind) for kind in solver.budgets)
+        return whole and isinstance(budget, solver.budgets)
+    return True
+
+
+def _finds(solver: Solver | type[Solver], problem: SelectionProblem) -> bool:
+    """Whether a solver may choose by way of another problem."""
+    can, budget = solver.capabilities, problem.budget
+    if Capability(problem.objective.value) not in can:
+        return False
+    scored = any(issubclass(Knapsack, kind) for kind in solver.budgets)
+    if isinstance(budget, Knapsack) and not scored and Capability.EXACT in can:
+        return False
+    if getattr(budget, "labels", None) is None:
+        return any(issubclass(Partitioned, kind) for kind in solver.budgets)
     if problem.objective is Objective.SELECTION:
-        return Capability.SELECTION in can
-    return {Capability.SELECTION, Capability.JOINT} <= can and not can & (PROVING | {Capability.WARM_START})
+        return True
+    return Capability.SELECTION in can and not can & (PROVING | {Capability.WARM_START})
 
 
 def _refusal(solver: Solver, problem: SelectionProblem) -> CapabilityError:
@@ -67,11 +129,17 @@ def _refusal(solver: Solver, problem: SelectionProblem) -> CapabilityError:
     for name in available_solvers():
         with contextlib.suppress(CBSError, ImportError):
             cls = solver_class(name)
-            if Capability(problem.objective.value) in cls.capabilities and (
-                issubclass(kind, cls.budgets) or _chooses(cls, problem)
-            ):
+            objective = Capability(problem.objective.value) in cls.capabilities
+            if objective and (_takes(cls, problem.budget) or _finds(cls, problem)):
                 names.append(name)
     return CapabilityError(
         f"solver {solver.name!r} does not keep a {kind.__name__} budget under the {problem.objective.value} objective; "
         f"these do: {', '.join(names)}"
     )
+
+
+def _adds_up(problem: SelectionProblem) -> bool:
+    """Whether the objective under a knapsack is a sum over single weights."""
+    alone = all(isinstance(block.curvature, Diagonal) for block in problem.blocks)
+    summed = problem.objective is Objective.SELECTION or not problem.has_gradient
+    return isinstance(problem.budget, Knapsack) and problem.budget.labels is None and alone and summed

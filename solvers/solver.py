@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from solvers.budget import Budget, Cardinality, Partitioned
+from solvers.budget import Budget, Cardinality, Knapsack, Partitioned
 from solvers.curvature import Curvature
 from solvers.errors import OptionError
 from solvers.problem import Mask, SelectionProblem
@@ -82,6 +82,8 @@ PROVING = frozenset({Capability.BOUND, Capability.EXACT})
 
 #: What a solver takes that ranks single weights.
 RANKED: tuple[type[Budget], ...] = (Cardinality, Partitioned)
+#: What a solver takes that ranks them once, so that what they cost can have a say.
+SCORED: tuple[type[Budget], ...] = (*RANKED, Knapsack)
 
 
 class Need(str, Enum):

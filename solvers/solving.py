@@ -10,13 +10,13 @@ import numpy as np
 from solvers.allocation import allocated
 from solvers.arguments import instance, seconds, seed_of
 from solvers.baselines.obd import diagonal_saliency
-from solvers.budget import Bounded, Groups
+from solvers.budget import Bounded
 from solvers.composites.nested import merged, run_parts
 from solvers.errors import OptionError, ProblemError
 from solvers.plain import plainly
 from solvers.problem import Mask, SelectionProblem
 from solvers.registry import make_solver
-from solvers.routes import over_groups, run_over_groups
+from solvers.routes import route
 from solvers.running import check_capabilities, check_range, run_backend
 from solvers.separate import parts_for
 from solvers.solution import Proposal, Solution
@@ -91,18 +91,18 @@ def solve(
         start = problem.check_mask(start)
     given = _relaxed(chosen, problem, allocation)
     given = given if allocation is None else allocated(given, allocation)
-    groups = None
-    if isinstance(given.budget, Groups) and not isinstance(given.budget, chosen.budgets):
-        groups = over_groups(chosen, given)
-    tried = given if groups is None else groups.problem
-    check_capabilities(chosen, tried, limit, None if start is not None and given.budget.violation(start) else start)
     context = Context(seed=seed, deadline=Deadline(limit), start=start, calibration_loss=calibration_loss)
+    way = route(chosen, given, start)
+    warm = way.start
+    check_capabilities(
+        chosen, way.problem, limit, None if warm is not None and way.problem.budget.violation(warm) else warm
+    )
     only = problem.budget.only_mask(problem.n)
     if only is not None:
         value, _ = evaluate(problem, only, with_refit=False)
         proposal = Proposal(only, bound=-math.inf if math.isnan(value) else value)
     else:
-        proposal = _run(chosen, given, context) if groups is None else run_over_groups(chosen, groups, given, context)
+        proposal = way.back(_run(chosen, way.problem, way.context(context)))
         if allocation is not None:
             # What is proven for these shares is not proven for others.
             proposal = replace(proposal, bound=-math.inf)

@@ -13,7 +13,7 @@ import numpy as np
 from solvers.errors import ProblemError
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, RANKED, Context, Need, Solver
+from solvers.solver import ANY_PROBLEM, SCORED, Context, Need, Solver
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GradientMagnitudeSolver(Solver):
     summary = "remove the weights with the smallest |g·w|"
     reference = "Molchanov et al., Pruning convolutional neural networks for resource efficient inference, ICLR 2017"
     capabilities = ANY_PROBLEM
-    budgets = RANKED
+    budgets = SCORED
 
     needs = frozenset({Need.GRADIENT})
 

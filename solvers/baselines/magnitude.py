@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from solvers.budget import Partitioned
+from solvers.budget import Cardinality
 from solvers.problem import SelectionProblem
 from solvers.ranking import prune_smallest_magnitudes
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, RANKED, Context, Solver
+from solvers.solver import ANY_PROBLEM, SCORED, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MagnitudeSolver(Solver):
     summary = "remove the weights with the smallest |w|"
     reference = "Han et al., Learning both weights and connections, NeurIPS 2015"
     capabilities = ANY_PROBLEM
-    budgets = RANKED
+    budgets = SCORED
     needs = frozenset()
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
@@ -30,6 +30,6 @@ class MagnitudeSolver(Solver):
         if problem.measured:
             return Proposal(problem.budget.cheapest_of(np.abs(problem.weights)))
         parts = [block.weights for block in problem.blocks]
-        if isinstance(problem.budget, Partitioned):
+        if not isinstance(problem.budget, Cardinality):
             return Proposal(problem.budget.cheapest(torch.cat([part.abs() for part in parts])).cpu().numpy())
         return Proposal(prune_smallest_magnitudes(parts, problem.n_prune))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, RANKED, Context, Solver
+from solvers.solver import ANY_PROBLEM, SCORED, Context, Solver
 
 
 def diagonal_saliency(problem: SelectionProblem) -> Array:
@@ -29,7 +29,7 @@ class OptimalBrainDamageSolver(Solver):
     summary = "remove the weights with the smallest ½ H_ii w² − g·w (without a gradient: H_ii w²)"
     reference = "LeCun, Denker and Solla, Optimal brain damage, NIPS 1990"
     capabilities = ANY_PROBLEM
-    budgets = RANKED
+    budgets = SCORED
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by the diagonal saliency."""

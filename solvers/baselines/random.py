@@ -8,7 +8,7 @@ import numpy as np
 
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, RANKED, Capability, Context, Solver
+from solvers.solver import ANY_PROBLEM, SCORED, Capability, Context, Solver
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class RandomSolver(Solver):
     name = "random"
     summary = "remove weights at random"
     capabilities = ANY_PROBLEM | {Capability.RANDOMISED}
-    budgets = RANKED
+    budgets = SCORED
 
     needs = frozenset()
 

@@ -16,7 +16,7 @@ import torch
 
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal
-from solvers.solver import ANY_PROBLEM, RANKED, Context, Solver
+from solvers.solver import ANY_PROBLEM, SCORED, Context, Solver
 
 
 def single_removal_loss(problem: SelectionProblem) -> Array:
@@ -38,7 +38,7 @@ class WoodFisherSolver(Solver):
     summary = "remove the weights with the smallest w²/(2[H⁻¹]_ii)"
     reference = "Singh and Alistarh, WoodFisher, NeurIPS 2020"
     capabilities = ANY_PROBLEM
-    budgets = RANKED
+    budgets = SCORED
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Rank by the rise after the single update; raises SingularHessianError where H has no inverse."""

@@ -6,6 +6,7 @@ from solvers.budget.base import Budget
 from solvers.budget.bounded import Bounded
 from solvers.budget.cardinality import Cardinality
 from solvers.budget.groups import Groups, Tiles
+from solvers.budget.knapsack import Knapsack
 from solvers.budget.nm import NM
 from solvers.budget.partitioned import GroupReach, Partitioned, as_partition, places
 from solvers.budget.pattern import Pattern, Sparsity
@@ -18,6 +19,7 @@ __all__ = [
     "Cardinality",
     "GroupReach",
     "Groups",
+    "Knapsack",
     "Partitioned",
     "Pattern",
     "Sparsity",

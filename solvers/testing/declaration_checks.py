@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.block import QuadraticBlock
-from solvers.budget import Budget, Groups, Partitioned
+from solvers.budget import Budget, Groups, Knapsack, Partitioned
 from solvers.curvature import Unmeasured
 from solvers.errors import CapabilityError
 from solvers.problem import Mask, Objective, SelectionProblem
@@ -172,6 +172,32 @@ def check_groups(subject: Subject) -> None:
                 assert not issubclass(Groups, subject.solver.budgets), f"Groups are declared, refused {told(problem)}"
 
 
+def check_knapsacks(subject: Subject) -> None:
+    """What stays keeps the limit on its cost, whether costs are taken natively or turned into counts, or is refused."""
+    for objective in subject.objectives:
+        for index in range(3 * subject.instances):
+            n, linear = subject.size(min(subject.largest, 9)), subject.linear(None)
+            drawn = random_problem(
+                subject.seed + 151 + index, objective, n=n, n_blocks=1 + index % 2, kinds=("plain",), linear=linear
+            )
+            rng = np.random.default_rng(index)
+            # Of each weight its own, of ranges of weights, of groups, and two at once.
+            costs = rng.integers(1, 5, (1 + (index % 5 == 4), n)).astype(np.float64)
+            labels = None
+            if index % 3 == 1:
+                costs = np.sort(np.minimum(costs, 2.0), axis=1)
+            elif index % 3 == 2:
+                labels = np.arange(n) // 2
+                costs = costs[:, : (n + 1) // 2]
+            problem = drawn.with_budget(Knapsack(costs, costs.sum(1) * rng.uniform(0.2, 0.8), labels))
+            try:
+                against_optimum(subject, problem, "costs")
+            except CapabilityError:
+                assert not issubclass(Knapsack, subject.solver.budgets) or labels is not None, (
+                    f"Knapsack is declared, refused {told(problem)}"
+                )
+
+
 def against_optimum(subject: Subject, problem: SelectionProblem, what: str) -> None:
     """Hold a solution to brute force: no better, bounded below the optimum, equal to it where the solver is exact."""
     solution, optimum = subject.solve(problem), optimum_of(problem)
@@ -203,4 +229,5 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_budgets,
     check_partitions,
     check_groups,
+    check_knapsacks,
 )

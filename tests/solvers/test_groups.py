@@ -156,4 +156,4 @@ def test_what_cannot_take_groups_names_what_can() -> None:
         with pytest.raises(CapabilityError, match=r"these do: brute_force, .*\bobs\b"):
             solvers.solve(labelled(0, "joint", CURVATURES[0]), name)
     notes = solvers.solve(labelled(0, "joint", CURVATURES[0]), "obd").repairs
-    assert any("chosen by what each costs alone" in note for note in notes)
+    assert any("chosen by the selection objective" in note for note in notes)
