@@ -94,6 +94,7 @@ class Prepared(Measured):
         scale: float = 1.0,
         objective: Objective | str = Objective.SELECTION,
         judge: bool = True,
+        distill: Distill | None = None,
     ) -> PruneResult:
         """Update the kept weights of masks of any origin; a sweep of the scale solves once.
 
@@ -109,6 +110,8 @@ class Prepared(Measured):
             By which the masks are judged in the report.
         judge : bool
             As in `one_shot`.
+        distill : Distill, optional
+            As for `prune`.
 
         Raises
         ------
@@ -118,7 +121,8 @@ class Prepared(Measured):
             If the update needs what was not measured.
         """
         pruned = self.layers.pruned_by(masks)
-        choice = Choice(n_kept=self.n - int(pruned.sum()), update=update, update_scale=scale, objective=objective)
+        n_kept = self.n - int(pruned.sum())
+        choice = Choice(n_kept=n_kept, update=update, update_scale=scale, objective=objective, distill=distill)
         problem = self.problem(n_kept=choice.n_kept, objective=objective)
         mask = self.blocks.partition.to_groups(pruned)
         value = problem.value(mask) if self.has is Extent.CURVATURE else math.nan

@@ -26,9 +26,10 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "gap": lambda row: "" if row["gap"] is None else f"{100 * row['gap']:.1f} %",
     "solve s": lambda row: f"{row['seconds_solve']:.2f}",
     "update s": lambda row: f"{row['seconds_update']:.2f}",
+    "distill s": lambda row: f"{row['seconds_distill']:.2f}" if "seconds_distill" in row else "",
 }
 #: Columns which move into the title where all rows agree; without a value in any row they vanish.
-_SHARED = ("update", "sparsity", "seed", "gap")
+_SHARED = ("update", "sparsity", "seed", "gap", "distill s")
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -36,7 +37,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     cells = {heading: [value(row) for row in rows] for heading, value in _COLUMNS.items()}
     for heading in _SHARED:
         values = set(cells[heading])
-        if len(values) == 1 and len(rows) > 1:
+        if len(values) == 1 and (len(rows) > 1 or "" in values):
             del cells[heading]
             value = values.pop()
             title += f", {heading} {value}" if value else ""

@@ -95,6 +95,7 @@ class Bench:
             "seconds_solve": report.seconds_solve,
             "seconds_update": report.seconds_update,
             "repairs": report.repairs,
+            **_distilled(report),
         }
 
     def prune(self, task: Task, key: str) -> cbs_opt.PruneResult:
@@ -131,6 +132,7 @@ class Bench:
                 scale=task.update_scale,
                 objective=choice.goal(),
                 judge=options.choice.refit,
+                distill=options.distill,
             )
         if self._chosen is None or self._chosen[0] != mask:
             judged = options.choice.refit and task.update != "combinatorial"
@@ -246,3 +248,13 @@ class Bench:
     def _progress(self, what: str) -> Callable[[int, int], None]:
         self.listener.working(what, 0, 0)
         return lambda done, total: self.listener.working(what, done, total)
+
+
+def _distilled(report: cbs_opt.PruneReport) -> dict[str, Any]:
+    """What a distillation did, where there was one."""
+    done = report.distill
+    if done is None:
+        return {}
+    names = ("loss_before", "loss_after", "steps_kept", "lr", "n_samples", "n_held_out")
+    figures = {f"distill_{name}": getattr(done, name) for name in names}
+    return {"seconds_distill": done.seconds, "train_loss_undistilled": report.loss_undistilled, **figures}

@@ -118,6 +118,13 @@ class ChoiceOptions:
         str | None,
         "Certify each mask by a bound: auto, frank_wolfe, diagonal, qcr or lagrangian; takes minutes on a network.",
     ] = None
+    distill: Annotated[
+        int | None, "Afterwards so many AdamW steps of the kept weights on the calibration images, 32 a step."
+    ] = None
+    distill_lr: Annotated[float | None, "Length of the first of these steps, default 2e-4; it falls to zero."] = None
+    distill_loss: Annotated[
+        str | None, "kl or mse towards the dense network's outputs (default: kl), or given: the loss itself."
+    ] = None
     sparsity_rounding: Annotated[Rounding, "exact, or as many weights as the published code keeps."] = Rounding.EXACT
     refit: Annotated[
         bool, "Judge every mask by the joint objective too, whatever the update; costs as much as one."
@@ -214,6 +221,16 @@ class RunOptions:
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         return replace(usual, **{"n_rows": usual.n_rows or DEFAULT_ROWS, **given})
 
+    @cached_property
+    def distill(self) -> cbs_opt.Distill | None:
+        """What follows the pruning; raises OptionError for details of what was not asked for."""
+        choice = self.choice
+        asked: dict[str, Any] = {"lr": choice.distill_lr, "loss": choice.distill_loss}
+        given = {name: value for name, value in asked.items() if value is not None}
+        if choice.distill is None and given:
+            raise OptionError("--distill-lr and --distill-loss are of --distill STEPS; add it")
+        return None if choice.distill is None else cbs_opt.Distill(choice.distill, **given)
+
     def gradients(self, seed: int) -> Path | None:
         """Folder of what is measured with a seed; None keeps nothing."""
         return None if self.curvature.gradients is None else self.curvature.gradients.expanduser() / f"seed-{seed}"
@@ -252,6 +269,7 @@ class RunOptions:
             allocation=self.choice.allocation,
             time_limit=self.choice.time_limit,
             min_kept=self.choice.min_kept,
+            distill=self.distill,
         )
         if n is None:
             return choice

@@ -110,6 +110,24 @@ def test_layers_one_by_one(curvature: str, tmp_path: Path, capsys: pytest.Captur
     assert "--stages" in fails(capsys, *asked, "--stages", "2", "--output-dir", tmp_path)
 
 
+@pytest.mark.parametrize("asked", [[], ["--curvature", "layer_inputs"], ["--stages", "2"]])
+def test_distillation_makes_rows_of_its_own(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*asked, *QUICK[:2], "--solver", "obd", "--sparsity", "0.9", "--output-dir", str(tmp_path)]
+    run(*asked)
+    capsys.readouterr()
+    for lr in ("1e-3", "2e-3"):
+        run(*asked, "--distill", "20", "--distill-lr", lr, "--distill-loss", "given")
+    assert "20 steps of distillation" in capsys.readouterr().out
+    plain, *distilled = rows_of(tmp_path)
+    assert "seconds_distill" not in plain and len({row["key"] for row in (plain, *distilled)}) == 3
+    for row in distilled:
+        assert row["distill_loss_after"] < row["distill_loss_before"] and row["n_kept"] == plain["n_kept"]
+        assert row["train_loss_undistilled"] == pytest.approx(plain["train_loss"]) and row["seconds_distill"] > 0.0
+        assert row["extra"]["distill"]["lr"] in (1e-3, 2e-3)
+
+
 def test_updates_share_the_mask_and_the_seed_decides(finished: Path) -> None:
     rows: dict[tuple, Mapping[str, Any]] = {
         (r["solver"], r["sparsity"], r["seed"], r["update"]): r for r in rows_of(finished)
@@ -299,6 +317,9 @@ def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.Mon
         (["--exclude", "fc9"], "fc9"),
         (["--exclude", "*"], "no prunable layer"),
         (["--fisher-samples", "2000"], "2000 rows"),
+        (["--distill", "0"], "steps must be a positive integer"),
+        (["--distill", "5", "--distill-loss", "kll"], "kl"),
+        (["--distill-lr", "1e-3"], "--distill STEPS"),
         (["--workers", "0"], "--workers must be at least 1"),
         (["--measure-only"], "give --gradients DIR"),
         (["--stages", "3", "--gradients", "kept"], "leave --gradients out"),
