@@ -1,4 +1,4 @@
-"""``python -m experiments.run``: prune the network of an experiment and report accuracies.
+"""``python -m experiments.run``: prune the network of an experiment, and report how well it still does.
 
 Without any option it prunes a small network on embedded data: no file is needed and nothing is downloaded.
 """
@@ -18,10 +18,11 @@ from cbs_opt import Sensitivity
 from experiments.commands.grouping import grouped
 from experiments.commands.shell import on_backend, wide_console
 from experiments.datasets.cache import CacheWarning
+from experiments.networks.criterion import Metric
 from experiments.networks.load import Source
-from experiments.reports.accuracy import accuracy_table, quoted_series, rows_table
 from experiments.reports.display import RunDisplay
-from experiments.reports.plots import Series, plot_accuracy, plot_sensitivity, series_of
+from experiments.reports.plots import Series, plot_metric, plot_sensitivity, series_of
+from experiments.reports.tables import metric_table, quoted_series, rows_table
 from experiments.runs.bench import Listener
 from experiments.runs.options import ChoiceOptions, CurvatureOptions, NetworkOptions, RunOptions, SweepOptions
 from experiments.runs.rows import ResultsFile
@@ -55,7 +56,7 @@ def main(
     source: Source,
     output: OutputOptions,
 ) -> None:
-    """Prune the network of an experiment, and report accuracy, objective, bound and time of every row."""
+    """Prune the network of an experiment, and report accuracy or perplexity, objective, bound and time of every row."""
     started = time.perf_counter()
     options = RunOptions(network, source, curvature, sweep, choice, output.save_masks)
     if output.workers == 0:
@@ -100,8 +101,9 @@ def main(
     good, name, dense = [row for row in rows if row["error"] is None], options.experiment.name, run.bench.dense
     if len(good) <= MOST_ROWS:
         console.print(rows_table(good, f"{name}: every row"))
-    console.print(accuracy_table(name, good, extra, dense))
-    plot = write_plot(name, good, extra, dense, results.folder)
+    metric = run.bench.metric
+    console.print(metric_table(name, good, extra, dense, metric))
+    plot = write_plot(name, good, extra, dense, results.folder, metric)
     failed = f"{len(rows) - len(good)} rows failed\n" if len(good) < len(rows) else ""
     console.print(
         f"{failed}rows: {results.path}\nplot: {plot}\n{time.perf_counter() - started:.1f} s in all",
@@ -110,12 +112,19 @@ def main(
     )
 
 
-def write_plot(experiment: str, rows: list[dict[str, object]], extra: list[Series], dense: float, folder: Path) -> Path:
+def write_plot(
+    experiment: str,
+    rows: list[dict[str, object]],
+    extra: list[Series],
+    dense: float,
+    folder: Path,
+    metric: Metric,
+) -> Path:
     """Draw the rows and the literature into ``folder``; returns the file."""
-    path = folder / f"accuracy-{_plain_name(experiment)}.png"
+    path = folder / f"{metric.name}-{_plain_name(experiment)}.png"
     series = [*series_of(rows), *extra]
     sparsities = sorted({s for line in series for s in line.points})
-    plot_accuracy(path, experiment, [*series, *quoted_series(experiment, sparsities)], dense)
+    plot_metric(path, experiment, [*series, *quoted_series(experiment, sparsities)], dense, metric)
     return path
 
 

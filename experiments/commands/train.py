@@ -12,10 +12,10 @@ from rich.console import Console
 
 from cbs_opt import resolve_device
 from experiments.datasets import load_dataset
-from experiments.networks import DEFAULT, get_experiment
+from experiments.networks import DEFAULT, ImageExperiment, get_experiment
 from experiments.networks.evaluation import evaluate
 from experiments.networks.load import cached_checkpoint, train_experiment
-from solvers.errors import CBSError, OutputError
+from solvers.errors import CBSError, OptionError, OutputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,6 +32,8 @@ def main(
     """Train the network of an experiment and write its weights as safetensors."""
     console = Console()
     chosen = get_experiment(experiment)
+    if not isinstance(chosen, ImageExperiment):
+        raise OptionError(f"{experiment} is trained by others; give it to experiments.run as it is")
     if epochs is not None:
         chosen = replace(chosen, recipe=replace(chosen.recipe, epochs=epochs))
     target = output or cached_checkpoint(chosen)

@@ -1,4 +1,4 @@
-"""Data sets: MNIST and CIFAR-10 from parquet files as the Hugging Face hub serves them, and embedded digits."""
+"""Data sets: images and text from parquet files as the Hugging Face hub serves them, and embedded digits."""
 
 from __future__ import annotations
 

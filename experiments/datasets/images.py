@@ -68,6 +68,10 @@ class Dataset:
     test: ImageSet
     source: str
 
+    def calibration(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """A sample of the training set, drawn with the seed: normalised images and labels."""
+        return self.train.sample(count, seed).batch(slice(None))
+
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     """Random crop after zero padding and random horizontal flip, each image its own draw.

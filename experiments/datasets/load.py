@@ -15,7 +15,7 @@ from experiments.datasets.cache import CacheWarning, cache_dir, try_write
 from experiments.datasets.digits import load_digits
 from experiments.datasets.hub import download
 from experiments.datasets.images import Dataset, ImageSet
-from experiments.datasets.parquet import SOURCES, Source, find_files, how_to_get, read_files
+from experiments.datasets.parquet import SOURCES, ImageSource, find_files, how_to_get, read_files
 from solvers.errors import DataError
 
 DATASETS = ("digits", *SOURCES)
@@ -60,11 +60,11 @@ def load_dataset(name: str, data_dir: Path | str | None = None) -> Dataset:
     return Dataset(name, train, test, source=str(files["train"][0].parent))
 
 
-def _image_set(source: Source, images: np.ndarray, labels: np.ndarray) -> ImageSet:
+def _image_set(source: ImageSource, images: np.ndarray, labels: np.ndarray) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), source.mean, source.std)
 
 
-def _cached(source: Source, split: str, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+def _cached(source: ImageSource, split: str, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """The decoded arrays of some files, from the cache if the files have not changed since."""
     stamp = hashlib.sha256()
     for file in files:

@@ -1,6 +1,6 @@
-"""Image classification sets in parquet files as the Hugging Face hub serves them.
+"""Sets in parquet files as the Hugging Face hub serves them: where they are, and the images of classification sets.
 
-A row holds a struct ``{bytes, path}`` with an encoded image, and an integer label. The same table comes out
+A row of images holds a struct ``{bytes, path}`` with an encoded image, and an integer label. The same table comes out
 of a folder of files and out of the ``datasets`` library, so both go through `decode_table`.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from solvers.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """What is known of a set on the hub.
 
@@ -27,24 +27,37 @@ class Source:
         Our name, and that of its folder below ``--data-dir``.
     repository, revision
         Name on the hub, and the commit that is downloaded: what is published there later changes no figure.
+    config
+        Which of the repository's sets, where it has several.
+    subfolders
+        Where the hub keeps the parquet files below the data set's folder.
+    """
+
+    name: str
+    repository: str
+    revision: str
+    config: str = ""
+    subfolders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(Source):
+    """A set of labelled images.
+
+    Attributes
+    ----------
     image_column
         Column of the encoded images; the labels are in ``label``.
     shape
         Channels, height, width.
-    subfolders
-        Where the hub keeps the parquet files below the data set's folder.
     crop
         Whether images are larger, and their centre is taken.
     held_out
         Rows of the training split that are the test set, drawn once and for all; 0 where there is a test split.
     """
 
-    name: str
-    repository: str
-    revision: str
     image_column: str
     shape: tuple[int, int, int]
-    subfolders: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     n_classes: int = 10
@@ -53,36 +66,36 @@ class Source:
 
 
 SOURCES = {
-    "mnist": Source(
-        "mnist",
-        "ylecun/mnist",
-        "77f3279092a1c1579b2250db8eafed0ad422088c",
-        "image",
-        (1, 28, 28),
-        ("mnist", "data"),
-        (0.1307,),
-        (0.3081,),
+    "mnist": ImageSource(
+        name="mnist",
+        repository="ylecun/mnist",
+        revision="77f3279092a1c1579b2250db8eafed0ad422088c",
+        subfolders=("mnist", "data"),
+        image_column="image",
+        shape=(1, 28, 28),
+        mean=(0.1307,),
+        std=(0.3081,),
     ),
-    "cifar10": Source(
-        "cifar10",
-        "uoft-cs/cifar10",
-        "0b2714987fa478483af9968de7c934580d0bb9a2",
-        "img",
-        (3, 32, 32),
-        ("plain_text", "data"),
-        (0.4914, 0.4822, 0.4465),
-        (0.2023, 0.1994, 0.2010),
+    "cifar10": ImageSource(
+        name="cifar10",
+        repository="uoft-cs/cifar10",
+        revision="0b2714987fa478483af9968de7c934580d0bb9a2",
+        subfolders=("plain_text", "data"),
+        image_column="img",
+        shape=(3, 32, 32),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
     ),
     # One image of each class, the short side 256 pixels; as EfficientNet-Lite wants them, (value - 127) / 128.
-    "imagenet-sample": Source(
-        "imagenet-sample",
-        "",
-        "",
-        "image",
-        (3, 224, 224),
-        ("data",),
-        (127.0 / 255.0,) * 3,
-        (128.0 / 255.0,) * 3,
+    "imagenet-sample": ImageSource(
+        name="imagenet-sample",
+        repository="",
+        revision="",
+        subfolders=("data",),
+        image_column="image",
+        shape=(3, 224, 224),
+        mean=(127.0 / 255.0,) * 3,
+        std=(128.0 / 255.0,) * 3,
         n_classes=1000,
         crop=True,
         held_out=500,
@@ -134,7 +147,21 @@ def how_to_get(source: Source) -> str:
     )
 
 
-def read_files(source: Source, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+def read_table(source: Source, file: Path, columns: list[str]) -> Any:
+    """Some columns of a file, as a ``pyarrow.Table``; raises DataError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file).read(columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"cannot read {file}: {_first_line(error)}; the file is damaged or not parquet, "
+            f"copy it again or {how_to_get(source)}"
+        ) from error
+
+
+def read_files(source: ImageSource, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 ``(N, C, H, W)`` and labels int64 ``(N,)`` of the files, in the order given.
 
     Raises
@@ -142,23 +169,12 @@ def read_files(source: Source, files: list[Path]) -> tuple[np.ndarray, np.ndarra
     DataError
         A file cannot be read, lacks a column, or holds something which is not an image of the right shape.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    parts = []
-    for file in files:
-        try:
-            table = pyarrow.parquet.ParquetFile(file).read(columns=[source.image_column, "label"])
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(
-                f"cannot read {file}: {_first_line(error)}; the file is damaged or not parquet, "
-                f"copy it again or {how_to_get(source)}"
-            ) from error
-        parts.append(decode_table(source, table, str(file)))
+    tables = ((read_table(source, file, [source.image_column, "label"]), str(file)) for file in files)
+    parts = [decode_table(source, table, origin) for table, origin in tables]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def decode_table(source: Source, table: Any, origin: str) -> tuple[np.ndarray, np.ndarray]:
+def decode_table(source: ImageSource, table: Any, origin: str) -> tuple[np.ndarray, np.ndarray]:
     """Decode an arrow table of encoded images.
 
     Parameters

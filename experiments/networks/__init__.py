@@ -5,13 +5,16 @@ from __future__ import annotations
 from experiments.networks.cifarnet import CIFARNET, CIFARNet
 from experiments.networks.digits import DIGITS, DigitsMLP
 from experiments.networks.efficientnet_lite0 import EFFICIENTNET_LITE0, EfficientNetLite0
-from experiments.networks.experiment import Experiment
+from experiments.networks.experiment import Experiment, ImageExperiment
 from experiments.networks.load import Network, load_network
 from experiments.networks.mlpnet import MLPNET, MLPNet
 from experiments.networks.resnet20 import RESNET20, ResNet20
+from experiments.networks.smollm2 import SMOLLM2
 from solvers.errors import UnknownNameError
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (DIGITS, MLPNET, RESNET20, CIFARNET, EFFICIENTNET_LITE0)}
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e for e in (DIGITS, MLPNET, RESNET20, CIFARNET, EFFICIENTNET_LITE0, SMOLLM2)
+}
 DEFAULT = DIGITS.name
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "DigitsMLP",
     "EfficientNetLite0",
     "Experiment",
+    "ImageExperiment",
     "MLPNet",
     "Network",
     "ResNet20",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbs_opt import Distillation, FisherOptions, StageOptions
-from experiments.networks.experiment import Experiment, Phase, StageDefaults, StagedTable
+from experiments.networks.experiment import ImageExperiment, Phase, StageDefaults, StagedTable
 from experiments.networks.training import Recipe
 
 
@@ -45,7 +45,7 @@ _PATH = (
     (0.84, 1), (0.86, 1), (0.88, 2), (0.9, 8),
 )  # fmt: skip
 
-CIFARNET = Experiment(
+CIFARNET = ImageExperiment(
     name="cifarnet-cifar10",
     summary="CIFARNet (3 convolutions of 5x5, 2 linear layers), CIFAR-10, 116,704 weights",
     model=CIFARNet,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments.networks.experiment import Experiment, Phase, StageDefaults, StagedTable
+from experiments.networks.experiment import ImageExperiment, Phase, StageDefaults, StagedTable
 from experiments.networks.training import Recipe
 
 
@@ -30,7 +30,7 @@ class DigitsMLP(nn.Module):
         return logits
 
 
-DIGITS = Experiment(
+DIGITS = ImageExperiment(
     name="digits-mlp",
     summary="64-32-16-10 perceptron, scikit-learn's 8x8 digits, 2,720 weights; embedded",
     model=DigitsMLP,

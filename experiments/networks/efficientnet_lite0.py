@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments.networks.experiment import Experiment, StageDefaults
+from experiments.networks.experiment import ImageExperiment, StageDefaults
 from experiments.networks.training import Recipe
 
 #: Kernel, first stride, expansion, channels, blocks of each stage.
@@ -84,7 +84,7 @@ class EfficientNetLite0(nn.Module):
         return logits
 
 
-EFFICIENTNET_LITE0 = Experiment(
+EFFICIENTNET_LITE0 = ImageExperiment(
     name="efficientnet-lite0-imagenet",
     summary="EfficientNet-Lite0, 1,000 images of ImageNet, 4.6 M weights; meant for --curvature layer_inputs and kfac",
     model=EfficientNetLite0,

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.datasets.images import ImageSet
+from experiments.networks.criterion import METRICS, Criterion
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,11 @@ def evaluate(
     finally:
         model.train(training)
     return Evaluation(100.0 * correct / len(samples), loss / len(samples))
+
+
+def _accuracy(model: nn.Module, samples: ImageSet, device: torch.device) -> float:
+    return evaluate(model, samples, device=device).accuracy
+
+
+#: Of classifiers of images.
+ACCURACY = Criterion(METRICS["accuracy"], F.cross_entropy, _accuracy)

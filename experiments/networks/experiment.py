@@ -1,4 +1,4 @@
-"""What an experiment is: a network, a data set, and the settings its paper used."""
+"""What an experiment is: a network, a data set, what it is judged by, and the settings its paper used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from cbs_opt import FisherOptions, StageOptions
+from experiments.networks.criterion import Criterion
+from experiments.networks.evaluation import ACCURACY
 from experiments.networks.training import Recipe
 
 
@@ -48,12 +50,45 @@ class StagedTable:
     solver
     bfloat16
         Whether the network runs in bfloat16 for gradients and held-out losses (never for the reported accuracy).
+    seeds
+        A path for each, unless others are asked for.
     """
 
     phases: tuple[Phase, ...]
     reported: tuple[float, ...]
     solver: str = "obs[chunks=2,pool=0]"
     bfloat16: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of a table of solvers: what `experiments.run` is asked for, and how it is called in the table."""
+
+    label: str
+    solver: str
+    update: str
+    allocation: str | None = None
+
+
+@dataclass(frozen=True)
+class SolverTable:
+    """How ``experiments.tables`` measures a network that is pruned at one go: a line per method.
+
+    Attributes
+    ----------
+    methods
+    reported
+        Sparsities of the table.
+    curvature
+    seeds
+        Of the calibration samples, unless others are asked for.
+    """
+
+    methods: tuple[Method, ...]
+    reported: tuple[float, ...]
+    curvature: str = "layer_inputs"
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -72,55 +107,75 @@ class StageDefaults:
     options: StageOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A network on a data set.
+    """A network on a data set; each kind of network has its own class below or beside.
 
     Attributes
     ----------
     name, summary
         What it is called on the command line, and one line about it.
+    dataset
+        Its name.
+    checkpoint
+        File or folder of the trained weights, beside the data or in the cache.
+    criterion
+        What the network is judged by.
+    include, exclude
+        Patterns of the layers which are pruned.
+    sparsities
+        Of the paper's table.
+    fisher
+        The quadratic model of one shot, as in the paper; its rows are the samples of layer-wise curvature.
+    curvature
+        What is measured, unless something else is asked for.
+    least_samples
+        Fewest calibration samples which the loss and the rows of a Fisher are taken from.
+    table
+        The path of stages through all sparsities of a table, or its solvers, where there is one.
+    reference
+        Whether magnitude pruning is so quick that it is shown without being asked for.
+    """
+
+    name: str
+    summary: str
+    dataset: str
+    checkpoint: str
+    criterion: Criterion
+    sparsities: tuple[float, ...]
+    fisher: FisherOptions
+    curvature: str = "fisher"
+    least_samples: int = 5_000
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    table: StagedTable | SolverTable | None = None
+    reference: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageExperiment(Experiment):
+    """A classifier of images that is written down and trained here.
+
+    Attributes
+    ----------
     model
         Makes an untrained network.
-    dataset
-        Name for `experiments.datasets.load_dataset`.
-    checkpoint
-        File name of the trained weights, beside the data or in the cache.
     sha256
         Of the published file of that name, where there is one; another is loaded, and said to be another.
     recipe
         How the weights are trained where there are none.
     train_on_demand
         Whether ``experiments.run`` trains without being asked; false where that takes hours on a CPU.
-    include, exclude
-        Patterns of the layers which are pruned.
-    sparsities
-        Of the paper's table.
-    fisher
-        The quadratic model of one shot, as in the paper.
     staged
-        What replaces it in several stages.
-    table
-        The path of stages through all sparsities of a table, where there is one.
-    reference
-        Whether magnitude pruning is so quick that it is shown without being asked for.
+        What replaces `fisher` in several stages.
     stale_batch_norm
         Whether the published checkpoint's statistics must be estimated anew before anything else.
     """
 
-    name: str
-    summary: str
     model: Callable[[], nn.Module]
-    dataset: str
-    checkpoint: str
     recipe: Recipe
     train_on_demand: bool
-    sparsities: tuple[float, ...]
-    fisher: FisherOptions
     staged: StageDefaults
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    table: StagedTable | None = None
-    reference: bool = False
+    criterion: Criterion = ACCURACY
     stale_batch_norm: bool = False
     sha256: str = ""

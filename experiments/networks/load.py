@@ -1,4 +1,4 @@
-"""The trained network of an experiment: found beside the data or in the cache, else trained.
+"""The trained network of an experiment: found beside the data or in the cache, else trained, or asked for at the hub.
 
 Which of these was used is always said.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,14 @@ from experiments.datasets import load_dataset
 from experiments.datasets.cache import cache_dir
 from experiments.datasets.images import Dataset
 from experiments.datasets.parquet import SOURCES
+from experiments.datasets.text import WIKITEXT, TokenText, load_wikitext
 from experiments.networks.batch_norm import fresh_statistics
 from experiments.networks.checkpoints import load_checkpoint, save_checkpoint
-from experiments.networks.evaluation import evaluate
-from experiments.networks.experiment import Experiment
+from experiments.networks.experiment import Experiment, ImageExperiment
+from experiments.networks.pretrained import load_pretrained
+from experiments.networks.smollm2 import LanguageModel
 from experiments.networks.training import Epoch, train, train_to_file
-from solvers.errors import CheckpointError
+from solvers.errors import CheckpointError, OptionError
 
 Say = Callable[[str], None]
 
@@ -34,10 +37,12 @@ class Source:
     """Where data and trained weights come from."""
 
     data_dir: Annotated[
-        Path | None, "Folder which holds mnist/ and cifar10/, or that of one data set; default: download."
+        Path | None, "Folder which holds mnist/, cifar10/ and wikitext/, or that of one data set; default: download."
     ] = None
     checkpoint: Annotated[
-        Path | None, "Trained weights (safetensors); default: beside the data, then the cache, then train."
+        Path | None,
+        "Trained weights: safetensors, or of a language model a GGUF file, a folder or a name on the hub; default: "
+        "beside the data, then the cache, then train or download.",
     ] = None
     device: Annotated[str, "auto, cpu or cuda."] = "auto"
 
@@ -49,21 +54,44 @@ class Network:
     model: nn.Module
     origin: str
     experiment: Experiment
-    dataset: Dataset
+    dataset: Dataset | TokenText
     device: torch.device
 
-    def accuracy(self, model: nn.Module | None = None) -> float:
-        """Test accuracy in percent, of this network or of one made from it."""
-        return evaluate(self.model if model is None else model, self.dataset.test, device=self.device).accuracy
+    def score(self, model: nn.Module) -> float:
+        """The experiment's metric on test data, of a network made from this one, on its device."""
+        return self.experiment.criterion.score(model, self.dataset.test, self.device)
+
+    @cached_property
+    def dense(self) -> float:
+        """The metric of this network."""
+        return self.score(self.model)
 
 
 def open_network(experiment: Experiment, source: Source, say: Say = lambda message: None) -> Network:
-    """Data and network of an experiment; see `load_dataset` and `load_network`."""
+    """Data and network of an experiment; see `load_dataset`, `load_network`, `load_wikitext`, `load_pretrained`."""
+    if isinstance(experiment, LanguageModel):
+        return _language_model(experiment, source, say)
+    if not isinstance(experiment, ImageExperiment):
+        raise OptionError(f"nobody knows how to open a {type(experiment).__name__}")
     if source.data_dir is None and experiment.dataset in SOURCES and SOURCES[experiment.dataset].repository:
         say(f"no --data-dir: asking the Hugging Face hub for {SOURCES[experiment.dataset].repository}")
     dataset = load_dataset(experiment.dataset, source.data_dir)
     say(f"data: {dataset.source}")
     return load_network(experiment, dataset, source, say)
+
+
+def _language_model(experiment: LanguageModel, source: Source, say: Say) -> Network:
+    device = resolve_device(source.device)
+    if source.data_dir is None:
+        say(f"no --data-dir: asking the Hugging Face hub for {WIKITEXT.repository}")
+    corpus = load_wikitext(source.data_dir)
+    say(f"data: {corpus.source}")
+    place = source.checkpoint or find_checkpoint(experiment, source.data_dir)
+    model, tokenizer, origin = load_pretrained(experiment, place)
+    say(f"weights: {origin}")
+    # The text is cut into windows afterwards, so its length is no reason to warn.
+    text = TokenText.of(corpus, lambda text: tokenizer(text, verbose=False)["input_ids"], experiment.windows)
+    return Network(model.to(device), origin, experiment, text, device)
 
 
 def cached_checkpoint(experiment: Experiment) -> Path:
@@ -79,11 +107,11 @@ def find_checkpoint(experiment: Experiment, data_dir: Path | None) -> Path | Non
         above = data_dir.expanduser().resolve()
         candidates = [folder / "checkpoints" / experiment.checkpoint for folder in (above.parent, above.parent.parent)]
     candidates.append(cached_checkpoint(experiment))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.exists()), None)
 
 
 def load_network(
-    experiment: Experiment,
+    experiment: ImageExperiment,
     dataset: Dataset,
     source: Source = Source(),
     say: Say = lambda message: None,
@@ -130,7 +158,7 @@ def load_network(
 
 
 def train_experiment(
-    experiment: Experiment,
+    experiment: ImageExperiment,
     model: nn.Module,
     dataset: Dataset,
     *,

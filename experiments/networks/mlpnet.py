@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt import FisherOptions, StageOptions
-from experiments.networks.experiment import Experiment, Phase, StageDefaults, StagedTable
+from experiments.networks.experiment import ImageExperiment, Phase, StageDefaults, StagedTable
 from experiments.networks.training import Recipe
 
 
@@ -40,7 +40,7 @@ _LATE = (
     (0.984, 2), (0.987, 2), (0.99, 14),
 )  # fmt: skip
 
-MLPNET = Experiment(
+MLPNET = ImageExperiment(
     name="mlpnet-mnist",
     summary="784-40-20-10 perceptron without biases, MNIST, 32,360 weights",
     model=MLPNet,

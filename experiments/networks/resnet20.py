@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt import Distillation, FisherOptions, StageOptions
-from experiments.networks.experiment import Experiment, Phase, StageDefaults, StagedTable
+from experiments.networks.experiment import ImageExperiment, Phase, StageDefaults, StagedTable
 from experiments.networks.training import Recipe
 
 
@@ -72,7 +72,7 @@ _LATE = (
     (0.86, 1), (0.88, 2), (0.9, 10),
 )  # fmt: skip
 
-RESNET20 = Experiment(
+RESNET20 = ImageExperiment(
     name="resnet20-cifar10",
     summary="ResNet20, CIFAR-10, 267,264 weights in 18 block convolutions",
     model=ResNet20,

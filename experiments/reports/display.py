@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from experiments.reports.plots import row_label
+from experiments.reports.plots import metric_of, row_label
 
 
 class RunDisplay:
@@ -63,8 +63,10 @@ class RunDisplay:
         if row.get("error") is not None:
             self.say(f"failed: {row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: {row['error']}")
             return
+        metric = metric_of(row)
         text = (
-            f"{row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: {row['accuracy']:.2f} %, "
+            f"{row_label(row)}, sparsity {row['sparsity']:g}, seed {row['seed']}: "
+            f"{metric.shown(row[metric.name])}, "
             f"{row['n_kept']:,} of {row['n_weights']:,} weights kept"
         )
         if new:

@@ -1,4 +1,4 @@
-"""Accuracy against sparsity as a PNG."""
+"""Accuracy, or what else a network is judged by, against sparsity as a PNG."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cbs_opt import Sensitivity
+from experiments.networks.criterion import METRICS, Metric
 from solvers.errors import OutputError
 
 #: Colour-blind safe (Okabe and Ito, 2008).
@@ -22,7 +23,7 @@ MOST_NAMES = 12
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot: a label and, by sparsity, the accuracies (%) measured there, one per seed."""
+    """A line of a plot: a label and, by sparsity, the values of the metric measured there, one per seed."""
 
     label: str
     points: Mapping[float, Sequence[float]]
@@ -33,9 +34,15 @@ def series_of(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
     """Rows of one experiment grouped by solver and update, in order of appearance."""
     groups: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        label = row_label(row)
-        groups.setdefault(label, {}).setdefault(float(row["sparsity"]), []).append(float(row["accuracy"]))
+        value = row[metric_of(row).name]
+        values = groups.setdefault(row_label(row), {}).setdefault(float(row["sparsity"]), [])
+        values.append(float("nan") if value is None else float(value))
     return [Series(label, dict(sorted(points.items()))) for label, points in groups.items()]
+
+
+def metric_of(row: Mapping[str, Any]) -> Metric:
+    """What a row is judged by."""
+    return METRICS[row.get("metric", "accuracy")]
 
 
 def row_label(row: Mapping[str, Any]) -> str:
@@ -78,15 +85,23 @@ def drawn(path: Path, title: str) -> Iterator[Any]:
         raise OutputError(f"cannot write the plot {path} ({error.strerror or error})") from error
 
 
-def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float | None = None) -> None:
-    """Draw the mean accuracy over seeds, with standard errors, against the sparsity.
+def plot_metric(
+    path: Path,
+    title: str,
+    series: Sequence[Series],
+    dense: float | None = None,
+    metric: Metric = METRICS["accuracy"],
+) -> None:
+    """Draw the mean over seeds, with standard errors, against the sparsity.
 
     Parameters
     ----------
     series
         Measured lines are solid; quoted ones are dotted, without markers.
     dense
-        Accuracy of the dense network, a thin horizontal line.
+        The dense network's, a thin horizontal line.
+    metric
+        Where less is better the axis is logarithmic: a network that is broken has a perplexity of thousands.
 
     Raises
     ------
@@ -126,7 +141,9 @@ def plot_accuracy(path: Path, title: str, series: Sequence[Series], dense: float
         everything = sorted({s for line in series for s in line.points})
         axes.set_xticks(_steps(everything), [f"{100 * s:g}" for s in everything])
         axes.set_xlabel("sparsity (%), scaled by the logarithm of the weights kept")
-        axes.set_ylabel("test accuracy (%)")
+        axes.set_ylabel(f"test {metric.name}" + (f" ({metric.unit.strip()})" if metric.unit else ""))
+        if metric.lower_is_better:
+            axes.set_yscale("log")
 
 
 def plot_sensitivity(path: Path, title: str, found: Sensitivity) -> None:

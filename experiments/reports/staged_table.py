@@ -11,10 +11,10 @@ from typing import Any
 
 from cbs_opt import StageOptions
 from experiments.datasets.cache import write_file
-from experiments.networks.experiment import Experiment
-from experiments.reports.accuracy import mean_cell, quoted_series
+from experiments.networks.experiment import ImageExperiment, StagedTable
 from experiments.reports.literature import NAMES, columns
-from experiments.reports.plots import Series, plot_accuracy, series_of
+from experiments.reports.plots import Series, plot_metric, series_of
+from experiments.reports.tables import mean_cell, quoted_series
 from solvers.errors import DataError, OptionError, OutputError
 
 OURS = "ours (staged)"
@@ -23,15 +23,15 @@ _PARTS = ("gradients", "solve", "update")
 
 def write_table(
     folder: Path,
-    experiment: Experiment,
+    experiment: ImageExperiment,
     rows: Sequence[Mapping[str, Any]],
     others: Sequence[Mapping[str, Any]],
     dense: float,
 ) -> None:
     """``table.md`` and ``table.png`` from the rows."""
     table, staged = experiment.table, experiment.staged
-    if table is None:
-        raise OptionError(f"{experiment.name} has no table; give another experiment")
+    if not isinstance(table, StagedTable):
+        raise OptionError(f"{experiment.name} has no table of stages; give another experiment")
     quoted = columns(experiment.name)
     points = {s: [row["accuracy"] for row in rows if row["sparsity"] == s] for s in table.reported}
     measured = [*series_of(others), Series(OURS, {s: values for s, values in points.items() if values})]
@@ -62,9 +62,9 @@ def write_table(
         "```",
         "",
     ]
-    _write(folder / "table.md", "\n".join(text))
+    write_text(folder / "table.md", "\n".join(text))
     lines = quoted_series(experiment.name, table.reported)
-    plot_accuracy(folder / "table.png", f"{experiment.name}: pruning without training", [*measured, *lines], dense)
+    plot_metric(folder / "table.png", f"{experiment.name}: pruning without training", [*measured, *lines], dense)
 
 
 def _distilled(options: StageOptions) -> str:
@@ -93,10 +93,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """All rows as JSON lines; raises OutputError."""
-    _write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; raises OutputError."""
     try:
         write_file(path, text.encode())
     except OSError as error:

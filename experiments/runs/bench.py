@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.nn import functional as F
-
 import cbs_opt
 import solvers
 from cbs_opt.engine.checks import check_plan
@@ -23,13 +20,11 @@ from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.measure.row_sampling import POOL
 from cbs_opt.prepared import prepare_setup
 from experiments.datasets.augmentation import CropAndFlip
-from experiments.networks.load import open_network
+from experiments.networks.load import Network, open_network
 from experiments.runs.options import RunOptions, Task
 from solvers import SelectionProblem, Solution
 from solvers.verify import certify
 
-#: Fewest training images of a calibration sample, where the training set has as many.
-CALIBRATION_SAMPLES = 5_000
 #: Images whose gradients a stage may want beyond those of one row each.
 STAGE_SAMPLES = 20_000
 
@@ -52,6 +47,8 @@ class Bench:
     folder
         Gets masks and journals.
     listener
+    network
+        Of the options' experiment, where it is open already.
 
     Raises
     ------
@@ -59,16 +56,19 @@ class Bench:
         Data, checkpoint or layers are missing or bad, or no row can be made as asked; nothing has been pruned by then.
     """
 
-    def __init__(self, options: RunOptions, folder: Path, listener: Listener = Listener()) -> None:
+    def __init__(
+        self, options: RunOptions, folder: Path, listener: Listener = Listener(), network: Network | None = None
+    ) -> None:
         self.options, self.folder, self.listener = options, folder, listener
         listener.working("loading", 0, 0)
-        self.network = open_network(options.experiment, options.source, listener.say)
+        self.network = network or open_network(options.experiment, options.source, listener.say)
+        self.loss, self.metric = options.experiment.criterion.loss, options.experiment.criterion.metric
         setup = options.setup(options.sweep.seed[0])
         self.layers = cbs_opt.find_layers(self.network.model, include=setup.include, exclude=setup.exclude)
         self.tasks = tuple(self._with_sparsity(task) for task in options.tasks)
         self._check(setup)
         listener.working("evaluating the dense network", 0, 0)
-        self.dense = self.network.accuracy()
+        self.dense = self.network.dense
         self._prepared: tuple[int, cbs_opt.Prepared] | None = None
         self._chosen: tuple[Task, SelectionProblem, Solution] | None = None
         self._bounds: dict[tuple[int, int, str], float] = {}
@@ -83,9 +83,12 @@ class Bench:
         return {
             "n_weights": report.n,
             "n_kept": report.n_kept,
-            "accuracy": self.network.accuracy(result.model.to(self.network.device).eval()),
+            # Readers of other networks' rows look for an accuracy.
+            "accuracy": None,
+            self.metric.name: self.network.score(result.model.to(self.network.device).eval()),
+            "metric": self.metric.name,
             "train_loss": report.loss_pruned,
-            "dense_accuracy": self.dense,
+            f"dense_{self.metric.name}": self.dense,
             "objective": report.objective if has else None,
             "refit_objective": report.refit_objective if has else None,
             "bound": report.bound if has else None,
@@ -105,7 +108,7 @@ class Bench:
             return run(
                 self.network.model,
                 self._data(task.seed),
-                F.cross_entropy,
+                self.loss,
                 options.setup(task.seed),
                 options.choice_of(task, self.layers.n),
                 self._stages(),
@@ -116,7 +119,7 @@ class Bench:
             return prune_layerwise(
                 self.network.model,
                 self._data(task.seed),
-                F.cross_entropy,
+                self.loss,
                 options.setup(task.seed),
                 options.choice_of(task, self.layers.n),
                 self._progress(f"{what}, layers"),
@@ -154,7 +157,7 @@ class Bench:
         return cbs_opt.sensitivity(
             self.network.model,
             self._data(sweep.seed[0]),
-            F.cross_entropy,
+            self.loss,
             levels=sorted({task.sparsity for task in self.tasks}),
             solver=solver,
             update=update,
@@ -170,10 +173,10 @@ class Bench:
         setup, folder, what = self.options.setup(seed), self.options.gradients(seed), f"gradients, seed {seed}"
         model, data = self.network.model, self._data(seed)
         if folder is not None and folder.is_dir():
-            prepared = cbs_opt.load_prepared(folder, model, data, F.cross_entropy, setup)
+            prepared = cbs_opt.load_prepared(folder, model, data, self.loss, setup)
             self.listener.say(f"{what}: those in {folder}")
         else:
-            prepared = prepare_setup(model, data, F.cross_entropy, setup, progress=self._progress(what))
+            prepared = prepare_setup(model, data, self.loss, setup, progress=self._progress(what))
             if setup.curvature != "none":
                 fisher, seconds = self.options.fisher, prepared.gradients.seconds
                 self.listener.say(
@@ -223,18 +226,18 @@ class Bench:
             held_out=min(usual.held_out, len(train) // 5),
         )
 
-    def _data(self, seed: int) -> tuple[Tensor, Tensor]:
-        """A sample of the training set, drawn with the seed: normalised images and labels."""
-        fisher = self.options.fisher
-        count = max(CALIBRATION_SAMPLES, (fisher.n_rows or 0) * fisher.batch_size)
+    def _data(self, seed: int) -> Any:
+        """Calibration data of a seed."""
+        fisher, least = self.options.fisher, self.options.experiment.least_samples
+        count = max(least, (fisher.n_rows or 0) * fisher.batch_size)
         if fisher.row_sampling == "importance" and fisher.batch_size == 1:
             count = max(count, POOL * (fisher.n_rows or 0))
         if self.options.layerwise:
-            count = fisher.n_rows or CALIBRATION_SAMPLES
+            count = fisher.n_rows or least
         if self.options.staged:
             # Every stage draws rows of its own.
             count = max(count, STAGE_SAMPLES)
-        return self.network.dataset.train.sample(count, seed).batch(slice(None))
+        return self.network.dataset.calibration(count, seed)
 
     def _certified(self, seed: int, problem: SelectionProblem, solution: Solution) -> Solution:
         """The solution with the better of its own bound and that of the options, which serves every solver."""

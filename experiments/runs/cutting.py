@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import cbs_opt
 from cbs_opt.measure.fisher import DEFAULT_ROWS
-from experiments.networks import get_experiment
+from experiments.networks import ImageExperiment, get_experiment
 from experiments.networks.load import Say, Source, open_network
 from solvers import QuadraticBlock, save_block
 from solvers.errors import OptionError
@@ -70,6 +70,8 @@ def cut_blocks(
         Data or checkpoint are missing or bad.
     """
     chosen, size = get_experiment(experiment), options.block_size
+    if not isinstance(chosen, ImageExperiment):
+        raise OptionError(f"blocks are cut from networks of images, and {experiment} is none; give another experiment")
     asked = {"n_rows": options.fisher_samples, "damping": options.damping}
     fisher = replace(
         chosen.fisher, blocks="per_layer", first_order=True, **{k: v for k, v in asked.items() if v is not None}

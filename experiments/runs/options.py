@@ -16,7 +16,7 @@ import cbs_opt
 from cbs_opt.engine.choice import Extent
 from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.measure.fisher import DEFAULT_ROWS
-from experiments.networks import DEFAULT, EXPERIMENTS, Experiment, get_experiment
+from experiments.networks import DEFAULT, EXPERIMENTS, Experiment, ImageExperiment, get_experiment
 from experiments.networks.load import Source
 from solvers.bounds import METHODS
 from solvers.errors import OptionError, UnknownNameError
@@ -65,12 +65,14 @@ class CurvatureOptions:
     """The quadratic model of the loss."""
 
     curvature: Annotated[
-        str, "fisher, or layer by layer from the images of --fisher-samples: layer_inputs or kfac."
-    ] = "fisher"
-    fisher_samples: Annotated[int | None, "Gradients, rows of the factor."] = None
-    fisher_batch: Annotated[int | None, "Images averaged into each gradient."] = None
+        str | None,
+        "fisher, or layer by layer from the samples of --fisher-samples: layer_inputs or kfac; default: fisher, but "
+        "layer_inputs for language models.",
+    ] = None
+    fisher_samples: Annotated[int | None, "Gradients, rows of the factor; layer by layer, images or windows."] = None
+    fisher_batch: Annotated[int | None, "Samples averaged into each gradient."] = None
     row_sampling: Annotated[
-        str | None, "Gradients of single images: importance (of 20 times as many, weighted) or uniform."
+        str | None, "Gradients of single samples: importance (of 20 times as many, weighted) or uniform."
     ] = None
     damping: Annotated[float | None, "Added to the diagonal; layer by layer relative to its mean, usually 0.01."] = None
     blocks: Annotated[
@@ -119,7 +121,8 @@ class ChoiceOptions:
         "Certify each mask by a bound: auto, frank_wolfe, diagonal, qcr or lagrangian; takes minutes on a network.",
     ] = None
     distill: Annotated[
-        int | None, "Afterwards so many AdamW steps of the kept weights on the calibration images, 32 a step."
+        int | None,
+        "Afterwards so many AdamW steps of the kept weights on the calibration data: 32 images or one window a step.",
     ] = None
     distill_lr: Annotated[float | None, "Length of the first of these steps, default 2e-4; it falls to zero."] = None
     distill_loss: Annotated[
@@ -176,10 +179,12 @@ class RunOptions:
             raise OptionError("--sensitivity prunes layer by layer; give --curvature layer_inputs or kfac with it")
         if self.layerwise and (self.staged or sweep.masks or choice.bound or curvature.gradients):
             raise OptionError(
-                f"--curvature {curvature.curvature} knows no --stages, --masks, --bound and --gradients; leave them out"
+                f"--curvature {self.measured} knows no --stages, --masks, --bound and --gradients; leave them out"
             )
         if choice.stages < 1:
             raise OptionError(f"--stages must be at least 1, got {choice.stages}")
+        if self.staged and not isinstance(self.experiment, ImageExperiment):
+            raise OptionError(f"{self.experiment.name} has no settings for stages; leave --stages out")
         if choice.bound is not None and choice.bound not in METHODS:
             raise UnknownNameError.of("bound", choice.bound, METHODS)
         if choice.bound is not None and self.staged:
@@ -197,9 +202,14 @@ class RunOptions:
         return get_experiment(self.network.experiment)
 
     @property
+    def measured(self) -> str:
+        """The kind of curvature."""
+        return self.curvature.curvature or self.experiment.curvature
+
+    @property
     def layerwise(self) -> bool:
         """Whether the curvature is measured layer by layer."""
-        return self.curvature.curvature in LAYERWISE
+        return self.measured in LAYERWISE
 
     @property
     def staged(self) -> bool:
@@ -209,7 +219,9 @@ class RunOptions:
     @cached_property
     def fisher(self) -> cbs_opt.FisherOptions:
         """The experiment's quadratic model with what is asked for instead."""
-        usual = self.experiment.staged.fisher if self.staged else self.experiment.fisher
+        experiment = self.experiment
+        staged = self.staged and isinstance(experiment, ImageExperiment)
+        usual = experiment.staged.fisher if staged else experiment.fisher
         asked = {
             "n_rows": self.curvature.fisher_samples,
             "batch_size": self.curvature.fisher_batch,
@@ -237,7 +249,7 @@ class RunOptions:
 
     def setup(self, seed: int) -> cbs_opt.Setup:
         """The model side of the rows of a seed; no more is measured than one of them needs."""
-        damping, curvature = self.curvature.damping, self.curvature.curvature
+        damping, curvature = self.curvature.damping, self.measured
         if curvature == "fisher" and self.need is Extent.WEIGHTS:
             curvature = "none"
         given = None if not self.layerwise or damping is None else cbs_opt.LayerInputOptions(damping)

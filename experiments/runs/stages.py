@@ -17,7 +17,8 @@ from cbs_opt.engine.journal import Journal, StageState
 from cbs_opt.engine.stages import run_stages
 from cbs_opt.network.batch_norm import restore_statistics
 from experiments.datasets.augmentation import CropAndFlip
-from experiments.networks import Network
+from experiments.networks import ImageExperiment, Network
+from experiments.networks.experiment import StagedTable
 from experiments.runs.rows import versions
 from solvers.errors import OptionError
 
@@ -55,8 +56,8 @@ class StagedPath:
 
     def __init__(self, network: Network, seed: int, folder: Path) -> None:
         experiment, train = network.experiment, network.dataset.train
-        if experiment.table is None:
-            raise OptionError(f"{experiment.name} has no table; give another experiment")
+        if not isinstance(experiment, ImageExperiment) or not isinstance(experiment.table, StagedTable):
+            raise OptionError(f"{experiment.name} has no table of stages; give another experiment")
         self.network, self.table, self.staged = network, experiment.table, experiment.staged
         self.seed, self.folder = seed, folder
         self.model = copy.deepcopy(network.model).eval()
@@ -132,7 +133,7 @@ class StagedPath:
             state = book.state(at[-1])
             layers.write(self.model, state.weights)
             restore_statistics(self.model, state.statistics)
-            accuracy = self.network.accuracy(self.model)
+            accuracy = self.network.score(self.model)
             done = [*past, *records[: at[-1] + 1]]
             say(records[at[-1]], accuracy)
             found.append(

@@ -1,7 +1,7 @@
 """Carry out a run: every combination of a sweep on one network, a row of results each.
 
 Masks are independent of one another, so they can be made in other processes, on a cluster too: there every process has
-the network and the gradients to itself. Test data are looked at only to report an accuracy, after everything has been
+the network and the gradients to itself. Test data are looked at only to report a figure, after everything has been
 decided.
 """
 
@@ -21,6 +21,7 @@ import joblib
 import torch
 from torch import nn
 
+from experiments.networks.load import Network
 from experiments.runs.bench import Bench, Listener
 from experiments.runs.options import RunOptions, Task
 from experiments.runs.parallel import Call, completed
@@ -42,6 +43,8 @@ class Sweep:
     listener
     overwrite
         They are.
+    network
+        As for `Bench`.
 
     Raises
     ------
@@ -49,9 +52,16 @@ class Sweep:
         As `Bench`.
     """
 
-    def __init__(self, options: RunOptions, results: ResultsFile, listener: Listener, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        results: ResultsFile,
+        listener: Listener,
+        overwrite: bool = False,
+        network: Network | None = None,
+    ) -> None:
         self.options, self.results, self.listener, self.overwrite = options, results, listener, overwrite
-        self.bench = Bench(options, results.folder, listener)
+        self.bench = Bench(options, results.folder, listener, network)
         self.weights = digest(self.bench.network.model)
         self.rows: list[dict[str, Any]] = []
 
@@ -92,7 +102,7 @@ class Sweep:
             self.bench.prepared(seed)
 
     def reference(self) -> dict[float, float]:
-        """Accuracy by sparsity of plain magnitude pruning without update; empty where the run has it as rows."""
+        """The metric by sparsity of plain magnitude pruning without update; empty where the run has it as rows."""
         if any(row["solver"] == "magnitude" and row["update"] == "none" for row in self.rows):
             return {}
         self.listener.working("magnitude, for comparison", 0, 0)
@@ -106,7 +116,7 @@ class Sweep:
             pruned = torch.zeros_like(weights)
             pruned[kept] = weights[kept]
             layers.write(model, pruned)
-            points[sparsity] = network.accuracy(model)
+            points[sparsity] = network.score(model)
         return points
 
     def settings(self, task: Task) -> dict[str, Any]:
@@ -153,7 +163,9 @@ class Sweep:
     def _found(self, task: Task) -> dict[str, Any] | None:
         """The row of a task, if it is there with everything that is asked for."""
         row = None if self.overwrite else self.results.find(key_of(self.settings(task)))
-        asked = {"refit_objective": self.options.choice.refit, "bound": self.options.choice.bound is not None}
+        # Layer by layer a mask is refitted by the update that asks for it, and by nothing else.
+        refit = self.options.choice.refit and not self.options.layerwise
+        asked = {"refit_objective": refit, "bound": self.options.choice.bound is not None}
         return None if row is None or any(row[name] is None for name, wanted in asked.items() if wanted) else row
 
     def _told(self, row: dict[str, Any], *, new: bool) -> dict[str, Any]:

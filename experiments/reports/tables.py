@@ -9,8 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.networks.criterion import METRICS, Metric
 from experiments.reports.literature import NAMES, columns
-from experiments.reports.plots import Series, mean_and_error, series_of
+from experiments.reports.plots import Series, mean_and_error, metric_of, series_of
 
 #: Columns of the table of rows: heading, and the row's value as text.
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -19,7 +20,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sparsity": lambda row: f"{row['sparsity']:g}",
     "seed": lambda row: str(row["seed"]),
     "kept": lambda row: f"{row['n_kept']:,}",
-    "test %": lambda row: f"{row['accuracy']:.2f}",
+    "test": lambda row: _two_places(row[metric_of(row).name]),
     "train loss": lambda row: f"{row['train_loss']:.4f}",
     "objective": lambda row: _number(row["objective"]),
     "refit": lambda row: _number(row["refit_objective"]),
@@ -35,6 +36,7 @@ _SHARED = ("update", "sparsity", "seed", "gap", "distill s")
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """A line per row: what was pruned, how well, at what cost. What all rows share is said once, in the title."""
     cells = {heading: [value(row) for row in rows] for heading, value in _COLUMNS.items()}
+    named = {"test": metric_of(rows[0]).heading} if rows else {}
     for heading in _SHARED:
         values = set(cells[heading])
         if len(values) == 1 and (len(rows) > 1 or "" in values):
@@ -43,16 +45,22 @@ def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             title += f", {heading} {value}" if value else ""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in cells:
-        table.add_column(heading, justify="left" if heading in ("solver", "update") else "right", no_wrap=True)
+        table.add_column(
+            named.get(heading, heading), justify="left" if heading in ("solver", "update") else "right", no_wrap=True
+        )
     for line in zip(*cells.values(), strict=True):
         table.add_row(*(escape(cell) for cell in line))
     return table
 
 
-def accuracy_table(
-    experiment: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Series] = (), dense: float | None = None
+def metric_table(
+    experiment: str,
+    rows: Sequence[Mapping[str, Any]],
+    reference: Sequence[Series] = (),
+    dense: float | None = None,
+    metric: Metric = METRICS["accuracy"],
 ) -> Table:
-    """A line per solver and update, a column per sparsity: mean test accuracy and standard error over the seeds.
+    """A line per solver and update, a column per sparsity: mean on test data and standard error over the seeds.
 
     Parameters
     ----------
@@ -61,11 +69,14 @@ def accuracy_table(
     reference
         Further lines which were measured beside the rows.
     dense
-        Accuracy of the dense network, for the title.
+        The dense network's, for the title.
+    metric
+        Of the rows.
     """
     series = series_of(rows)
     sparsities = sorted({s for line in series for s in line.points})
-    title = f"{experiment}: test accuracy in % by sparsity, mean over the seeds"
+    what = f"{metric.name} in{metric.unit}" if metric.unit else f"{metric.name} (lower is better)"
+    title = f"{experiment}: test {what} by sparsity, mean over the seeds"
     title += "" if dense is None else f"; dense network {dense:.2f}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("solver + update")
@@ -97,6 +108,11 @@ def mean_cell(values: Sequence[float]) -> str:
         return ""
     mean, error = mean_and_error(values)
     return f"{mean:.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
+
+
+def _two_places(value: float | None) -> str:
+    """Two decimal places, or what JSON has instead of what is not finite."""
+    return "not finite" if value is None else f"{value:.2f}"
 
 
 def _number(value: float | None) -> str:
