@@ -65,6 +65,7 @@ class Prepared(Measured):
         seed: int | None = None,
         min_kept: int | float | None = None,
         min_kept_per_row: int = 0,
+        batch_norm: str = "keep",
         distill: Distill | None = None,
     ) -> PruneResult:
         """Choose, update, and put into a copy of the network, as a `Choice` or its fields say; raises CBSError."""
@@ -81,6 +82,7 @@ class Prepared(Measured):
             seed=seed,
             min_kept=min_kept,
             min_kept_per_row=min_kept_per_row,
+            batch_norm=batch_norm,
             distill=distill,
         )
         return self.one_shot(made)
@@ -94,6 +96,7 @@ class Prepared(Measured):
         scale: float = 1.0,
         objective: Objective | str = Objective.SELECTION,
         judge: bool = True,
+        batch_norm: str = "keep",
         distill: Distill | None = None,
     ) -> PruneResult:
         """Update the kept weights of masks of any origin; a sweep of the scale solves once.
@@ -110,7 +113,7 @@ class Prepared(Measured):
             By which the masks are judged in the report.
         judge : bool
             As in `one_shot`.
-        distill : Distill, optional
+        batch_norm, distill
             As for `prune`.
 
         Raises
@@ -122,7 +125,14 @@ class Prepared(Measured):
         """
         pruned = self.layers.pruned_by(masks)
         n_kept = self.n - int(pruned.sum())
-        choice = Choice(n_kept=n_kept, update=update, update_scale=scale, objective=objective, distill=distill)
+        choice = Choice(
+            n_kept=n_kept,
+            update=update,
+            update_scale=scale,
+            objective=objective,
+            batch_norm=batch_norm,
+            distill=distill,
+        )
         problem = self.problem(n_kept=choice.n_kept, objective=objective)
         mask = self.blocks.partition.to_groups(pruned)
         value = problem.value(mask) if self.has is Extent.CURVATURE else math.nan

@@ -56,6 +56,7 @@ def prune(
     seed: int = 0,
     loss_samples: int = MOST_SAMPLES,
     stages: int | StageOptions = 1,
+    batch_norm: str = "keep",
     distill: Distill | None = None,
     journal: Path | str | None = None,
     progress: Progress | None = None,
@@ -80,6 +81,9 @@ def prune(
     stages : int or StageOptions
         How often gradients are recomputed on the way to the sparsity; see `cbs_opt.engine.stages`. With more than one
         stage steps always follow the gradient, and the update is the combinatorial one, its length searched.
+    batch_norm : {"keep", "reestimate"}
+        With ``reestimate`` the running statistics of batch norms are estimated anew under the new weights, on the same
+        data; the report has the calibration loss with and without.
     distill : Distill, optional
         Afterwards the kept weights are moved towards the dense network's outputs, by so many steps on the same data.
     journal : path, optional
@@ -108,6 +112,7 @@ def prune(
         time_limit=time_limit,
         min_kept=min_kept,
         min_kept_per_row=min_kept_per_row,
+        batch_norm=batch_norm,
         distill=distill,
     )
     setup = Setup(

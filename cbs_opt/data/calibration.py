@@ -103,7 +103,7 @@ class CalibrationData:
             return data._limited(options)
         if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in data):
             # Tensors in memory cannot differ between passes.
-            return _stack(iter([as_batch(data)]))._limited(options)
+            return stack(iter([as_batch(data)]))._limited(options)
         data, options = chosen_part(data, options)
         return _read_batches(repeatable(data, options), options)
 
@@ -204,8 +204,8 @@ def _to_tensors(value: Any, where: str) -> Any:
     raise DataError(f"{where} is a {type(value).__name__}; expected tensors or numpy arrays")
 
 
-def _stack(batches: Iterator[Batch]) -> CalibrationData:
-    """Concatenate batches."""
+def stack(batches: Iterator[Batch]) -> CalibrationData:
+    """Concatenate batches; raises DataError for those that do not fit together."""
     parts = [batch for batch in batches if batch[2]]
     if not parts:
         raise DataError("the calibration data are empty; pass at least one batch of training samples")
@@ -349,7 +349,7 @@ def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> Calibrati
         kept = list(batches())
         if options.check_passes:
             _compare(_digests(iter(kept)), _digests(batches()))
-        return _stack(iter(kept))._limited(options)
+        return stack(iter(kept))._limited(options)
     # Only the sample numbers are known after the first pass; the second one picks the samples.
     sizes: list[int] = []
     before: list[bytes] = []
@@ -367,7 +367,7 @@ def _read_batches(data: Iterable[Any], options: CalibrationOptions) -> Calibrati
         picked.append(cut(batch, inside))
         start += batch[2]
     _compare(before, after)
-    stacked = _stack(iter(picked))
+    stacked = stack(iter(picked))
     inputs, targets = stacked.batch(np.searchsorted(ordered, wanted).astype(np.int64), "cpu")
     return CalibrationData(inputs, targets, len(wanted))
 

@@ -80,6 +80,8 @@ def _check_stages(choice: Choice, fisher: FisherOptions, stages: StageOptions) -
         raise OptionError(f"stages search the length of the update: leave update_scale={choice.update_scale!r} out")
     if choice.time_limit is not None:
         raise OptionError("stages keep no time limit; leave time_limit out")
+    if choice.batch_norm != "keep":
+        raise OptionError("stages re-estimate batch norms by StageOptions.batch_norm; leave batch_norm= out")
     if choice.start is not None:
         raise OptionError("stages start from the network as it is; leave start out")
     if fisher.relative_damping is not None:

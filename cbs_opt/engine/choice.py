@@ -19,6 +19,8 @@ from solvers.solver import Need
 
 #: Allocations that ask the network itself, layer by layer.
 MEASURED, BEST = "measured", "best"
+#: What may become of the running statistics of batch norms.
+BATCH_NORMS = ("keep", "reestimate")
 
 
 class Extent(IntEnum):
@@ -66,6 +68,9 @@ class Choice:
         floor; see `cbs_opt.engine.floors`.
     min_kept_per_row : int
         So many weights of every row (what leads to one output) stay at least, instead of `min_kept`.
+    batch_norm : {"keep", "reestimate"}
+        Whether the running statistics of batch norms stay those of the dense network, or are re-estimated on the
+        calibration data once weights are gone; of stages `StageOptions.batch_norm` says so.
     distill : Distill, optional
         After all else kept weights are moved towards the dense network's outputs.
 
@@ -89,6 +94,7 @@ class Choice:
     min_kept: int | float | None
     min_kept_per_row: int
     distill: Distill | None
+    batch_norm: str
 
     def __init__(
         self,
@@ -105,6 +111,7 @@ class Choice:
         min_kept: int | float | None = None,
         min_kept_per_row: int = 0,
         distill: Distill | None = None,
+        batch_norm: str = "keep",
     ) -> None:
         if (sparsity is None) == (n_kept is None):
             raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
@@ -135,6 +142,7 @@ class Choice:
             "min_kept": None if min_kept is None else _floor_of(min_kept),
             "min_kept_per_row": integer("min_kept_per_row", min_kept_per_row, 0),
             "distill": None if distill is None else instance("distill", distill, Distill),
+            "batch_norm": one_of("treatment of batch norm", batch_norm, BATCH_NORMS),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

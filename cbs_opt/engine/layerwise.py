@@ -140,10 +140,11 @@ def _opened(
     own, layers = own_copy(model, setup)
     check_layerwise(layers, choice)
     stream = BatchStream(data, setup.samples)
-    if choice.distill is not None and stream.once:
+    if stream.once and (choice.distill is not None or choice.batch_norm != "keep"):
+        what = "batch-norm re-estimation" if choice.distill is None else "distillation"
         raise DataError(
-            f"the calibration data are a one-shot {type(data).__name__}, and distillation reads them again; pass a "
-            "list, a Dataset or a DataLoader"
+            f"the calibration data are a one-shot {type(data).__name__}, and {what} reads them again; pass a list, a "
+            "Dataset or a DataLoader"
         )
     return LayerwiseNetwork(own, layers, setup, model, stream, loss_fn)
 

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from cbs_opt.data.calibration import CalibrationData
+from cbs_opt.data.large_batches import large_batches
+from cbs_opt.data.loss_checks import typed_failures
 from cbs_opt.data.training_batches import TrainingBatches
+from cbs_opt.data.trees import Tree, map_tree
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.distill import Distill, distill
 from cbs_opt.engine.workspace import OpenNetwork
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
+from cbs_opt.network.batch_norm import reestimate, tracked_norms
 from cbs_opt.report.records import DistillRecord, StageRecord
 from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult
 from cbs_opt.report.warnings import (
     collapse_warnings,
     distill_warnings,
     nonzero,
+    norm_warnings,
     repruning_warnings,
     skipped_warnings,
 )
 from solvers import Solution
 from solvers.arrays import Array, Mask
 from solvers.errors import ModelError
+
+#: What is said where there is nothing to re-estimate.
+_NO_NORMS = "batch_norm='reestimate': the network has no batch norm that keeps running statistics, so nothing was done"
 
 
 @dataclass(frozen=True)
@@ -90,18 +100,13 @@ def conclude(
 ) -> PruneResult:
     """Put an outcome into a network, the workspace's own or a copy, distil if that is asked for, and report."""
     layers, setup, pruned, records = workspace.layers, workspace.setup, outcome.pruned, outcome.records
-    dense = workspace.dense_layers()
-    norms, before = LayerNorms(layers, dense, pruned), nonzero(dense)
-    del dense
+    norms, before = LayerNorms(layers, workspace.dense_layers(), pruned), nonzero(workspace.dense_layers())
     loss_dense = workspace.dense_loss
     teacher = None if choice.distill is None else workspace.dense_copy()
     model, loss = workspace.network(outcome.weights, pruned, own=own)
-    if math.isfinite(loss_dense) and not math.isfinite(loss):
-        raise ModelError(
-            f"the calibration loss of the pruned network is {loss}, that of the network given {loss_dense:.6g}; use a "
-            f"smaller update_scale than {choice.update_scale:g}, a larger damping or a lower sparsity"
-        )
-    distilled, before_steps = None, loss
+    _check_finite(loss_dense, loss, choice)
+    renewed = _Norms(loss) if choice.batch_norm == "keep" else _reestimated(workspace, model, loss)
+    distilled, loss = None, renewed.loss
     if choice.distill is not None and teacher is not None:
         distilled = _distilled(workspace, choice.distill, model, teacher, pruned, progress)
         loss = workspace.meter.of_network(model)
@@ -110,7 +115,7 @@ def conclude(
     masks = workspace.finish(model, pruned)
     solution, staged = outcome.solution, outcome.staged
     if not staged:
-        records = (replace(records[0], loss_after=before_steps),)
+        records = (replace(records[0], loss_after=renewed.loss, seconds_batch_norm=renewed.seconds),)
     last = next((record for record in reversed(records) if record.solver), records[-1])
     n_kept = layers.n - int(np.count_nonzero(pruned))
     report = PruneReport(
@@ -127,7 +132,8 @@ def conclude(
             *dict.fromkeys(warning for record in records for warning in record.warnings),
             *collapse_warnings(layers, pruned, constant),
             *repruning_warnings(n_kept, before, nonzero(layers.parameters(model)), layers.n),
-            *(() if distilled is None else distill_warnings(distilled, before_steps, loss)),
+            *norm_warnings(renewed.loss_old, renewed.loss),
+            *(() if distilled is None else distill_warnings(distilled, renewed.loss, loss)),
         ),
         solver=last.solver or choice.solver.spec,
         update=choice.update.value,
@@ -153,13 +159,55 @@ def conclude(
         seconds_update=sum(record.seconds_update + record.seconds_batch_norm for record in records),
         repairs=(
             *dict.fromkeys(repair for record in records for repair in record.repairs),
+            *renewed.notes,
             *(() if distilled is None else distilled.notes),
         ),
         statistics={} if solution is None else dict(solution.statistics),
         distill=distilled,
-        loss_undistilled=math.nan if distilled is None else before_steps,
+        loss_undistilled=math.nan if distilled is None else renewed.loss,
+        norms_reestimated=renewed.count,
+        loss_old_norms=renewed.loss_old,
     )
     return PruneResult(model, masks, report, pruned, layers, solution, records)
+
+
+def _check_finite(loss_dense: float, loss: float, choice: Choice) -> None:
+    if math.isfinite(loss_dense) and not math.isfinite(loss):
+        raise ModelError(
+            f"the calibration loss of the pruned network is {loss}, that of the network given {loss_dense:.6g}; use a "
+            f"smaller update_scale than {choice.update_scale:g}, a larger damping or a lower sparsity"
+        )
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """The loss once batch norms are treated as asked, that before where they changed, how many did, and seconds."""
+
+    loss: float
+    loss_old: float = math.nan
+    count: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def _reestimated(workspace: OpenNetwork, model: nn.Module, loss: float) -> _Norms:
+    """Re-estimate running statistics in place."""
+    started, norms, place = time.perf_counter(), tracked_norms(model), workspace.setup.place
+    if not norms:
+        return _Norms(loss, notes=(_NO_NORMS,))
+    put: Callable[[Tensor], Tensor] = lambda t: t.to(place, copy=True)  # noqa: E731
+
+    def output(network: nn.Module, inputs: Tree, targets: Tree | None) -> object:
+        with typed_failures(inputs, targets):
+            return workspace.forward.output(network, inputs, targets)
+
+    batches = (
+        (map_tree(put, inputs), None if targets is None else map_tree(put, targets), size)
+        for inputs, targets, size in large_batches(workspace.source)
+    )
+    reestimate(model.to(place), output, batches)
+    seconds = time.perf_counter() - started
+    return _Norms(workspace.meter.of_network(model), loss, len(norms), seconds)
 
 
 def _distilled(

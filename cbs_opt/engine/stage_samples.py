@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cbs_opt.data.calibration import CalibrationData, Index
+from cbs_opt.data.calibration import Batch, CalibrationData, Index
 from cbs_opt.data.distillation import DistilledForward
 from cbs_opt.data.losses import StoredBatches
 from cbs_opt.data.trees import Tree
@@ -139,7 +139,7 @@ class StageSamples:
             factor -= (mean / math.sqrt(rows)).to(factor.dtype)
         return GradientSample(factor, mean, loss, rows, size, ", ".join(methods), seconds, notes=tuple(notes))
 
-    def norm_batches(self, stage: int) -> Iterator[tuple[Tree, Tree | None]]:
+    def norm_batches(self, stage: int) -> Iterator[Batch]:
         """Batches to re-estimate batch-norm statistics with."""
         torch_generator = torch.Generator().manual_seed(derived_seed(self.seed, stage, NORMS))
         index = generator(self.seed, stage, NORMS).permutation(self._fit_index)[: self.options.batch_norm_samples]
@@ -149,7 +149,7 @@ class StageSamples:
             # The batches count alike, so a small one would weigh too much.
             pieces.pop()
         for piece in pieces:
-            yield self._plain_batch(piece, torch_generator)
+            yield *self._plain_batch(piece, torch_generator), len(piece)
 
     def _plain_batch(self, index: Index, changes: torch.Generator | None) -> tuple[Tree, Tree | None]:
         """(inputs, targets) as the data have them, augmented if there is an augmentation, on the device."""

@@ -2,7 +2,7 @@
 
 Removing weights shifts what the layers behind them see, so the running statistics of a pruned network are stale.
 Re-estimating them is a forward pass over training data in train mode; no weight changes. The statistics of the batches
-are averaged with equal weight (``momentum=None``), so that it does not matter which batch came last.
+are averaged by their numbers of samples, so that it does not matter which batch came last.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def reestimate(
-    model: nn.Module, output: Callable[[nn.Module, Any, Any], Any], batches: Iterable[tuple[Any, Any]]
+    model: nn.Module, output: Callable[[nn.Module, Any, Any], Any], batches: Iterable[tuple[Any, Any, int]]
 ) -> None:
     """Replace the running statistics by the mean over `batches`, in place.
+
+    Means are those of all samples; variances are means of variances within batches, each unbiased, deeper in the
+    network of what is normalised by the batch. Batch norms that are never called keep what they have.
 
     Parameters
     ----------
@@ -73,22 +76,32 @@ def reestimate(
         Only its batch norms are put into train mode; every flag is restored.
     output : callable
         (network, inputs, targets) → output, as `cbs_opt.Forward.output`.
-    batches : iterable of (inputs, targets)
+    batches : iterable of (inputs, targets, samples)
         On the device of the network, each of many samples.
     """
     norms = tracked_norms(model)
     flags = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
+    seen: dict[nn.Module, int] = dict.fromkeys(norms, 0)
+    size = 0
+
+    def weigh(norm: Any, _: Any) -> None:
+        if not seen[norm]:
+            norm.reset_running_stats()
+        seen[norm] += size
+        norm.momentum = size / seen[norm]
+
     model.eval()
+    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
         norm.train()
     try:
         with torch.no_grad():
-            for inputs, targets in batches:
+            for inputs, targets, size in batches:  # noqa: B007
                 output(model, inputs, targets)
     finally:
+        for hook in hooks:
+            hook.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, flag in flags.items():

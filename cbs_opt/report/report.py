@@ -129,6 +129,10 @@ class PruneReport:
         What steps towards the dense network's outputs gained; objectives and seconds above are without them.
     loss_undistilled : float
         Mean calibration loss before them, `loss_pruned` being that after; nan where there were none.
+    norms_reestimated : int
+        Batch norms whose running statistics were estimated anew before that; in stages see `PruneResult.stages`.
+    loss_old_norms : float
+        Mean calibration loss with the statistics as they were; nan where none were re-estimated.
     """
 
     layers: tuple[LayerReport, ...]
@@ -174,6 +178,8 @@ class PruneReport:
     candidates: tuple[Candidate, ...] = ()
     distill: DistillRecord | None = None
     loss_undistilled: float = math.nan
+    norms_reestimated: int = 0
+    loss_old_norms: float = math.nan
 
     def __rich__(self) -> Group:
         table = Table(title=f"{self.solver}, update {self.update}: {self.n_kept:,} of {self.n:,} weights kept")
@@ -210,6 +216,7 @@ class PruneReport:
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
             *self._search(),
+            *self._norms(),
             *self._distilled(),
             *(f"repair: {repair}" for repair in self.repairs),
             *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in self.skipped),
@@ -228,6 +235,14 @@ class PruneReport:
         for tried in self.candidates:
             chosen = ", taken" if tried.name == self.shares else ""
             yield f"shares {tried.name}: {tried.value:.6g} on samples held out, {tried.seconds:.1f} s{chosen}"
+
+    def _norms(self) -> Iterator[str]:
+        if self.norms_reestimated:
+            after = self.loss_pruned if self.distill is None else self.loss_undistilled
+            yield (
+                f"statistics of {self.norms_reestimated} batch norms re-estimated: calibration loss "
+                f"{_number(self.loss_old_norms)} -> {_number(after)}"
+            )
 
     def _distilled(self) -> list[str]:
         done = self.distill

@@ -95,6 +95,16 @@ def repruning_warnings(n_kept: int, before: int, after: int, n: int) -> tuple[st
     )
 
 
+def norm_warnings(old: float, new: float) -> tuple[str, ...]:
+    """A warning where re-estimated statistics of batch norms have raised the calibration loss."""
+    if not new > old:
+        return ()
+    return (
+        f"re-estimating the statistics of batch norms raised the calibration loss from {old:.4g} to {new:.4g}: the "
+        "samples are too few, or the weights too much as they were; leave it out, or pass more data",
+    )
+
+
 def distill_warnings(done: DistillRecord, before: float, after: float) -> tuple[str, ...]:
     """A warning where a distillation has gained nothing, or has raised the calibration loss."""
     if done.steps_kept and after > before:

@@ -32,5 +32,5 @@ def fresh_statistics(
     reestimate(
         model,
         lambda network, images, _: network(images),
-        ((images.to(device, memory_format=torch.channels_last), None) for images in batches),
+        ((images.to(device, memory_format=torch.channels_last), None, len(images)) for images in batches),
     )

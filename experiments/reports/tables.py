@@ -21,6 +21,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "seed": lambda row: str(row["seed"]),
     "kept": lambda row: f"{row['n_kept']:,}",
     "test": lambda row: _two_places(row[metric_of(row).name]),
+    "old norms": lambda row: _old_norms(row),
     "train loss": lambda row: f"{row['train_loss']:.4f}",
     "objective": lambda row: _number(row["objective"]),
     "refit": lambda row: _number(row["refit_objective"]),
@@ -30,7 +31,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "distill s": lambda row: f"{row['seconds_distill']:.2f}" if "seconds_distill" in row else "",
 }
 #: Columns which move into the title where all rows agree; without a value in any row they vanish.
-_SHARED = ("update", "sparsity", "seed", "gap", "distill s")
+_SHARED = ("update", "sparsity", "seed", "gap", "distill s", "old norms")
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -108,6 +109,12 @@ def mean_cell(values: Sequence[float]) -> str:
         return ""
     mean, error = mean_and_error(values)
     return f"{mean:.2f}" + (f" ± {error:.2f}" if len(values) > 1 else "")
+
+
+def _old_norms(row: Mapping[str, Any]) -> str:
+    """The metric with the statistics of batch norms that the dense network has, where they were re-estimated."""
+    name = f"{metric_of(row).name}_old_norms"
+    return _two_places(row[name]) if name in row else ""
 
 
 def _two_places(value: float | None) -> str:

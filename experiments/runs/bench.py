@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import cbs_opt
 import solvers
 from cbs_opt.engine.checks import check_plan
@@ -18,6 +20,7 @@ from cbs_opt.engine.layerwise import check_layerwise, prune_layerwise
 from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.measure.row_sampling import POOL
+from cbs_opt.network.batch_norm import restore_statistics, statistics_of
 from cbs_opt.prepared import prepare_setup
 from experiments.datasets.augmentation import CropAndFlip
 from experiments.networks.load import Network, open_network
@@ -78,14 +81,14 @@ class Bench:
         result = self.prune(task, key)
         if self.options.save_masks:
             cbs_opt.save_masks(self.folder / "masks" / f"{key}.safetensors", result.masks)
-        report = result.report
+        report, model = result.report, result.model.to(self.network.device).eval()
         has = report.curvature in ("fisher", *LAYERWISE)
         return {
             "n_weights": report.n,
             "n_kept": report.n_kept,
             # Readers of other networks' rows look for an accuracy.
             "accuracy": None,
-            self.metric.name: self.network.score(result.model.to(self.network.device).eval()),
+            self.metric.name: self.network.score(model),
             "metric": self.metric.name,
             "train_loss": report.loss_pruned,
             f"dense_{self.metric.name}": self.dense,
@@ -98,6 +101,7 @@ class Bench:
             "seconds_solve": report.seconds_solve,
             "seconds_update": report.seconds_update,
             "repairs": report.repairs,
+            **self._norms(report, model),
             **_distilled(report),
         }
 
@@ -135,6 +139,7 @@ class Bench:
                 scale=task.update_scale,
                 objective=choice.goal(),
                 judge=options.choice.refit,
+                batch_norm=choice.batch_norm,
                 distill=options.distill,
             )
         if self._chosen is None or self._chosen[0] != mask:
@@ -247,6 +252,16 @@ class Bench:
         best = max(solution.bound, self._bounds[key])
         bound, gap, status = certify(solution.objective, best, solution.solver)
         return replace(solution, bound=bound, gap=gap, status=status)
+
+    def _norms(self, report: cbs_opt.PruneReport, model: nn.Module) -> dict[str, Any]:
+        """What re-estimated batch norms did, where there are some; the model gets its old ones back."""
+        if not report.norms_reestimated:
+            return {}
+        figures = {"train_loss_old_norms": report.loss_old_norms}
+        if report.distill is None:
+            restore_statistics(model, statistics_of(self.network.model))
+            figures[f"{self.metric.name}_old_norms"] = self.network.score(model)
+        return figures
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         self.listener.working(what, 0, 0)

@@ -120,6 +120,9 @@ class ChoiceOptions:
         str | None,
         "Certify each mask by a bound: auto, frank_wolfe, diagonal, qcr or lagrangian; takes minutes on a network.",
     ] = None
+    batch_norm: Annotated[
+        str, "Statistics of batch norms under the new weights: keep, or reestimate on the calibration images."
+    ] = "keep"
     distill: Annotated[
         int | None,
         "Afterwards so many AdamW steps of the kept weights on the calibration data: 32 images or one window a step.",
@@ -281,6 +284,7 @@ class RunOptions:
             allocation=self.choice.allocation,
             time_limit=self.choice.time_limit,
             min_kept=self.choice.min_kept,
+            batch_norm=self.choice.batch_norm,
             distill=self.distill,
         )
         if n is None:

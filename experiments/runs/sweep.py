@@ -131,6 +131,8 @@ class Sweep:
             extra["curvature"], extra["layer_damping"] = setup.curvature, o.curvature.damping
         if choice.min_kept is not None:
             extra["min_kept"] = choice.min_kept
+        if choice.batch_norm != "keep":
+            extra["batch_norm"] = choice.batch_norm
         if choice.distill is not None:
             extra["distill"] = {name: getattr(choice.distill, name) for name in ("steps", "lr", "loss")}
         solver = task.solver

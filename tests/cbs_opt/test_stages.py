@@ -188,7 +188,7 @@ def test_batch_statistics_show_what_reestimation_gives() -> None:
         seen = F.cross_entropy(model(data.inputs), data.targets)
     for name, value in statistics_of(model).items():
         assert torch.equal(value, before[name])
-    reestimate(model, forward.output, [(data.inputs, data.targets)])
+    reestimate(model, forward.output, [(data.inputs, data.targets, data.n)])
     assert not model.training
     with torch.no_grad():
         after = F.cross_entropy(model(data.inputs), data.targets)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import cbs_opt
@@ -23,6 +25,7 @@ from experiments.networks import EXPERIMENTS, DigitsMLP, get_experiment
 from experiments.networks.checkpoints import save_checkpoint
 from experiments.networks.evaluation import evaluate
 from experiments.networks.load import load_network
+from experiments.networks.training import train
 from experiments.runs.bench import Bench, Listener
 from experiments.runs.options import RunOptions, SweepOptions, Task
 from experiments.runs.rows import ResultsFile
@@ -126,6 +129,32 @@ def test_distillation_makes_rows_of_its_own(
         assert row["distill_loss_after"] < row["distill_loss_before"] and row["n_kept"] == plain["n_kept"]
         assert row["train_loss_undistilled"] == pytest.approx(plain["train_loss"]) and row["seconds_distill"] > 0.0
         assert row["extra"]["distill"]["lr"] in (1e-3, 2e-3)
+
+
+class NormedDigits(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
+
+
+@pytest.mark.parametrize("asked", [["--refit"], ["--curvature", "layer_inputs"]])
+def test_rows_show_accuracy_with_and_without_new_batch_norms(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    experiment = replace(EXPERIMENTS["digits-mlp"], name="digits-norm", model=NormedDigits, sha256="", reference=False)
+    monkeypatch.setitem(EXPERIMENTS, "digits-norm", experiment)
+    data, model = load_dataset("digits"), NormedDigits()
+    train(model, data.train, replace(experiment.recipe, epochs=3))
+    save_checkpoint(model.eval(), tmp_path / "norm.safetensors")
+    command = ["--experiment", "digits-norm", "--checkpoint", tmp_path / "norm.safetensors", *asked, *QUICK[:2]]
+    command += ["--solver", "magnitude", "--sparsity", "0.9", "--output-dir", tmp_path]
+    run(*command)
+    assert "old norms" not in capsys.readouterr().out
+    run(*command, "--batch-norm", "reestimate")
+    plain, row = rows_of(tmp_path)
+    assert row["accuracy_old_norms"] == plain["accuracy"] != row["accuracy"] and row["key"] != plain["key"]
+    assert row["train_loss_old_norms"] == pytest.approx(plain["train_loss"], rel=1e-5) != row["train_loss"]
+    assert row["extra"]["batch_norm"] == "reestimate" and "old norms" in capsys.readouterr().out
 
 
 def test_updates_share_the_mask_and_the_seed_decides(finished: Path) -> None:
