@@ -49,11 +49,13 @@ from cbs_opt.network.mask_files import load_masks as load_masks
 from cbs_opt.network.mask_files import save_masks as save_masks
 from cbs_opt.network.masks import PruningMask as PruningMask
 from cbs_opt.network.masks import apply_masks as apply_masks
-from cbs_opt.network.masks import from_torch_prune as from_torch_prune
 from cbs_opt.network.masks import masks_from_zeros as masks_from_zeros
 from cbs_opt.network.masks import read_masks as read_masks
 from cbs_opt.network.masks import remove_masks as remove_masks
-from cbs_opt.network.masks import to_torch_prune as to_torch_prune
+from cbs_opt.network.torch_prune import from_torch_prune as from_torch_prune
+from cbs_opt.network.torch_prune import to_torch_prune as to_torch_prune
+from cbs_opt.network.zeros import ZeroCheck as ZeroCheck
+from cbs_opt.network.zeros import check as check
 from cbs_opt.prepared import Prepared as Prepared
 from cbs_opt.prepared import load_prepared as load_prepared
 from cbs_opt.prepared import prepare as prepare
@@ -62,7 +64,8 @@ from cbs_opt.report.records import DistillRecord as DistillRecord
 from cbs_opt.report.records import StageRecord as StageRecord
 from cbs_opt.report.report import LayerReport as LayerReport
 from cbs_opt.report.report import PruneReport as PruneReport
-from cbs_opt.report.report import PruneResult as PruneResult
+from cbs_opt.report.result import PruneResult as PruneResult
+from cbs_opt.report.result import load as load
 from cbs_opt.report.sensitivity import Candidate as Candidate
 from cbs_opt.report.sensitivity import LayerCurve as LayerCurve
 from cbs_opt.report.sensitivity import Sensitivity as Sensitivity

@@ -40,7 +40,7 @@ from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import in_plain_state
-from cbs_opt.report.report import PruneResult
+from cbs_opt.report.result import PruneResult
 from solvers import Objective, Reason, Solution, Solver, Status
 from solvers.arrays import Array, Mask
 from solvers.errors import OptionError

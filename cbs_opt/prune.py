@@ -26,7 +26,7 @@ from cbs_opt.engine.update import Update
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import LayerInputOptions
-from cbs_opt.report.report import PruneResult
+from cbs_opt.report.result import PruneResult
 from solvers import Objective, Solver
 from solvers.errors import OptionError
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +101,7 @@ class Journal:
             for entry in self._stages:
                 if not _FILE.fullmatch(entry["file"]):
                     raise ValueError(f"it names {entry['file']!r}, which is no file of a stage in this folder")
-                _ = entry["sha256"], StageRecord.from_dict(_numbers(entry["record"]))
+                _ = entry["sha256"], StageRecord.from_json(entry["record"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"the journal {path} cannot be read ({error}); remove the folder to start anew"
@@ -129,7 +128,7 @@ class Journal:
     @property
     def records(self) -> tuple[StageRecord, ...]:
         """Of the stages done."""
-        return tuple(StageRecord.from_dict(_numbers(entry["record"])) for entry in self._stages)
+        return tuple(StageRecord.from_json(entry["record"]) for entry in self._stages)
 
     def last(self) -> StageState | None:
         """The state after the last stage that was finished; None where there is none."""
@@ -170,7 +169,7 @@ class Journal:
             tensors["step"] = state.step.contiguous()
         content = save_tensors(tensors)
         name = f"stage-{state.number:04d}.safetensors"
-        entry = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "record": _strings(record.as_dict())}
+        entry = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "record": record.as_json()}
         stages = [*self._stages, entry]
         text = json.dumps({"version": _VERSION, "run": self._run, "stages": stages}, indent=1)
         try:
@@ -179,12 +178,3 @@ class Journal:
         except OSError as error:
             raise OutputError(f"cannot write the journal in {self.folder}: {error}") from error
         self._stages = stages
-
-
-def _strings(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no nan and no infinity."""
-    return {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in values.items()}

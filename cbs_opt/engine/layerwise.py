@@ -37,7 +37,7 @@ from cbs_opt.measure.layer_inputs import InputMoment
 from cbs_opt.measure.segments import Chain, PathError, whole
 from cbs_opt.network.layers import Layer, PrunableLayers
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import PruneResult
+from cbs_opt.report.result import PruneResult
 from cbs_opt.report.sensitivity import Sensitivity
 from solvers import QuadraticBlock, Reason, SelectionProblem, Solver, Status
 from solvers.arguments import one_of

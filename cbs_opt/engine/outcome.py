@@ -17,12 +17,15 @@ from cbs_opt.data.training_batches import TrainingBatches
 from cbs_opt.data.trees import Tree, map_tree
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.distill import Distill, distill
+from cbs_opt.engine.settings import effective
+from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.workspace import OpenNetwork
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.batch_norm import reestimate, tracked_norms
 from cbs_opt.report.records import DistillRecord, StageRecord
-from cbs_opt.report.report import LayerNorms, PruneReport, PruneResult
+from cbs_opt.report.report import LayerNorms, PruneReport
+from cbs_opt.report.result import PruneResult
 from cbs_opt.report.warnings import (
     collapse_warnings,
     distill_warnings,
@@ -73,8 +76,8 @@ class Outcome:
         None where they stay as they are.
     records : tuple of StageRecord
     model : ModelFigures
-    staged : bool
-        Whether each record has an objective of its own.
+    stages : StageOptions, optional
+        Of a plan in which each record has an objective of its own.
     terms : float64 (n,), optional
         What each weight adds to the objective, in one shot with a curvature.
     solution : Solution, optional
@@ -85,7 +88,7 @@ class Outcome:
     weights: Array | None
     records: tuple[StageRecord, ...]
     model: ModelFigures
-    staged: bool = False
+    stages: StageOptions | None = None
     terms: Array | None = None
     solution: Solution | None = None
 
@@ -113,7 +116,7 @@ def conclude(
     constant = workspace.meter.is_constant(model)
     rows = norms.reports(layers.parameters(model), outcome.terms)
     masks = workspace.finish(model, pruned)
-    solution, staged = outcome.solution, outcome.staged
+    solution, staged = outcome.solution, outcome.stages is not None
     if not staged:
         records = (replace(records[0], loss_after=renewed.loss, seconds_batch_norm=renewed.seconds),)
     last = next((record for record in reversed(records) if record.solver), records[-1])
@@ -168,7 +171,9 @@ def conclude(
         norms_reestimated=renewed.count,
         loss_old_norms=renewed.loss_old,
     )
-    return PruneResult(model, masks, report, pruned, layers, solution, records)
+    return PruneResult(
+        model, masks, report, pruned, layers, solution, records, effective(setup, choice, outcome.stages)
+    )
 
 
 def _check_finite(loss_dense: float, loss: float, choice: Choice) -> None:

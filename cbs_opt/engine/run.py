@@ -27,7 +27,7 @@ from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import PruneResult
+from cbs_opt.report.result import PruneResult
 from solvers.errors import OptionError
 
 
@@ -133,5 +133,5 @@ def carry_out(
     weights = np.where(state.pruned, 0.0, state.weights.cpu().numpy())
     n_blocks = len(contiguous_partition(workspace.layers, fisher.spec).sizes)
     model = ModelFigures.of(Extent.CURVATURE, fisher, workspace.data, n_blocks)
-    outcome = Outcome(state.pruned, weights, records, model, staged=True)
+    outcome = Outcome(state.pruned, weights, records, model, stages=plan.stages)
     return conclude(workspace, choice, outcome, own=True, progress=progress)

@@ -8,17 +8,17 @@ zero, so no optimiser brings them back. In every mask here True (or 1) means *ke
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils import prune as torch_prune
 
 from cbs_opt.network.adapters import adapter_of, layer_name
-from cbs_opt.network.identity import copy_network, key_of
+from cbs_opt.network.identity import key_of
 from solvers.arguments import instance
 from solvers.errors import ModelError
 from solvers.plain import plainly
@@ -77,7 +77,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     instance("masks", masks, Mapping, error=ModelError)  # type: ignore[type-abstract]
     prepared = [(name, *_locate(model, name), _as_mask(name, mask)) for name, mask in masks.items()]
     for name, module, attribute, mask in prepared:
-        if parametrize.is_parametrized(module, attribute) and attribute not in _masks_of(module):
+        if parametrize.is_parametrized(module, attribute) and attribute not in masks_of(module):
             raise ModelError(
                 f"the {attribute} of {name!r} already has a parametrization that is not a mask; make it permanent with "
                 "torch.nn.utils.parametrize.remove_parametrizations"
@@ -109,7 +109,7 @@ def read_masks(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for name, module in model.named_modules():
-        for attribute, mask in _masks_of(module).items():
+        for attribute, mask in masks_of(module).items():
             found[layer_name(name, attribute)] = mask.mask.clone()
     return found
 
@@ -133,7 +133,7 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 def remove_masks(model: nn.Module) -> nn.Module:
     """Make masks permanent, in place: plain weights with zeros, no parametrization. Returns `model`."""
     for module in list(model.modules()):
-        for attribute, mask in _masks_of(module).items():
+        for attribute, mask in masks_of(module).items():
             shared = _stored(module, attribute)
             with torch.no_grad():
                 shared.copy_(getattr(module, attribute))
@@ -151,73 +151,7 @@ def remove_masks(model: nn.Module) -> nn.Module:
     return model
 
 
-@plainly
-def from_torch_prune(model: nn.Module) -> nn.Module:
-    """A copy of a network with its `torch.nn.utils.prune` masks turned into parametrizations.
-
-    The copy has plain parameter names again; `model` is not changed.
-
-    Raises
-    ------
-    ModelError
-        If the network carries no such mask.
-    """
-    masks: dict[str, Tensor] = {}
-    saved: list[tuple[nn.Module, str, Any]] = []
-    for name, module in model.named_modules():
-        for key in [k for k in module._parameters if k.endswith("_orig")]:
-            attribute = key[: -len("_orig")]
-            if f"{attribute}_mask" not in module._buffers:
-                continue
-            kept = module._buffers[f"{attribute}_mask"]
-            assert kept is not None
-            masks[f"{name}.{attribute}" if name else attribute] = kept.detach().bool().clone()
-            # The product that prune leaves behind belongs to a graph, which deepcopy refuses.
-            saved.append((module, attribute, module.__dict__.pop(attribute, None)))
-    if not masks:
-        raise ModelError(f"{type(model).__name__} carries no torch.nn.utils.prune mask; there is nothing to convert")
-    try:
-        converted = copy_network(model)
-    finally:
-        for module, attribute, value in saved:
-            if value is not None:
-                module.__dict__[attribute] = value
-    for full in masks:
-        name, _, attribute = full.rpartition(".")
-        module = converted.get_submodule(name)
-        parameter = module._parameters.pop(f"{attribute}_orig")
-        del module._buffers[f"{attribute}_mask"]
-        for handle, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == attribute:
-                del module._forward_pre_hooks[handle]
-        module.register_parameter(attribute, parameter)
-    return apply_masks(converted, masks)
-
-
-@plainly
-def to_torch_prune(model: nn.Module) -> nn.Module:
-    """A copy of a masked network with `torch.nn.utils.prune` masks instead; `model` is not changed.
-
-    Raises
-    ------
-    ModelError
-        If the network carries no mask.
-    """
-    if not any(_masks_of(module) for module in model.modules()):
-        raise ModelError(f"{type(model).__name__} carries no pruning mask; there is nothing to convert")
-    converted = copy_network(model)
-    masks = {
-        (module, attribute): mask.mask.clone()
-        for module in converted.modules()
-        for attribute, mask in _masks_of(module).items()
-    }
-    remove_masks(converted)
-    for (module, attribute), mask in masks.items():
-        torch_prune.custom_from_mask(module, attribute, mask.to(getattr(module, attribute).dtype))  # type: ignore
-    return converted
-
-
-def _masks_of(module: nn.Module) -> dict[str, PruningMask]:
+def masks_of(module: nn.Module) -> dict[str, PruningMask]:
     """The masks of one module by attribute."""
     if not parametrize.is_parametrized(module):
         return {}
@@ -229,6 +163,12 @@ def _masks_of(module: nn.Module) -> dict[str, PruningMask]:
         if len(chain) == 1 and isinstance(chain[0], PruningMask):
             found[attribute] = chain[0]
     return found
+
+
+def stored_weight(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """The weight that a network computes with, and the one that is stored behind its mask; raises ModelError."""
+    module, attribute = _locate(model, name)
+    return getattr(module, attribute), _stored(module, attribute)
 
 
 def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -273,7 +213,7 @@ def _sharing(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]
         if isinstance(module, parametrize.ParametrizationList):
             continue
         # Not by getattr, which computes what a parametrization gives.
-        names = {name for name, held in module._parameters.items() if held is not None} | set(_masks_of(module))
+        names = {name for name, held in module._parameters.items() if held is not None} | set(masks_of(module))
         for attribute in sorted(names):
             if key_of(_stored(module, attribute)) == wanted:
                 found.append((module, attribute))
@@ -281,7 +221,7 @@ def _sharing(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]
 
 
 def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
-    current = _masks_of(module).get(attribute)
+    current = masks_of(module).get(attribute)
     stored = _stored(module, attribute)
     mask = mask.to(stored.device)
     if current is not None:
@@ -290,7 +230,7 @@ def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
             stored.masked_fill_(~mask, 0.0)
         return
     _own_class(module)
-    order = next((other.order for other in _masks_of(module).values()), tuple(module._parameters))
+    order = next((other.order for other in masks_of(module).values()), tuple(module._parameters))
     with torch.no_grad():
         stored.masked_fill_(~mask, 0.0)
     pruning = PruningMask(mask, order)
@@ -298,6 +238,8 @@ def _mask_one(module: nn.Module, attribute: str, mask: Tensor) -> None:
     pruning.settled = True
     parametrize.register_parametrization(module, attribute, pruning)
     pruning.settled = False
+    for key, member in _MEMBERS.items():
+        setattr(type(module), key, member)
     if isinstance(module, nn.RNNBase):
         # It would keep the masked weights of its last call, which belong to a graph that deepcopy refuses.
         module.__dict__.pop("_flat_weights", None)
@@ -321,6 +263,69 @@ def _own_class(module: nn.Module) -> None:
         module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
+def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+    """How a masked module is pickled: as a module of its own class with plain weights, and its masks."""
+    masks, lists = masks_of(module), module.parametrizations
+    if len(masks) != len(lists):  # type: ignore[arg-type]
+        other = next(name for name in lists if name not in masks)  # type: ignore[union-attr]
+        raise ModelError(
+            f"the {other} of a {type(module).__bases__[0].__name__} is computed by a parametrization that is no mask, "
+            "which torch does not pickle; make it permanent with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    base: type[nn.Module] = type(module).__bases__[0]
+    plain: nn.Module = object.__new__(base)
+    state = dict(module.__dict__)
+    state["_modules"] = {key: value for key, value in module._modules.items() if key != "parametrizations"}
+    order = next(iter(masks.values())).order
+    held = {**module._parameters, **{name: _stored(module, name) for name in masks}}
+    place = {key: number for number, key in enumerate(order)}
+    state["_parameters"] = dict(sorted(held.items(), key=lambda item: place.get(item[0], len(place))))
+    for hooks in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        kept = [(key, hook) for key, hook in state[hooks].items() if not isinstance(_actual(hook), _StateNames)]
+        state[hooks] = OrderedDict(kept)
+    plain.__dict__.update(state)
+    if isinstance(plain, nn.RNNBase):
+        plain._init_flat_weights()
+    return _masked_again, (plain, {name: mask.mask for name, mask in masks.items()})
+
+
+def _masked_again(module: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """The inverse of `_reduce`."""
+    for attribute, mask in masks.items():
+        _mask_one(module, attribute, mask)
+    return module
+
+
+class _NoQuantisation:
+    """The ``qconfig`` that torch.ao gives the modules it will swap, with their stored weights and without masks."""
+
+    def __get__(self, module: nn.Module | None, owner: type) -> None:
+        # None is what torch.ao gives modules that it leaves alone.
+        if module is None or "qconfig" not in module.__dict__:
+            raise AttributeError("qconfig")
+
+    def __set__(self, module: nn.Module, value: object) -> None:
+        if value is not None:
+            raise ModelError(_PERMANENT.format("quantisation by torch.ao copies stored weights without their masks"))
+        module.__dict__["qconfig"] = None
+
+    def __delete__(self, module: nn.Module) -> None:
+        del module.__dict__["qconfig"]
+
+
+def _refuse_script(module: nn.Module) -> nn.Module:
+    raise ModelError(_PERMANENT.format("torch.jit.script knows no parametrizations"))
+
+
+_PERMANENT = "{}; call cbs_opt.remove_masks(model) first, which leaves the zeros in place"
+#: What masked modules have beside the members of their class.
+_MEMBERS: dict[str, Any] = {
+    "__reduce_ex__": _reduce,
+    "qconfig": _NoQuantisation(),
+    "__prepare_scriptable__": _refuse_script,
+}
+
+
 class _StateNames:
     """State-dict hooks of one masked attribute: it is saved and loaded under its usual name."""
 
@@ -336,7 +341,7 @@ class _SaveUnderOwnName(_StateNames):
         plain, inner = self._keys(prefix)
         if inner in state:
             original = state.pop(inner)
-            state[plain] = torch.where(_masks_of(module)[self.attribute].mask, original, 0.0)
+            state[plain] = torch.where(masks_of(module)[self.attribute].mask, original, 0.0)
 
 
 class _LoadUnderOwnName(_StateNames):
@@ -355,7 +360,7 @@ class _LoadUnderOwnName(_StateNames):
         if plain not in state:
             return
         value = state.pop(plain)
-        mask = _masks_of(module)[self.attribute].mask
+        mask = masks_of(module)[self.attribute].mask
         if tuple(value.shape) == tuple(mask.shape) and bool((value[~mask.to(value.device)] != 0).any()):
             errors.append(
                 f"{plain!r} has non-zero values where this network's mask has removed the weight; load it into a "
@@ -372,6 +377,11 @@ def _add_hooks(module: nn.Module, attribute: str) -> None:
 def _remove_hooks(module: nn.Module, attribute: str) -> None:
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
-            actual = getattr(hook, "hook", hook)
+            actual = _actual(hook)
             if isinstance(actual, _StateNames) and actual.attribute == attribute:
                 del hooks[key]
+
+
+def _actual(hook: object) -> object:
+    """A hook without what torch puts around it."""
+    return getattr(hook, "hook", hook)

@@ -141,3 +141,13 @@ class StageRecord:
         for name in ("repairs", "warnings"):
             chosen[name] = tuple(chosen.get(name, ()))
         return cls(**chosen)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON has no nan and no infinity: they become text."""
+        values = self.as_dict()
+        return {k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StageRecord:
+        """The inverse of `as_json`."""
+        return cls.from_dict({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in values.items()})

@@ -7,22 +7,20 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 from cbs_opt.network.layers import PrunableLayers, Skipped
-from cbs_opt.report.records import DistillRecord, StageRecord
+from cbs_opt.report.records import DistillRecord
 from cbs_opt.report.sensitivity import Candidate, Sensitivity
-from solvers import Objective, SelectionProblem, Solution
+from solvers import Objective, SelectionProblem
 from solvers.arrays import Array, Mask
 from solvers.errors import DataError, OutputError
 from solvers.files import write_atomically
@@ -303,40 +301,6 @@ class PruneReport:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} is not a report of a pruning: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class PruneResult:
-    """A pruned network.
-
-    Attributes
-    ----------
-    model : nn.Module
-        A copy of the network given, with new weights under masks (see `cbs_opt.network.masks`).
-    masks : dict of str to bool tensor
-        By layer name, in the shape of the weight; True = kept.
-    report : PruneReport
-    pruned : bool (n,)
-        True = removed, in the order of the network.
-    layers : PrunableLayers
-    solution : Solution or None
-        What the solver did, in the order of the blocks; None where it was called in several stages.
-    stages : tuple of StageRecord
-        What each step of the plan did.
-    """
-
-    model: nn.Module
-    masks: dict[str, Tensor]
-    report: PruneReport
-    pruned: npt.NDArray[np.bool_]
-    layers: PrunableLayers
-    solution: Solution | None
-    stages: tuple[StageRecord, ...]
-
-    @cached_property
-    def weights(self) -> npt.NDArray[np.float64]:
-        """The prunable weights of `model` when first asked for, float64 (n,), zero where pruned."""
-        return self.layers.read(self.model).numpy()
 
 
 class LayerNorms:
