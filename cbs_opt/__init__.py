@@ -31,6 +31,9 @@ from cbs_opt.engine.workspace import open_workspace as open_workspace
 from cbs_opt.measure.blocks import BlockSpec as BlockSpec
 from cbs_opt.measure.blocks import Partition as Partition
 from cbs_opt.measure.blocks import Structure as Structure
+from cbs_opt.measure.costs import Bytes as Bytes
+from cbs_opt.measure.costs import CostBudget as CostBudget
+from cbs_opt.measure.costs import Flops as Flops
 from cbs_opt.measure.fisher import FisherBlocks as FisherBlocks
 from cbs_opt.measure.fisher import FisherOptions as FisherOptions
 from cbs_opt.measure.fisher import build_blocks as build_blocks

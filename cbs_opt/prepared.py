@@ -36,6 +36,7 @@ from cbs_opt.engine.measured import Measured, take_gradients
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import open_workspace
+from cbs_opt.measure.costs import CostBudget
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.layers import PrunableLayers
@@ -43,6 +44,7 @@ from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.result import PruneResult
 from solvers import Objective, Reason, Solution, Solver, Status
 from solvers.arrays import Array, Mask
+from solvers.budget import Pattern
 from solvers.errors import OptionError
 
 
@@ -55,6 +57,7 @@ class Prepared(Measured):
         *,
         sparsity: float | None = None,
         n_kept: int | None = None,
+        budget: CostBudget | Pattern | str | None = None,
         solver: str | Solver = "greedy_ls",
         update: Update | str = Update.COMBINATORIAL,
         update_scale: float = 1.0,
@@ -72,6 +75,7 @@ class Prepared(Measured):
         made = choice or Choice(
             sparsity=sparsity,
             n_kept=n_kept,
+            budget=budget,
             solver=solver,
             objective=objective,
             update=update,

@@ -23,11 +23,13 @@ from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.update import Update
+from cbs_opt.measure.costs import CostBudget
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import LayerInputOptions
 from cbs_opt.report.result import PruneResult
 from solvers import Objective, Solver
+from solvers.budget import Pattern
 from solvers.errors import OptionError
 
 
@@ -38,6 +40,7 @@ def prune(
     *,
     sparsity: float | None = None,
     n_kept: int | None = None,
+    budget: CostBudget | Pattern | str | None = None,
     solver: str | Solver = "greedy_ls",
     update: Update | str = Update.COMBINATORIAL,
     update_scale: float = 1.0,
@@ -74,8 +77,10 @@ def prune(
     loss_fn : callable, optional
         (output, target) → mean loss over the batch; for dict batches (output, batch). Only ``layer_inputs`` does
         without; losses in the report are then nan.
-    sparsity, n_kept, solver, update, update_scale, objective, allocation, time_limit, min_kept, min_kept_per_row
-        What is chosen; see `cbs_opt.Choice`. With neither a sparsity nor a number of weights to keep, 0.9.
+    sparsity, n_kept, budget, solver, update, update_scale, objective, allocation, time_limit
+        What is chosen; see `cbs_opt.Choice`. With none of the first three, sparsity 0.9.
+    min_kept, min_kept_per_row
+        Floors; see there.
     curvature, fisher, layer_inputs, calibration, include, exclude, device, seed, loss_samples
         What is measured, and on what; see `cbs_opt.Setup`.
     stages : int or StageOptions
@@ -102,8 +107,9 @@ def prune(
         For what does not fit together or into memory, before data are read; for bad data, before gradients are taken.
     """
     choice = Choice(
-        sparsity=0.9 if sparsity is None and n_kept is None else sparsity,
+        sparsity=0.9 if sparsity is None and n_kept is None and budget is None else sparsity,
         n_kept=n_kept,
+        budget=budget,
         solver=solver,
         objective=objective,
         update=update,

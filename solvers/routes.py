@@ -83,9 +83,8 @@ def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
     """The way of `solver` to a problem; raises CapabilityError, naming solvers that have one, if there is none."""
     budget, groups, notes = given.budget, None, []
     costed = problem = given
+    check_budget(solver, given)
     if not _takes(solver, budget):
-        if not _finds(solver, given):
-            raise _refusal(solver, given)
         if getattr(budget, "labels", None) is not None:
             groups = aggregate(given)
             costed = problem = groups.problem
@@ -97,6 +96,12 @@ def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
             assert isinstance(problem.budget, Partitioned)
             notes.append(f"costs: turned into counts for {len(problem.budget.sizes)} ranges of weights that cost alike")
     return Route(given, problem, start, groups, costed, tuple(notes))
+
+
+def check_budget(solver: Solver, problem: SelectionProblem) -> None:
+    """Raise CapabilityError, naming solvers that do, if a solver neither takes the budget nor has a way to it."""
+    if not _takes(solver, problem.budget) and not _finds(solver, problem):
+        raise _refusal(solver, problem)
 
 
 def _takes(solver: Solver | type[Solver], budget: Budget) -> bool:

@@ -5,6 +5,7 @@ What cannot be refused here, because only the data or the gradients tell, is ref
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,9 +19,10 @@ from cbs_opt.engine.update import Update
 from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.network.layers import PrunableLayers
-from solvers import Capability, Objective, QuadraticBlock, SelectionProblem
+from solvers import Capability, Knapsack, Objective, QuadraticBlock, SelectionProblem
 from solvers.curvature import Curvature, LowRank, Unmeasured
 from solvers.errors import CapabilityError, OptionError
+from solvers.routes import check_budget
 from solvers.running import check_capabilities
 
 
@@ -55,6 +57,14 @@ def check_plan(
     if choice.shared is None:
         problem = _outline(layers, fisher, choice, stages, need)
         check_capabilities(choice.solver, problem, choice.time_limit, choice.start)
+        if choice.budget is not None:
+            if not fisher.spec.contiguous and need is Extent.CURVATURE:
+                raise OptionError(
+                    f"budget={str(choice.budget)!r} takes blocks of consecutive weights, not {str(fisher.spec)!r}"
+                )
+            costs = Knapsack(np.ones(problem.n), problem.n)
+            limited = problem.with_budget(costs if choice.pattern is None else layers.resolve(choice.pattern))
+            check_budget(choice.solver, limited)
     refits = choice.update in (Update.COMBINATORIAL, Update.SEARCHED)
     columns = choice.kept(layers.n) if refits else 0
     return estimate_memory(model, layers, setup, need, n_columns=columns, n_samples=n_samples)
@@ -74,6 +84,8 @@ def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Extent) -> None
 
 def _check_stages(choice: Choice, fisher: FisherOptions, stages: StageOptions) -> None:
     """What stages decide themselves or do not support."""
+    if choice.budget is not None:
+        raise OptionError(f"stages remove numbers of weights, not {str(choice.budget)!r}; use sparsity, or one stage")
     if choice.update is not Update.COMBINATORIAL:
         raise OptionError(f"stages refit the kept weights: update must be 'combinatorial', not {choice.update.value!r}")
     if choice.update_scale != 1.0:

@@ -10,10 +10,12 @@ import numpy as np
 
 from cbs_opt.engine.distill import Distill
 from cbs_opt.engine.update import Update, check_scale
+from cbs_opt.measure.costs import CostBudget, budget_of
 from solvers import Capability, Objective, Solver, make_solver
 from solvers.allocation import ALLOCATIONS
 from solvers.arguments import instance, integer, number, one_of, seconds, seed_of, sparsity_of
 from solvers.arrays import Mask
+from solvers.budget import Pattern, Sparsity
 from solvers.errors import CapabilityError, OptionError
 from solvers.solver import Need
 
@@ -43,7 +45,12 @@ class Choice:
     sparsity : float in [0, 1), optional
         Fraction of the prunable weights to remove; int(n·(1 − sparsity)) weights stay.
     n_kept : int, optional
-        The number of weights that stay; exactly one of the two is given.
+        The number of weights that stay.
+    budget : CostBudget, Pattern or str, optional
+        `cbs_opt.Flops`, `cbs_opt.Bytes` or ``"flops:0.5"``: what the weights that stay may cost, as a share of what all
+        prunable ones do. Or a pattern of `solvers.budget`: ``"2:4"`` along the inputs of every row, ``"channels:0.5"``
+        of the rows, ``"columns:0.5"``, ``"4x4:0.5"`` of the tiles (shares that go: of all layers together, or of each
+        where layers are pruned one by one). Exactly one of the three is given.
     solver : str or Solver
         See `solvers.available_solvers`; options in brackets, ``"greedy_ls[window=20]"``.
     objective : {"selection", "joint"}, optional
@@ -83,6 +90,7 @@ class Choice:
 
     sparsity: float | None
     n_kept: int | None
+    budget: CostBudget | Pattern | None
     solver: Solver
     objective: Objective | None
     update: Update
@@ -112,9 +120,16 @@ class Choice:
         min_kept_per_row: int = 0,
         distill: Distill | None = None,
         batch_norm: str = "keep",
+        budget: CostBudget | Pattern | str | None = None,
     ) -> None:
-        if (sparsity is None) == (n_kept is None):
-            raise OptionError(f"give either sparsity or n_kept, not sparsity={sparsity!r} and n_kept={n_kept!r}")
+        if sum(value is not None for value in (sparsity, n_kept, budget)) != 1:
+            raise OptionError(
+                f"give one of sparsity, n_kept and budget, not sparsity={sparsity!r}, n_kept={n_kept!r} and "
+                f"budget={budget!r}"
+            )
+        limit = None if budget is None else budget_of(budget)
+        if isinstance(limit, Sparsity):
+            sparsity, limit = limit.share, None
         if start is not None and (not isinstance(start, np.ndarray) or start.dtype != np.bool_):
             raise OptionError(f"start must be a numpy array of bool, True = removed, not {type(start).__name__}")
         chosen, how = make_solver(solver), Update.parse(update)
@@ -122,6 +137,10 @@ class Choice:
             raise CapabilityError(
                 f"update 'own' keeps the weights that a solver proposes, and solver {chosen.name!r} proposes none; use "
                 "update='combinatorial', or a solver that does, e.g. 'sweep'"
+            )
+        if isinstance(limit, Pattern) and (min_kept or min_kept_per_row):
+            raise OptionError(
+                f"budget={str(limit)!r} says what stays of each row; leave min_kept and min_kept_per_row out"
             )
         if min_kept and min_kept_per_row:
             raise OptionError(
@@ -131,6 +150,7 @@ class Choice:
         values = {
             "sparsity": None if sparsity is None else sparsity_of(sparsity),
             "n_kept": None if n_kept is None else integer("n_kept", n_kept, 0),
+            "budget": limit,
             "solver": chosen,
             "objective": None if objective is None else Objective.parse(objective),
             "update": how,
@@ -164,13 +184,28 @@ class Choice:
         )
 
     def kept(self, n: int) -> int:
-        """How many of `n` weights stay; raises OptionError if there are fewer."""
+        """How many of `n` weights stay; raises OptionError if there are fewer.
+
+        Under a budget, which may settle no number, about as many: as if all weights cost the same.
+        """
+        if self.budget is not None:
+            return int(n * self.budget.kept)
         if self.sparsity is not None:
             return int(n * (1.0 - self.sparsity))
         assert self.n_kept is not None
         if self.n_kept > n:
             raise OptionError(f"n_kept must lie in [0, {n}], the number of prunable weights, not {self.n_kept}")
         return self.n_kept
+
+    @property
+    def costs(self) -> CostBudget | None:
+        """The budget, if it is one of costs."""
+        return self.budget if isinstance(self.budget, CostBudget) else None
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The budget, if it is a pattern."""
+        return self.budget if isinstance(self.budget, Pattern) else None
 
     @property
     def selects(self) -> Extent:

@@ -45,9 +45,10 @@ class Floors:
             name, least = "min_kept", np.array([math.ceil(asked * size) for size in sizes.tolist()], dtype=np.int64)
         else:
             # Fewer weights than layers leave no path anyway; the report warns of it.
-            name, default = "min_kept", int(n_kept >= len(layers))
+            name, default = "min_kept", int(n_kept >= len(layers) and choice.pattern is None)
             least = np.minimum(default if asked is None else asked, sizes)
-        if least.sum() > n_kept:
+        # What costs allow is found once they are known.
+        if choice.budget is None and least.sum() > n_kept:
             raise OptionError(
                 f"{name}={asked} keeps {least.sum()} weights of the {len(least)} "
                 f"{'rows' if choice.min_kept_per_row else 'layers'} together, but only {n_kept} of {layers.n} are to "
@@ -74,10 +75,14 @@ class Floors:
         own = (ends > start) & (ends <= stop)
         return Floors(self.sizes[own], self.least[own])
 
+    def least_of(self, layers: PrunableLayers) -> Index:
+        """What stays of each layer at least, (layers,)."""
+        return np.array([self.inside(layer.start, layer.stop).least.sum() for layer in layers], dtype=np.int64)
+
     def shared(self, counts: Index, layers: PrunableLayers) -> Index:
         """What each layer loses, (layers,), with floors kept: others make up for it, by what they have above theirs."""
         sizes = np.array([layer.n for layer in layers], dtype=np.int64)
-        least = np.array([self.inside(layer.start, layer.stop).least.sum() for layer in layers], dtype=np.int64)
+        least = self.least_of(layers)
         short = np.maximum(least - (sizes - counts), 0)
         if not short.any():
             return counts

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cbs_opt.data.calibration import cut
 from cbs_opt.data.forward import Forward, LossFunction
 from cbs_opt.data.losses import StreamMeter
 from cbs_opt.data.stream import BatchStream
@@ -16,6 +18,7 @@ from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import OpenNetwork
+from cbs_opt.measure.costs import SAMPLES, Costs
 from cbs_opt.measure.layer_inputs import InputMoment, LayerInputOptions, Streamed, row_scales
 from cbs_opt.measure.segments import Chain, find_chain, whole
 from cbs_opt.network.identity import copy_network
@@ -105,6 +108,17 @@ class LayerwiseNetwork(OpenNetwork):
         weight = getattr(*layer.held(self.model))
         return layer.view.flatten(weight.detach()).to(self.setup.place, torch.float64)
 
+    def costs(self, choice: Choice) -> Costs | None:
+        """What the weights cost, under a budget of that."""
+        if choice.costs is None:
+            return None
+        batch = self.stream.first()
+        inputs, targets, size = cut(batch, np.arange(min(SAMPLES, batch[2])))
+        self.model.to(self.setup.place)
+        streamed = self.streamed()
+        put = streamed.put(inputs), None if targets is None else streamed.put(targets), size
+        return Costs.of(choice.costs, streamed, put)
+
     def blocks(self, moment: InputMoment) -> list[QuadraticBlock]:
         """Of one layer."""
         layer = moment.layer
@@ -180,16 +194,17 @@ class LayerPruner:
     def prune(self, layer: Layer, blocks: list[QuadraticBlock], n_prune: int) -> PrunedLayer:
         """Choose and update the weights of a layer, in the network."""
         choice, network = self.choice, self.network
-        budget = self.floors.inside(layer.start, layer.stop).budget(n_prune)
+        budget = choice.pattern or self.floors.inside(layer.start, layer.stop).budget(n_prune)
         problem = SelectionProblem(blocks, budget, choice.goal())
         refits = choice.update in (Update.COMBINATORIAL, Update.SINGLE)
         shares = len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in choice.solver.capabilities
+        shares = choice.pattern is None and (shares or self._inner == "rows")
         solution = solve(
             problem,
             choice.solver,
             time_limit=choice.time_limit,
             seed=network.setup.seed if choice.seed is None else choice.seed,
-            allocation=self._inner if shares or self._inner == "rows" else None,
+            allocation=self._inner if shares else None,
             with_refit=refits,
             as_is=not refits,
         )

@@ -23,7 +23,7 @@ from torch import nn
 
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.stream import BatchStream
-from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.choice import BEST, MEASURED, Choice
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.layer_network import ONE_PASS, LayerPruner, LayerwiseNetwork, PrunedLayer
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
@@ -32,6 +32,7 @@ from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.shares import Shares, Sharing, prune_segments
 from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import own_copy
+from cbs_opt.measure.costs import Costs
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import InputMoment
 from cbs_opt.measure.segments import Chain, PathError, whole
@@ -40,6 +41,7 @@ from cbs_opt.report.records import StageRecord
 from cbs_opt.report.result import PruneResult
 from cbs_opt.report.sensitivity import Sensitivity
 from solvers import QuadraticBlock, Reason, SelectionProblem, Solver, Status
+from solvers.allocation import ALLOCATIONS
 from solvers.arguments import one_of
 from solvers.curvature import Kronecker
 from solvers.errors import DataError, OptionError
@@ -152,6 +154,19 @@ def _opened(
 def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
     """Raise OptionError, CapabilityError for what layers cannot be pruned by; no data are needed for that."""
     Floors.of(choice, layers)
+    if choice.pattern is not None:
+        if choice.allocation is not None:
+            raise OptionError(
+                f"budget={str(choice.pattern)!r} says what each layer loses; leave allocation={choice.allocation!r} out"
+            )
+        layers.resolve(choice.pattern)
+    if choice.costs is not None and (
+        not isinstance(choice.allocation, str | None) or choice.allocation in (MEASURED, BEST)
+    ):
+        raise OptionError(
+            f"allocation={choice.allocation!r} shares out a number of weights, not {choice.costs.name}; use one of "
+            f"{', '.join(ALLOCATIONS)}"
+        )
     if choice.update is Update.SEARCHED:
         raise OptionError("update 'searched' asks the loss of the whole network; layer by layer use 'combinatorial'")
     if choice.start is not None:
@@ -168,8 +183,9 @@ class _Run:
         self.network, self.choice, self.progress = network, choice, progress
         self.layers, self.setup = network.layers, network.setup
         default = "uniform" if self.setup.curvature == "layer_inputs" else "surgeon"
-        self.rule = choice.allocation or default
+        self.rule = choice.allocation or ("uniform" if choice.pattern else default)
         self.shares: Shares
+        self.costs: Costs | None = None
         self.notes: list[str] = []
 
     def outcome(self) -> tuple[Outcome, list[float]]:
@@ -192,12 +208,15 @@ class _Run:
         figures = replace(figures, damping=float(self.network.options.damping))
         total = record.objective
         shares = [layer.solution.objective / total if total else math.nan for layer in found]
-        return Outcome(pruned, None, (record,), figures), shares
+        costs = self.costs
+        spent = {} if costs is None else costs.summary(pruned)
+        return Outcome(pruned, None, (record,), figures, costs=spent), shares
 
     def _prune(self, chain: Chain) -> dict[str, PrunedLayer]:
         """Choose and update the weights of all layers, in the network."""
         network = self.network
-        self.shares = Sharing(network, self.choice, chain, self.rule).shares()
+        sharing = Sharing(network, self.choice, chain, self.rule)
+        self.costs, self.shares = sharing.costs, sharing.shares()
         self.notes += self.shares.notes
         pruner = LayerPruner(network, self.choice, self.shares.rule)
         found: dict[str, PrunedLayer] = {}

@@ -12,13 +12,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import Workspace
+from cbs_opt.measure.costs import SAMPLES, CostBudget, Costs
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
+from cbs_opt.measure.layer_inputs import Streamed
 from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import contributions
@@ -27,7 +30,7 @@ from cbs_opt.report.warnings import (
     curvature_warnings,
     gradient_warnings,
 )
-from solvers import Capability, Objective, SelectionProblem, Solution, solve
+from solvers import Budget, Capability, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
 from solvers.errors import CapabilityError, OptionError
 from solvers.refit import refit
@@ -70,6 +73,7 @@ class Measured:
         self.workspace, self.layers, self.fisher = workspace, workspace.layers, fisher
         self._gradients, self._weights = gradients, weights
         self._updates: dict[tuple[bytes, Update], Updated] = {}
+        self._costs: dict[CostBudget, Costs] = {}
         if gradients is not None and len(gradients.factor):
             self.has = Extent.CURVATURE
             seed = workspace.setup.seed
@@ -140,8 +144,7 @@ class Measured:
                 "measured; prepare the network with curvature='fisher', or choose by magnitude"
             )
         problem = self.problem(n_kept=choice.kept(self.n), objective=choice.goal())
-        budget = Floors.of(choice, self.layers).budget(problem.n_prune, self.blocks.partition.order)
-        problem = problem.with_budget(budget)
+        problem = problem.with_budget(self._budget(choice, problem.n_prune))
         start = None if choice.start is None else self.blocks.partition.to_groups(np.asarray(choice.start))
         judge = Capability.CALIBRATION in choice.solver.capabilities
         solution = solve(
@@ -155,6 +158,29 @@ class Measured:
             with_refit=with_refit,
         )
         return problem, solution
+
+    def _budget(self, choice: Choice, n_prune: int) -> Budget:
+        floors, costs, order = Floors.of(choice, self.layers), self.costs(choice), self.blocks.partition.order
+        if choice.budget is not None and order is not None:
+            raise OptionError(
+                f"budget={str(choice.budget)!r} takes blocks of consecutive weights, not {self.fisher.spec}"
+            )
+        if costs is not None:
+            return costs.knapsack(floors.sizes, floors.least)
+        return floors.budget(n_prune, order) if choice.pattern is None else self.layers.resolve(choice.pattern)
+
+    def costs(self, choice: Choice) -> Costs | None:
+        """What the weights cost, under a budget of that."""
+        if choice.costs is None:
+            return None
+        if choice.costs not in self._costs:
+            workspace, place = self.workspace, self.workspace.setup.place
+            size = min(SAMPLES, workspace.data.n)
+            inputs, targets = workspace.data.batch(slice(0, size), place)
+            stream = BatchStream(workspace.data)
+            streamed = Streamed(workspace.model.to(place), self.layers, stream, workspace.forward, place)
+            self._costs[choice.costs] = Costs.of(choice.costs, streamed, (inputs, targets, size))
+        return self._costs[choice.costs]
 
     @in_plain_state
     def update(self, problem: SelectionProblem, pruned: Mask, update: Update | str, scale: float = 1.0) -> Updated:
@@ -214,8 +240,8 @@ class Measured:
         record = StageRecord(
             stage=1,
             kind="prune",
-            n_kept=problem.n_kept,
-            sparsity=1.0 - problem.n_kept / self.n,
+            n_kept=self.n - solution.n_pruned,
+            sparsity=solution.n_pruned / self.n,
             loss_gradients=math.nan if sample is None else sample.loss,
             loss_before=loss_dense,
             loss_masked=math.nan,
@@ -236,7 +262,9 @@ class Measured:
             **StageRecord.of(solution),
         )
         model = ModelFigures.of(self.has, self.fisher, workspace.data, len(problem.blocks))
-        outcome = Outcome(to_network(solution.pruned), weights, (record,), model, terms=terms, solution=solution)
+        pruned, costs = to_network(solution.pruned), self.costs(choice)
+        spent = {} if costs is None else costs.summary(pruned)
+        outcome = Outcome(pruned, weights, (record,), model, terms=terms, solution=solution, costs=spent)
         if own:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
             del problem, chosen, self.blocks

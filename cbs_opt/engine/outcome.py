@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -82,6 +82,8 @@ class Outcome:
         What each weight adds to the objective, in one shot with a curvature.
     solution : Solution, optional
         None in stages.
+    costs : mapping of str to float
+        Under a budget of costs.
     """
 
     pruned: Mask
@@ -91,6 +93,7 @@ class Outcome:
     stages: StageOptions | None = None
     terms: Array | None = None
     solution: Solution | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 def conclude(
@@ -166,6 +169,8 @@ def conclude(
             *(() if distilled is None else distilled.notes),
         ),
         statistics={} if solution is None else dict(solution.statistics),
+        budget="" if choice.budget is None else str(choice.budget),
+        costs=dict(outcome.costs),
         distill=distilled,
         loss_undistilled=math.nan if distilled is None else renewed.loss,
         norms_reestimated=renewed.count,

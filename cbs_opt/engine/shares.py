@@ -25,6 +25,7 @@ from cbs_opt.engine.choice import BEST, MEASURED, Choice
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.layer_network import LayerPruner, LayerwiseNetwork, PrunedLayer
 from cbs_opt.engine.sensitivity import Judge, Parts, cost_curves, levels_around, measured_curves, quick
+from cbs_opt.measure.costs import Costs
 from cbs_opt.measure.layer_inputs import Batch, InputMoment, quiet
 from cbs_opt.measure.segments import Chain, SegmentPasses
 from cbs_opt.network.layers import Layer
@@ -32,6 +33,7 @@ from cbs_opt.report.sensitivity import Candidate, Sensitivity
 from solvers import SelectionProblem
 from solvers.allocation import SCORES, split_curves, uniform_shares
 from solvers.arrays import Index
+from solvers.errors import OptionError
 from solvers.ranking import prune_smallest_magnitudes
 
 #: What ``best`` stands for.
@@ -93,6 +95,7 @@ class Sharing:
         self.layers = network.layers
         self.floors = Floors.of(choice, self.layers)
         self.n_prune = self.layers.n - choice.kept(self.layers.n)
+        self.costs = network.costs(choice)
         self.parts = Parts.of(network.stream, judged=True) if len(self.names) > 1 else None
         self.sensitivity: Sensitivity | None = None
         self.candidates: list[Candidate] = []
@@ -100,6 +103,8 @@ class Sharing:
     def shares(self) -> Shares:
         """What each layer loses."""
         asked, name = (self._rule(self.names[0]), self.names[0]) if len(self.names) == 1 else self._best()
+        if self.choice.pattern is not None:
+            return Shares(asked, str(self.choice.pattern), None, (), ())
         counts = self.floors.shared(asked, self.layers)
         gains, notes = np.maximum(asked - counts, 0), []
         if gains.any():
@@ -114,6 +119,8 @@ class Sharing:
             levels = levels_around(self.n_prune / self.layers.n)
             self.sensitivity = measured_curves(self.network, self.choice, self.chain, parts, levels)
             return split_curves(cost_curves(self.sensitivity), self.n_prune)
+        if name not in SCORES and self.costs is not None:
+            return self._evenly(self.costs)
         if name not in SCORES:
             return uniform_shares([layer.n for layer in self.layers], self.n_prune)
         scores = {}
@@ -125,8 +132,32 @@ class Sharing:
                 for moment in moments:
                     problem = SelectionProblem(self.network.blocks(moment), moment.layer.n, self.choice.goal())
                     scores[moment.layer.name] = torch.from_numpy(SCORES[name](problem)).float()
-        chosen = prune_smallest_magnitudes([scores[layer.name].cpu() for layer in self.layers], self.n_prune)
+        if self.costs is None:
+            chosen = prune_smallest_magnitudes([scores[layer.name].cpu() for layer in self.layers], self.n_prune)
+        else:
+            together = torch.cat([scores[layer.name].cpu().double() for layer in self.layers]).numpy()
+            chosen = self.costs.knapsack(self.floors.sizes, self.floors.least).cheapest_of(together)
         return np.array([np.count_nonzero(chosen[layer.slice]) for layer in self.layers], dtype=np.int64)
+
+    def _evenly(self, costs: Costs) -> Index:
+        """The same sparsity in all layers, as low as the limit allows with floors kept."""
+        sizes = np.array([layer.n for layer in self.layers], dtype=np.int64)
+        each = np.array([costs.each[layer.slice].max() for layer in self.layers])
+        room = sizes - self.floors.least_of(self.layers)
+
+        def counts(share: float) -> Index:
+            return np.asarray(np.minimum(np.ceil(sizes * share), room), dtype=np.int64)
+
+        low, high = 0.0, 1.0
+        if each @ (sizes - counts(high)) > costs.limit:
+            raise OptionError(
+                f"the floors of {len(sizes)} layers cost more than {costs.budget.share:.4g} of the "
+                f"{costs.budget.name}; lower them, or raise the share"
+            )
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if each @ (sizes - counts(middle)) <= costs.limit else (middle, high)
+        return counts(high)
 
     def _best(self) -> tuple[Index, str]:
         """The candidate of least loss, and its name."""

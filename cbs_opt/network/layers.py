@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 
 from cbs_opt.network.adapters import MatrixView
 from solvers.arguments import instance, sparsity_of
-from solvers.errors import ModelError, UnknownNameError
+from solvers.budget import Budget, Pattern
+from solvers.errors import ModelError, OptionError, ProblemError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,23 @@ class PrunableLayers:
     def n(self) -> int:
         """Number of prunable weights."""
         return self.layers[-1].stop
+
+    def resolve(self, pattern: Pattern) -> Budget:
+        """The budget of all weights that a pattern asks for; raises OptionError naming the layers it does not fit."""
+        wrong = []
+        for layer in self.layers:
+            try:
+                pattern.resolve([(layer.n_rows, layer.view.inputs)])
+            except ProblemError as error:
+                wrong.append((layer, str(error)))
+        if wrong:
+            names = [layer.name for layer, _ in wrong]
+            raise OptionError(
+                f"budget {str(pattern)!r} does not fit {len(names)} of {len(self.layers)} layers: {names[0]!r}, of "
+                f"{wrong[0][0].n_rows} x {wrong[0][0].view.inputs} weights: {wrong[0][1]}; or leave them out, "
+                f"exclude={names}"
+            )
+        return pattern.resolve([(layer.n_rows, layer.view.inputs) for layer in self.layers])
 
     @property
     def names(self) -> tuple[str, ...]:

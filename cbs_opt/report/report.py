@@ -117,6 +117,11 @@ class PruneReport:
         Every matrix-shaped parameter that was left alone, with the reason.
     statistics : mapping of str to float
         Counts of the solver in the last choice of one shot.
+    budget : str
+        Where it is no number of weights: ``"flops:0.5"``, ``"2:4"``. Else empty.
+    costs : mapping of str to float
+        Under a budget of costs, ``flops_dense`` per sample (or ``bytes_dense``) of all prunable weights, the share
+        ``flops_kept`` of those that stay, and ``flops_limit``, what was asked for.
     shares : str
         Layer by layer, the allocation by which layers lose weights; of several, the one taken. Else empty.
     sensitivity : Sensitivity, optional
@@ -171,6 +176,8 @@ class PruneReport:
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     statistics: Mapping[str, float] = field(default_factory=dict)
+    budget: str = ""
+    costs: Mapping[str, float] = field(default_factory=dict)
     shares: str = ""
     sensitivity: Sensitivity | None = None
     candidates: tuple[Candidate, ...] = ()
@@ -213,6 +220,7 @@ class PruneReport:
             f"{_FIRST_ORDER[self.first_order]}, stages {self.stages}, seed {self.seed}, {self.device}",
             f"seconds: gradients {self.seconds_gradients:.2f}, solve {self.seconds_solve:.2f}, "
             f"update {self.seconds_update:.2f}",
+            *self._spent(),
             *self._search(),
             *self._norms(),
             *self._distilled(),
@@ -221,6 +229,17 @@ class PruneReport:
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return Group(table, *(Text(line) for line in lines))
+
+    def _spent(self) -> Iterator[str]:
+        """What a budget has left."""
+        if self.budget and not self.costs:
+            yield f"budget {self.budget} kept exactly; zeros alone make nothing smaller or faster"
+        for name in (key.removesuffix("_dense") for key in self.costs if key.endswith("_dense")):
+            dense, kept, limit = (self.costs[f"{name}_{part}"] for part in ("dense", "kept", "limit"))
+            yield (
+                f"budget {self.budget}: {kept:.4%} of {dense:,.0f} {name} kept, where {limit:.4%} may be; zeros alone "
+                "make nothing faster"
+            )
 
     def _search(self) -> Iterator[str]:
         """What the shares of the layers were found by."""

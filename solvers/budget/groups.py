@@ -138,6 +138,15 @@ class Tiles(Pattern):
             if value is not None:
                 object.__setattr__(self, name, integer(f"{name} of tiles", value, 1, error=ProblemError))
 
+    @property
+    def kept(self) -> float:
+        return 1.0 - self.share
+
+    def __str__(self) -> str:
+        sides = "x".join(str(side or "all") for side in (self.height, self.width))
+        named = {"1xall": "channels", "allx1": "columns"}.get(sides, sides)
+        return f"{named}:{self.share:g}"
+
     def resolve(self, rows: Sequence[tuple[int, int]]) -> Groups:
         """The groups; raises ProblemError if tiles do not divide a layer, or the row length a block."""
         parts, start = [], 0

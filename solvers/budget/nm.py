@@ -44,6 +44,13 @@ class NM(Pattern):
         if self.inputs is not None:
             object.__setattr__(self, "inputs", integer("inputs of n:m", self.inputs, 1, error=ProblemError))
 
+    @property
+    def kept(self) -> float:
+        return self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
     def resolve(self, rows: Sequence[tuple[int, int]]) -> Partitioned:
         """The groups; raises ProblemError if m does not divide a row, or the row length a block."""
         sizes: list[int] = []

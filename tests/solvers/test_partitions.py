@@ -86,8 +86,9 @@ def test_groups_that_cut_a_block_are_refused_by_what_does_not_declare_them() -> 
     assert problem.budget.violation(solvers.solve(problem, "obd").pruned) == ""
     with pytest.raises(CapabilityError, match="groups cut blocks"):
         solvers.solve(problem, "iht")
+    cut = Partitioned([INPUTS + 1, (ROWS - 1) * INPUTS - 1], [1, 2])
     with pytest.raises(CapabilityError, match="whole rows"):
-        solvers.solve(problem, "sweep")
+        solvers.solve(SelectionProblem(layer(4), cut, "joint"), "sweep")
 
 
 def test_a_start_is_handed_to_the_rows() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import solvers
 from solvers import (
+    NM,
     BackendError,
     CapabilityError,
     Cardinality,
@@ -86,6 +87,37 @@ def test_it_is_sparse_gpt(width: int, by_rows: bool) -> None:
     hessian = block.curvature.inputs.matrix
     blocks = [list(group) for group in zip(*(shares(count, width) for count in counts), strict=True)]
     expected = sparse_gpt(block.weights.view(ROWS, INPUTS), hessian, width, blocks)
+    np.testing.assert_allclose(solution.own_weights, expected.reshape(-1).numpy(), atol=1e-12)
+    assert np.array_equal(solution.pruned, (expected == 0).reshape(-1).numpy())
+
+
+def sparse_gpt_n_of_m(weights: torch.Tensor, hessian: torch.Tensor, groups: list[list[int]]) -> torch.Tensor:
+    """The authors' N:M branch, with ranges of columns [start, stop, how many go] for groups."""
+    weights = weights.clone()
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    mask = torch.zeros_like(weights, dtype=torch.bool)
+    starts = {start: (stop, count) for start, stop, count in groups}
+    for i in range(weights.shape[1]):
+        if i in starts:
+            stop, count = starts[i]
+            score = weights[:, i:stop] ** 2 / upper.diagonal()[i:stop].reshape(1, -1) ** 2
+            mask.scatter_(1, i + torch.topk(score, count, dim=1, largest=False).indices, True)
+        left = weights[:, i].clone()
+        left[mask[:, i]] = 0
+        error = (weights[:, i] - left) / upper[i, i]
+        weights[:, i:] -= error.unsqueeze(1).matmul(upper[i, i:].unsqueeze(0))
+        weights[:, i] = left
+    return weights
+
+
+@pytest.mark.parametrize("width", [1, 6, 128])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 2), NM(4, 10), NM(3, 8, None, True), NM(1, 6, None, True)])
+def test_of_every_m_columns_n_stay_as_sparse_gpt_has_it(width: int, pattern: NM) -> None:
+    block, m = layer(width), pattern.m
+    assert isinstance(block.curvature, Kronecker)
+    groups = [[a, min(a + m, INPUTS), m - pattern.n if a + m <= INPUTS else 0] for a in range(0, INPUTS, m)]
+    solution = solvers.solve(SelectionProblem(block, pattern, "joint"), f"sweep[columns={width}]")
+    expected = sparse_gpt_n_of_m(block.weights.view(ROWS, INPUTS), block.curvature.inputs.matrix, groups)
     np.testing.assert_allclose(solution.own_weights, expected.reshape(-1).numpy(), atol=1e-12)
     assert np.array_equal(solution.pruned, (expected == 0).reshape(-1).numpy())
 

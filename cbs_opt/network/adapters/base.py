@@ -118,6 +118,11 @@ class LayerAdapter(ABC):
         They have no part in any graph. A weight that the call does not use may be left out.
         """
 
+    def positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[float]]:
+        """How often each weight of each group of rows is multiplied in the call, by attribute; see `input_rows`."""
+        found = self.input_rows(module, args, kwargs)
+        return {name: [float(x.shape[1]) for x in parts for _ in range(x.shape[0])] for name, parts in found.items()}
+
     @abstractmethod
     def output_gradient_rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: Any

@@ -34,6 +34,20 @@ class ConvolutionAdapter(LayerAdapter):
         patches = windows(x, module.kernel_size, module.stride, module.dilation)
         return {"weight": [by_group(patches, module.groups, len(module.kernel_size))]}
 
+    def positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Places of the output, over all samples."""
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        x = batched(first_input(args, kwargs), len(module.kernel_size))
+        margins = module._reversed_padding_repeated_twice
+        places = len(x)
+        for axis, (size, step, spread) in enumerate(
+            zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        ):
+            back = 2 * (len(module.kernel_size) - 1 - axis)
+            wide = x.shape[2 + axis] + margins[back] + margins[back + 1]
+            places *= (wide - spread * (size - 1) - 1) // step + 1
+        return {"weight": [float(places)] * int(module.groups)}
+
     def output_gradient_rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: Tensor
     ) -> dict[str, Rows]:

@@ -31,3 +31,7 @@ class EmbeddingAdapter(LinearAdapter):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return {"weight": [rows(F.one_hot(first_input(args, kwargs).long(), weight.shape[0]).to(weight.dtype))]}
+
+    def positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[float]]:
+        """None: tokens are looked up."""
+        return {"weight": [0.0]}

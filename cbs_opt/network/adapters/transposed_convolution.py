@@ -7,6 +7,7 @@ kernel reversed. The module holds the weight as (C, R/G, *kernel).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,3 +46,9 @@ class TransposedConvolutionAdapter(ConvolutionAdapter):
             margins += [margin, margin + more[axis]]
         patches = windows(F.pad(spread, margins), kernel, (1,) * dimensions, dilation)
         return {"weight": [by_group(patches.flip(*range(-dimensions, 0)), module.groups, dimensions)]}
+
+    def positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Places of the input, over all samples: nothing is multiplied with the zeros in between."""
+        assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        x = batched(first_input(args, kwargs), len(module.kernel_size))
+        return {"weight": [float(len(x) * math.prod(x.shape[2:]))] * int(module.groups)}

@@ -1,0 +1,199 @@
+"""What weights cost a network that runs, and budgets of it: `Flops`, `Bytes`.
+
+Every use of a weight w_ri multiplies it with an input and adds the product up: two floating-point operations at every
+position (token, image patch, time step) that its row sees. So a weight of a layer costs 2 × positions per sample, which
+is counted by calling the network on a few samples; a weight that several modules share costs the sum. Operations
+without prunable weights (attention scores, normalisation, biases) are no part of it, and zeros save time only where
+something skips them. Bytes are those of the values as stored, without what says where they belong.
+
+Shares are of what the prunable weights of the dense network cost, and say what may *remain*.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from cbs_opt.data.calibration import Batch
+from cbs_opt.measure.layer_inputs import Streamed, quiet, watched
+from cbs_opt.network.adapters import adapter_of
+from cbs_opt.network.layers import PrunableLayers
+from solvers import Knapsack
+from solvers.arguments import number
+from solvers.arrays import Array, Index, Mask
+from solvers.budget import Pattern, parse
+from solvers.errors import ModelError, OptionError, ProblemError
+
+#: Samples a network is called on to count.
+SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class CostBudget(ABC):
+    """A limit on what stays, as a share of what the dense network costs.
+
+    Attributes
+    ----------
+    share : float in (0, 1)
+
+    Raises
+    ------
+    OptionError
+    """
+
+    share: float
+    name: ClassVar[str]
+    #: Whether the network has to be called to know.
+    counts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        share = number(f"the share of {self.name}", self.share, remedy="what may remain, in (0, 1)")
+        if not 0.0 < share < 1.0:
+            raise OptionError(f"the share of {self.name} that may remain lies in (0, 1), not {share!r}")
+        object.__setattr__(self, "share", share)
+
+    @property
+    def kept(self) -> float:
+        """About which share of the weights stays: as if all cost the same."""
+        return self.share
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.share:g}"
+
+    @abstractmethod
+    def per_weight(self, layers: PrunableLayers, model: nn.Module, uses: Mapping[str, Array]) -> Array:
+        """What each weight costs, float64 (n,), `uses` being positions a sample of each group of rows, by layer."""
+
+
+@dataclass(frozen=True)
+class Flops(CostBudget):
+    """Floating-point operations of the prunable weights per sample: 2 for each weight and position."""
+
+    name = "flops"
+
+    def per_weight(self, layers: PrunableLayers, model: nn.Module, uses: Mapping[str, Array]) -> Array:
+        """2 × positions."""
+        parts = []
+        for layer in layers:
+            positions = uses[layer.name]
+            parts.append(np.repeat(2.0 * positions, layer.n // positions.size))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Bytes(CostBudget):
+    """Bytes of the values of the weights that stay, in the dtype of the network."""
+
+    name = "bytes"
+    counts = False
+
+    def per_weight(self, layers: PrunableLayers, model: nn.Module, uses: Mapping[str, Array]) -> Array:
+        """The size of an element."""
+        sizes = [float(weight.element_size()) for weight in layers.parameters(model)]
+        return np.repeat(sizes, [layer.n for layer in layers])
+
+
+_KINDS: dict[str, type[CostBudget]] = {kind.name: kind for kind in (Flops, Bytes)}
+
+
+def budget_of(value: Any) -> CostBudget | Pattern:
+    """A budget, or its text form: ``"flops:0.5"``, ``"2:4"``; raises OptionError."""
+    if isinstance(value, (CostBudget, Pattern)):
+        return value
+    if not isinstance(value, str):
+        raise OptionError(
+            f"budget={value!r} must be a text such as 'flops:0.5' or '2:4', Flops(0.5), or a pattern of solvers.budget "
+            f"(NM, Tiles), not a {type(value).__name__}; for a number of weights use n_kept"
+        )
+    name, _, share = value.partition(":")
+    if name.strip() in _KINDS:
+        try:
+            number_of = float(share)
+        except ValueError:
+            raise OptionError(f"budget={value!r}: {share!r} is no share; write e.g. '{name.strip()}:0.5'") from None
+        return _KINDS[name.strip()](number_of)
+    try:
+        return parse(value)
+    except ProblemError as error:
+        raise OptionError(f"{error}; costs that may remain are 'flops:0.5', 'bytes:0.5'") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Costs of the weights of a network under a budget.
+
+    Attributes
+    ----------
+    budget : CostBudget
+    each : float64 (n,)
+        In the order of the network.
+    """
+
+    budget: CostBudget
+    each: Array
+
+    @property
+    def total(self) -> float:
+        """Of all prunable weights."""
+        return float(self.each.sum())
+
+    @property
+    def limit(self) -> float:
+        """What may remain."""
+        return self.budget.share * self.total
+
+    def knapsack(self, sizes: Index, least: Index) -> Knapsack:
+        """The budget of single weights, with floors of ranges of them; raises ProblemError where these cost more."""
+        if not least.any():
+            return Knapsack(self.each, self.limit)
+        return Knapsack(self.each, self.limit, sizes=sizes, min_kept=least)
+
+    def kept(self, pruned: Mask) -> float:
+        """The share that a mask (n,) keeps."""
+        return float(self.each @ ~pruned) / self.total
+
+    def summary(self, pruned: Mask) -> dict[str, float]:
+        """For a report."""
+        name = self.budget.name
+        return {f"{name}_dense": self.total, f"{name}_kept": self.kept(pruned), f"{name}_limit": self.budget.share}
+
+    @classmethod
+    def of(cls, budget: CostBudget, network: Streamed, batch: Batch) -> Costs:
+        """Of a network, which is called on a batch where that is needed.
+
+        Raises
+        ------
+        ModelError
+            For a layer that the network does not call.
+        """
+        uses = count_uses(network, batch) if budget.counts else {}
+        return cls(budget, budget.per_weight(network.layers, network.model, uses))
+
+
+def count_uses(network: Streamed, batch: Batch) -> dict[str, Array]:
+    """Positions per sample that each group of rows of each layer sees, float64 (groups,); raises ModelError."""
+    found: dict[str, Array] = {}
+
+    def see(module: nn.Module, uses: list[tuple[Any, str]], args: Any, kwargs: Any, _: Any) -> None:
+        adapter = adapter_of(module)
+        assert adapter is not None
+        positions = adapter.positions(module, args, kwargs)
+        for layer, attribute in uses:
+            if attribute in positions:
+                found[layer.name] = found.get(layer.name, 0.0) + np.array(positions[attribute]) / batch[2]
+
+    with torch.no_grad(), quiet(network.model), watched(network, network.layers, see):
+        network.call(batch)
+    missing = [layer.name for layer in network.layers if layer.name not in found]
+    if missing:
+        raise ModelError(
+            f"the network does not call layer {missing[0]!r} on calibration samples, so what it costs is not known; "
+            "exclude it, or use sparsity instead of a budget of costs"
+        )
+    return found
