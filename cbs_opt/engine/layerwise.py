@@ -55,12 +55,16 @@ def prune_layerwise(
     setup: Setup,
     choice: Choice,
     progress: Progress | None = None,
+    shares: Shares | None = None,
 ) -> PruneResult:
-    """Prune a network layer by layer; see `cbs_opt.prune` for the arguments and errors."""
+    """Prune a network layer by layer; see `cbs_opt.prune` for the arguments and errors.
+
+    `shares` are those that `find_shares` found for the same network, data and budget.
+    """
     network = _opened(model, data, loss_fn, setup, choice)
     # Asked now, as the network changes.
     _ = network.dense_loss
-    run = _Run(network, choice, progress)
+    run = _Run(network, choice, progress, shares)
     outcome, parts = run.outcome()
     network.gather()
     result = conclude(network, choice, outcome, own=True, progress=progress)
@@ -70,6 +74,28 @@ def prune_layerwise(
         result.report, layers=rows, sensitivity=shares.sensitivity, candidates=shares.candidates, shares=shares.rule
     )
     return replace(result, report=report)
+
+
+def find_shares(
+    model: nn.Module,
+    data: object,
+    loss_fn: LossFunction | None,
+    setup: Setup,
+    choice: Choice,
+    progress: Progress | None = None,
+) -> Shares:
+    """What each layer is to lose, by the allocation of a choice; see `cbs_opt.prune` for the arguments and errors.
+
+    `prune_layerwise` finds them by itself. Choices whose `quick` is the same share them.
+    """
+    run = _Run(_opened(model, data, loss_fn, setup, choice), choice, progress)
+    _ = run.network.scales
+    chain, _ = run.network.chain()
+    try:
+        return run.sharing(chain).shares()
+    except PathError:
+        run.network.restore()
+        return run.sharing(whole(run.network.streamed())).shares()
 
 
 def sensitivity(
@@ -179,8 +205,10 @@ def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
 class _Run:
     """One pruning; see the module's docstring."""
 
-    def __init__(self, network: LayerwiseNetwork, choice: Choice, progress: Progress | None) -> None:
-        self.network, self.choice, self.progress = network, choice, progress
+    def __init__(
+        self, network: LayerwiseNetwork, choice: Choice, progress: Progress | None, shares: Shares | None = None
+    ) -> None:
+        self.network, self.choice, self.progress, self.given = network, choice, progress, shares
         self.layers, self.setup = network.layers, network.setup
         default = "uniform" if self.setup.curvature == "layer_inputs" else "surgeon"
         self.rule = choice.allocation or ("uniform" if choice.pattern else default)
@@ -212,11 +240,15 @@ class _Run:
         spent = {} if costs is None else costs.summary(pruned)
         return Outcome(pruned, None, (record,), figures, costs=spent), shares
 
+    def sharing(self, chain: Chain) -> Sharing:
+        """What finds how much each layer is to lose."""
+        return Sharing(self.network, self.choice, chain, self.rule)
+
     def _prune(self, chain: Chain) -> dict[str, PrunedLayer]:
         """Choose and update the weights of all layers, in the network."""
         network = self.network
-        sharing = Sharing(network, self.choice, chain, self.rule)
-        self.costs, self.shares = sharing.costs, sharing.shares()
+        sharing = self.sharing(chain)
+        self.costs, self.shares = sharing.costs, self.given or sharing.shares()
         self.notes += self.shares.notes
         pruner = LayerPruner(network, self.choice, self.shares.rule)
         found: dict[str, PrunedLayer] = {}

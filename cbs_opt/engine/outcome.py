@@ -114,7 +114,7 @@ def conclude(
     renewed = _Norms(loss) if choice.batch_norm == "keep" else _reestimated(workspace, model, loss)
     distilled, loss = None, renewed.loss
     if choice.distill is not None and teacher is not None:
-        distilled = _distilled(workspace, choice.distill, model, teacher, pruned, progress)
+        distilled = distilled_in_place(workspace, choice.distill, model, teacher, pruned, progress)
         loss = workspace.meter.of_network(model)
     constant = workspace.meter.is_constant(model)
     rows = norms.reports(layers.parameters(model), outcome.terms)
@@ -220,7 +220,7 @@ def _reestimated(workspace: OpenNetwork, model: nn.Module, loss: float) -> _Norm
     return _Norms(workspace.meter.of_network(model), loss, len(norms), seconds)
 
 
-def _distilled(
+def distilled_in_place(
     workspace: OpenNetwork,
     options: Distill,
     model: nn.Module,
@@ -228,7 +228,7 @@ def _distilled(
     pruned: Mask,
     progress: Progress | None,
 ) -> DistillRecord:
-    """Distil a network in place."""
+    """Distil a network that `OpenNetwork.network` made, in place."""
     setup = workspace.setup
     batches = TrainingBatches(workspace.source, options.batch_size, options.held_out, setup.seed)
     model, dense = model.to(setup.place), dense.to(setup.place)

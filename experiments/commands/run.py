@@ -41,6 +41,9 @@ class OutputOptions:
 
     output_dir: Annotated[Path, "Gets results.jsonl and the plot."] = Path("results")
     save_masks: Annotated[bool, "Keep the mask of every row, in OUTPUT_DIR/masks."] = False
+    save_networks: Annotated[
+        bool, "Layer by layer: keep pruned networks, in OUTPUT_DIR/networks; distillations go on from them."
+    ] = False
     overwrite: Annotated[bool, "Make rows again which are there already."] = False
     reference: Annotated[bool, "Show plain magnitude pruning beside the results of small networks."] = True
     workers: Annotated[int | None, "Masks at a time, each in a child process; -1: as many as cores."] = None
@@ -58,7 +61,7 @@ def main(
 ) -> None:
     """Prune the network of an experiment, and report accuracy or perplexity, objective, bound and time of every row."""
     started = time.perf_counter()
-    options = RunOptions(network, source, curvature, sweep, choice, output.save_masks)
+    options = RunOptions(network, source, curvature, sweep, choice, output.save_masks, output.save_networks)
     if output.workers == 0:
         raise OptionError("--workers must be at least 1, or -1 for as many as there are cores, not 0")
     workers = -1 if output.backend is not None and output.workers is None else output.workers

@@ -88,7 +88,7 @@ def _solver_table(asked: _Asked, table: SolverTable) -> None:
         made = method_rows(network, table, asked.source, asked.seeds, results, listener, asked.until)
         for method, row in made:
             rows.append((method, row))
-            write_solver_table(asked.folder, asked.experiment, rows, asked.others, network.dense)
+            write_solver_table(asked.folder, asked.experiment, table, rows, asked.others, network.dense)
     if not rows:
         raise OptionError(f"--until {asked.until:g} is below all of the table's sparsities; give {table.reported[0]:g}")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from cbs_opt import FisherOptions, StageOptions
+from cbs_opt import Distill, FisherOptions, StageOptions
 from experiments.networks.criterion import Criterion
 from experiments.networks.evaluation import ACCURACY
 from experiments.networks.training import Recipe
@@ -63,12 +63,35 @@ class StagedTable:
 
 @dataclass(frozen=True)
 class Method:
-    """A line of a table of solvers: what `experiments.run` is asked for, and how it is called in the table."""
+    """A line of a table of solvers: what `experiments.run` is asked for, and how it is called in the table.
+
+    Attributes
+    ----------
+    label
+    solver, update, allocation
+        As on the command line.
+    distill
+        What comes after.
+    """
 
     label: str
     solver: str
     update: str
     allocation: str | None = None
+    distill: Distill | None = None
+
+    @property
+    def undistilled(self) -> Method:
+        """What it goes on from, but for its label."""
+        return replace(self, label="", distill=None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Some methods side by side, and what they show."""
+
+    title: str
+    methods: tuple[Method, ...]
 
 
 @dataclass(frozen=True)
@@ -77,18 +100,26 @@ class SolverTable:
 
     Attributes
     ----------
-    methods
+    parts
+        A table each; methods may be in several.
     reported
-        Sparsities of the table.
+        Sparsities of the tables.
     curvature
     seeds
         Of the calibration samples, unless others are asked for.
     """
 
-    methods: tuple[Method, ...]
+    parts: tuple[Comparison, ...]
     reported: tuple[float, ...]
     curvature: str = "layer_inputs"
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Each once; those that are distilled follow those they go on from."""
+        found = dict.fromkeys(method for part in self.parts for method in part.methods)
+        first = {method.undistilled: number for number, method in reversed(list(enumerate(found)))}
+        return tuple(sorted(found, key=lambda method: (first[method.undistilled], method.distill is not None)))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 import cbs_opt
 import solvers
 from cbs_opt.engine.checks import check_plan
-from cbs_opt.engine.layerwise import check_layerwise, prune_layerwise
+from cbs_opt.engine.layerwise import check_layerwise
 from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.measure.row_sampling import POOL
@@ -24,7 +25,9 @@ from cbs_opt.network.batch_norm import restore_statistics, statistics_of
 from cbs_opt.prepared import prepare_setup
 from experiments.datasets.augmentation import CropAndFlip
 from experiments.networks.load import Network, open_network
+from experiments.runs.layer_rows import LayerRows, distil_figures
 from experiments.runs.options import RunOptions, Task
+from experiments.runs.rows import RowKeys
 from solvers import SelectionProblem, Solution
 from solvers.verify import certify
 
@@ -76,11 +79,19 @@ class Bench:
         self._chosen: tuple[Task, SelectionProblem, Solution] | None = None
         self._bounds: dict[tuple[int, int, str], float] = {}
 
-    def measure(self, task: Task, key: str) -> dict[str, Any]:
-        """The figures of a row, see `figures_of`; `key` names its files."""
-        result = self.prune(task, key)
+    def measure(self, task: Task, keys: RowKeys) -> dict[str, Any]:
+        """The figures of a row; `keys` name its files."""
+        if self.options.layerwise:
+            figures, masks = self.layer_rows.measure(task, keys)
+        else:
+            result = self.prune(task, keys.row)
+            figures, masks = self.figures(result), result.masks
         if self.options.save_masks:
-            cbs_opt.save_masks(self.folder / "masks" / f"{key}.safetensors", result.masks)
+            cbs_opt.save_masks(self.folder / "masks" / f"{keys.row}.safetensors", masks)
+        return figures
+
+    def figures(self, result: cbs_opt.PruneResult) -> dict[str, Any]:
+        """What a row says of a result."""
         report, model = result.report, result.model.to(self.network.device).eval()
         has = report.curvature in ("fisher", *LAYERWISE)
         return {
@@ -106,7 +117,7 @@ class Bench:
         }
 
     def prune(self, task: Task, key: str) -> cbs_opt.PruneResult:
-        """The pruned network of a row; consecutive rows which differ only in the update choose once."""
+        """The pruned network of a row, not layer by layer; rows in turn which differ only in the update choose once."""
         options, what = self.options, f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}"
         if options.staged:
             return run(
@@ -118,15 +129,6 @@ class Bench:
                 self._stages(),
                 journal=self.journal(key),
                 progress=self._progress(f"{what}, stages"),
-            )
-        if options.layerwise:
-            return prune_layerwise(
-                self.network.model,
-                self._data(task.seed),
-                self.loss,
-                options.setup(task.seed),
-                options.choice_of(task, self.layers.n),
-                self._progress(f"{what}, layers"),
             )
         prepared = self.prepared(task.seed)
         self.listener.working(what, 0, 0)
@@ -154,6 +156,11 @@ class Bench:
             # The refit is known from the update now; the next update of this mask need not find out again.
             self._chosen = mask, problem, result.solution
         return result
+
+    @cached_property
+    def layer_rows(self) -> LayerRows:
+        """Makes rows layer by layer."""
+        return LayerRows(self.options, self.folder, self.network, self.layers, self._data, self._progress, self.figures)
 
     def sensitivity(self) -> cbs_opt.Sensitivity:
         """Curves of all layers, by the first seed and, where one is named, the first solver and update."""
@@ -254,13 +261,15 @@ class Bench:
         return replace(solution, bound=bound, gap=gap, status=status)
 
     def _norms(self, report: cbs_opt.PruneReport, model: nn.Module) -> dict[str, Any]:
-        """What re-estimated batch norms did, where there are some; the model gets its old ones back."""
+        """What re-estimated batch norms did, where there are some."""
         if not report.norms_reestimated:
             return {}
         figures = {"train_loss_old_norms": report.loss_old_norms}
         if report.distill is None:
+            renewed = statistics_of(model)
             restore_statistics(model, statistics_of(self.network.model))
             figures[f"{self.metric.name}_old_norms"] = self.network.score(model)
+            restore_statistics(model, renewed)
         return figures
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
@@ -271,8 +280,4 @@ class Bench:
 def _distilled(report: cbs_opt.PruneReport) -> dict[str, Any]:
     """What a distillation did, where there was one."""
     done = report.distill
-    if done is None:
-        return {}
-    names = ("loss_before", "loss_after", "steps_kept", "lr", "n_samples", "n_held_out")
-    figures = {f"distill_{name}": getattr(done, name) for name in names}
-    return {"seconds_distill": done.seconds, "train_loss_undistilled": report.loss_undistilled, **figures}
+    return {} if done is None else {**distil_figures(done), "train_loss_undistilled": report.loss_undistilled}

@@ -24,6 +24,7 @@ def method_rows(
     until: float = 1.0,
 ) -> Iterator[tuple[Method, dict[str, Any]]]:
     """Every row with its method, one seed after the other; those in the file already are not made again."""
+    followed = {method.undistilled for method in table.methods if method.distill is not None}
     sparsities = tuple(sparsity for sparsity in table.reported if sparsity <= until)
     for seed in seeds if sparsities else ():
         for method in table.methods:
@@ -32,7 +33,23 @@ def method_rows(
                 source=source,
                 curvature=CurvatureOptions(table.curvature),
                 sweep=SweepOptions((method.solver,), sparsities, seed=(seed,), update=(method.update,)),
-                choice=ChoiceOptions(allocation=method.allocation, refit=False),
+                choice=_choice(method),
+                save_networks=method.distill is None and method.undistilled in followed,
             )
             for row in Sweep(options, results, listener, network=network).run():
                 yield method, row
+
+
+def _choice(method: Method) -> ChoiceOptions:
+    done = method.distill
+    if done is None:
+        return ChoiceOptions(allocation=method.allocation, refit=False)
+    return ChoiceOptions(
+        allocation=method.allocation,
+        refit=False,
+        distill=done.steps,
+        distill_lr=done.lr,
+        distill_loss=done.loss,
+        distill_batch=done.batch_size,
+        distill_parameters=done.parameters,
+    )

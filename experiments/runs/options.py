@@ -128,6 +128,8 @@ class ChoiceOptions:
         "Afterwards so many AdamW steps of the kept weights on the calibration data: 32 images or one window a step.",
     ] = None
     distill_lr: Annotated[float | None, "Length of the first of these steps, default 2e-4; it falls to zero."] = None
+    distill_batch: Annotated[int | None, "Samples of each of these steps."] = None
+    distill_parameters: Annotated[str | None, "What moves: layers (default), or all, with biases and norms."] = None
     distill_loss: Annotated[
         str | None, "kl or mse towards the dense network's outputs (default: kl), or given: the loss itself."
     ] = None
@@ -164,6 +166,7 @@ class RunOptions:
     sweep: SweepOptions = SweepOptions()
     choice: ChoiceOptions = ChoiceOptions()
     save_masks: bool = False
+    save_networks: bool = False
 
     def __post_init__(self) -> None:
         sweep, choice, curvature = self.sweep, self.choice, self.curvature
@@ -184,6 +187,8 @@ class RunOptions:
             raise OptionError(
                 f"--curvature {self.measured} knows no --stages, --masks, --bound and --gradients; leave them out"
             )
+        if self.save_networks and not self.layerwise:
+            raise OptionError("--save-networks keeps what was pruned layer by layer; leave it out")
         if choice.stages < 1:
             raise OptionError(f"--stages must be at least 1, got {choice.stages}")
         if self.staged and not isinstance(self.experiment, ImageExperiment):
@@ -240,10 +245,15 @@ class RunOptions:
     def distill(self) -> cbs_opt.Distill | None:
         """What follows the pruning; raises OptionError for details of what was not asked for."""
         choice = self.choice
-        asked: dict[str, Any] = {"lr": choice.distill_lr, "loss": choice.distill_loss}
+        asked: dict[str, Any] = {
+            "lr": choice.distill_lr,
+            "batch_size": choice.distill_batch,
+            "parameters": choice.distill_parameters,
+            "loss": choice.distill_loss,
+        }
         given = {name: value for name, value in asked.items() if value is not None}
         if choice.distill is None and given:
-            raise OptionError("--distill-lr and --distill-loss are of --distill STEPS; add it")
+            raise OptionError("--distill-lr, -batch, -parameters and -loss are of --distill STEPS; add it")
         return None if choice.distill is None else cbs_opt.Distill(choice.distill, **given)
 
     def gradients(self, seed: int) -> Path | None:

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,15 @@ from solvers.errors import OutputError
 from solvers.files import holding
 
 FILE_NAME = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Digests of the settings of a row, of the same without what comes after pruning, and of those that shares have."""
+
+    row: str
+    undistilled: str
+    shares: str
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -21,11 +22,12 @@ import joblib
 import torch
 from torch import nn
 
+from cbs_opt.engine.sensitivity import quick
 from experiments.networks.load import Network
 from experiments.runs.bench import Bench, Listener
 from experiments.runs.options import RunOptions, Task
 from experiments.runs.parallel import Call, completed
-from experiments.runs.rows import ResultsFile, key_of, row_of
+from experiments.runs.rows import ResultsFile, RowKeys, key_of, row_of
 from solvers.errors import BackendError, CBSError
 
 #: Seconds that updating and judging a mask may take beside three times its solver's limit, where one is kept.
@@ -94,6 +96,8 @@ class Sweep:
                 self.results.append(row)
                 # The stages' states have served: the row is on disk.
                 shutil.rmtree(self.bench.journal(key_of(settings)), ignore_errors=True)
+                if self.options.distill is not None and self.options.layerwise and not self.options.save_networks:
+                    shutil.rmtree(self.bench.layer_rows.kept(self.keys(task)), ignore_errors=True)
                 yield self._told(row, new=True)
 
     def measure(self) -> None:
@@ -134,7 +138,7 @@ class Sweep:
         if choice.batch_norm != "keep":
             extra["batch_norm"] = choice.batch_norm
         if choice.distill is not None:
-            extra["distill"] = {name: getattr(choice.distill, name) for name in ("steps", "lr", "loss")}
+            extra["distill"] = asdict(choice.distill)
         solver = task.solver
         if o.sweep.masks:
             solver = Path(task.solver).stem
@@ -162,6 +166,17 @@ class Sweep:
             "extra": extra,
         }
 
+    def keys(self, task: Task) -> RowKeys:
+        """What names the files of a row."""
+        settings = self.settings(task)
+        extra = {name: value for name, value in settings["extra"].items() if name != "distill"}
+        plain = {**settings, "extra": extra}
+        asks = quick(self.options.choice_of(task), self.bench.layers.n)
+        free = ("solver", "update", "update_scale", "objective_kind", "time_limit")
+        shares = {name: value for name, value in plain.items() if name not in free}
+        shares |= {"solver": asks.solver.spec, "update": asks.update.value}
+        return RowKeys(key_of(settings), key_of(plain), key_of(shares))
+
     def _found(self, task: Task) -> dict[str, Any] | None:
         """The row of a task, if it is there with everything that is asked for."""
         row = None if self.overwrite else self.results.find(key_of(self.settings(task)))
@@ -179,7 +194,7 @@ class Sweep:
         for task in (task for tasks in masks for task in tasks):
             if self.overwrite and self.options.staged:
                 shutil.rmtree(self.bench.journal(key_of(self.settings(task))), ignore_errors=True)
-            yield task, _measured(self.bench, task, key_of(self.settings(task)))
+            yield task, _measured(self.bench, task, self.keys(task))
 
     def _elsewhere(self, masks: Sequence[Sequence[Task]], workers: int | None) -> Iterator[tuple[Task, dict[str, Any]]]:
         options, folder = self.options, self.results.folder.resolve()
@@ -190,7 +205,7 @@ class Sweep:
         limit = None if options.choice.time_limit is None else 3.0 * options.choice.time_limit + _BESIDE
         calls = []
         for tasks in masks:
-            named = [(task, key_of(self.settings(task))) for task in tasks]
+            named = [(task, self.keys(task)) for task in tasks]
             before = Call(_prepare, (options, folder, tasks[0].seed, threads))
             calls.append(Call(_measure, (options, folder, named), limit, before))
         for at, outcome in completed(calls, workers):
@@ -201,10 +216,10 @@ class Sweep:
             yield from zip(masks[at], outcome, strict=True)
 
 
-def _measured(bench: Bench, task: Task, key: str) -> dict[str, Any]:
+def _measured(bench: Bench, task: Task, keys: RowKeys) -> dict[str, Any]:
     """The figures of a row, or why its solver failed."""
     try:
-        return bench.measure(task, key)
+        return bench.measure(task, keys)
     except BackendError as error:
         return _failed(error)
 
@@ -226,9 +241,9 @@ def _prepare(options: RunOptions, folder: Path, seed: int, threads: int) -> None
         bench.prepared(seed)
 
 
-def _measure(options: RunOptions, folder: Path, tasks: Sequence[tuple[Task, str]]) -> list[dict[str, Any]]:
+def _measure(options: RunOptions, folder: Path, tasks: Sequence[tuple[Task, RowKeys]]) -> list[dict[str, Any]]:
     """In a child: the rows of a mask."""
-    return [_measured(_bench(options, folder), task, key) for task, key in tasks]
+    return [_measured(_bench(options, folder), task, keys) for task, keys in tasks]
 
 
 def digest(model: nn.Module) -> str:

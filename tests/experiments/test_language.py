@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cbs_opt
+from cbs_opt.engine import sensitivity
 from experiments.commands import run, tables, train
 from experiments.commands.shell import run_app
 from experiments.datasets.text import Corpus, TokenText, Windows, load_wikitext
@@ -26,6 +27,7 @@ from experiments.networks import EXPERIMENTS
 from experiments.networks.load import Source, open_network
 from experiments.networks.pretrained import load_pretrained
 from experiments.networks.smollm2 import SMOLLM2, next_token_loss, perplexity
+from experiments.runs import layer_rows
 from experiments.runs.bench import Bench
 from experiments.runs.options import CurvatureOptions, NetworkOptions, RunOptions
 from solvers.errors import CheckpointError, DataError
@@ -33,7 +35,11 @@ from solvers.errors import CheckpointError, DataError
 NAME = SMOLLM2.name
 WORDS = 40
 TINY = replace(SMOLLM2, windows=Windows(calibration=24, test=16, n_test=4), sparsities=(0.5,))
-TINY = replace(TINY, fisher=replace(TINY.fisher, n_rows=6), table=replace(TINY.table, reported=(0.5, 0.6)))
+_SHORT = {m: m if m.distill is None else replace(m, distill=replace(m.distill, steps=4)) for m in SMOLLM2.table.methods}
+_PARTS = tuple(replace(part, methods=tuple(_SHORT[method] for method in part.methods)) for part in SMOLLM2.table.parts)
+TINY = replace(
+    TINY, fisher=replace(TINY.fisher, n_rows=6), table=replace(SMOLLM2.table, parts=_PARTS, reported=(0.5, 0.6))
+)
 
 
 class Successor(nn.Module):
@@ -198,11 +204,11 @@ def test_the_table_has_a_line_per_method_and_is_resumed(
 ) -> None:
     real, made = Bench.measure, []
 
-    def stop_after_three(self: Bench, task: Any, key: str) -> Any:
+    def stop_after_three(self: Bench, task: Any, keys: Any) -> Any:
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(task)
-        return real(self, task, key)
+        return real(self, task, keys)
 
     asked = [NAME, "--data-dir", place / "data", "--checkpoint", place / "llama", "--seed", "0"]
     monkeypatch.setattr(Bench, "measure", stop_after_three)
@@ -210,21 +216,82 @@ def test_the_table_has_a_line_per_method_and_is_resumed(
     monkeypatch.setattr(Bench, "measure", real)
     assert leaves_with(tables.app, *asked, "--output-dir", tmp_path) == 0
     rows = rows_of(tmp_path / NAME)
-    found = [(row["solver"], row["update"], row["allocation"], row["sparsity"]) for row in rows]
+    found = [
+        (row["solver"], row["update"], row["allocation"], "distill" in row["extra"], row["sparsity"]) for row in rows
+    ]
     assert found == [
-        (method.solver, method.update, method.allocation, sparsity)
+        (method.solver, method.update, method.allocation, method.distill is not None, sparsity)
         for method in TINY.table.methods
         for sparsity in (0.5, 0.6)
     ]
     text = (tmp_path / NAME / "table.md").read_text()
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     for method in TINY.table.methods:
-        mine = [r for r in rows if (r["solver"], r["update"]) == (method.solver, method.update)]
-        assert all(f"{row['perplexity']:.2f}" in lines[method.label] for row in mine)
+        asked_for = (method.solver, method.update, method.allocation, method.distill is not None)
+        mine = [r for r in rows if (r["solver"], r["update"], r["allocation"], "distill" in r["extra"]) == asked_for]
+        assert len(mine) == 2 and all(f"{row['perplexity']:.2f}" in lines[method.label] for row in mine)
+    assert all(f"## {part.title}" in text for part in TINY.table.parts)
+    # What distillations went on from has served.
+    assert not list((tmp_path / NAME / "networks").iterdir())
     assert "python -m experiments.tables" in text and (tmp_path / NAME / "table.png").stat().st_size > 1000
     capsys.readouterr()
     assert leaves_with(tables.app, *asked, "--until", "0.1", "--output-dir", tmp_path) == 2
     assert "--until 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_distillation_goes_on_from_a_kept_network_and_methods_share_shares(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a large network, where every solver asks by `sweep`.
+    monkeypatch.setattr(sensitivity, "SMALL", 1_000)
+    found, real = [], layer_rows.find_shares
+    monkeypatch.setattr(layer_rows, "find_shares", lambda *a: found.append(real(*a)) or found[-1])
+    asked = ["--experiment", NAME, "--data-dir", place / "data", "--checkpoint", place / "llama", "--sparsity", "0.6"]
+    asked += ["--allocation", "best", "--output-dir", tmp_path]
+    distill = ["--distill", "6", "--distill-lr", "1e-3", "--distill-batch", "2"]
+    assert leaves_with(run.app, *asked, "--solver", "sweep", "--update", "own", "--save-networks") == 0
+    assert leaves_with(run.app, *asked, "--solver", "admm") == 0
+    assert len(found) == 1 and len(list((tmp_path / "networks").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(layer_rows, "prune_layerwise", lambda *_: pytest.fail("pruned again"))
+        assert leaves_with(run.app, *asked, "--solver", "sweep", "--update", "own", *distill) == 0
+    assert not list((tmp_path / "networks").iterdir())
+    plain, other, distilled = rows_of(tmp_path)
+    assert plain["shares"] == other["shares"] == distilled["shares"] == found[0].rule
+    assert plain["seconds_shares"] == other["seconds_shares"] > 0.0
+    # The same at one go.
+    network = open_network(TINY, Source(place / "data", place / "llama"))
+    result = cbs_opt.prune(
+        network.model,
+        network.dataset.calibration(6, 0),
+        next_token_loss,
+        sparsity=0.6,
+        curvature="layer_inputs",
+        solver="sweep",
+        update="own",
+        allocation="best",
+        distill=cbs_opt.Distill(6, 1e-3, batch_size=2),
+        exclude="lm_head",
+        seed=0,
+    )
+    assert result.report.shares == found[0].rule and result.report.distill is not None
+    assert distilled["perplexity"] == pytest.approx(network.score(result.model), rel=1e-5)
+    assert distilled["perplexity_undistilled"] == plain["perplexity"]
+    assert distilled["distill_loss_after"] == pytest.approx(result.report.distill.loss_after, rel=1e-5)
+    assert distilled["train_loss"] == pytest.approx(result.report.loss_pruned, rel=1e-5)
+    assert distilled["n_kept"] == plain["n_kept"] == result.report.n_kept
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_damaged_network_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--experiment", NAME, "--data-dir", place / "data", "--checkpoint", place / "llama", "--sparsity", "0.6"]
+    asked += ["--solver", "magnitude", "--update", "none", "--output-dir", tmp_path, "--save-networks"]
+    assert leaves_with(run.app, *asked) == 0
+    kept = next((tmp_path / "networks").glob("*/*.safetensors"))
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert leaves_with(run.app, *asked, "--distill", "2") == 2
+    assert kept.parent.name in capsys.readouterr().err.replace("\n", "")
 
 
 def test_what_a_language_model_is_not_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
