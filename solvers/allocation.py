@@ -16,6 +16,7 @@ curves known at some points only, whoever measured them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -130,6 +131,61 @@ def split_curves(curves: Sequence[CostCurve], n_prune: int) -> Counts:
     done = np.cumsum(steps[order])
     taken = np.clip(n_prune - (done - steps[order]), 0, steps[order])
     return np.bincount(owners[order], weights=taken, minlength=len(curves)).astype(np.int64)
+
+
+def split_costs(
+    curves: Sequence[CostCurve], each: Array, demand: float, most: Counts | None = None
+) -> tuple[Counts, float, float]:
+    """How many weights each group loses so that what goes costs `demand` or more at the least cost on the hulls.
+
+    A multiplier for the demand removes what has the smallest slope for its cost. Rounding up the last piece exceeds the
+    relaxation, whose value is the Lagrangian bound, by less than the price of one weight.
+
+    Parameters
+    ----------
+    curves : sequence of CostCurve
+    each : float64 (groups,), none negative
+        What a weight of each group costs.
+    demand : float
+    most : int64 (groups,), optional
+        So many go at most.
+
+    Returns
+    -------
+    counts : int64 (groups,)
+    value, bound : float
+        Of the hulls at these counts, and the least there is.
+
+    Raises
+    ------
+    ProblemError
+        If all that may go costs less than the demand.
+    """
+    sizes = np.array([int(curve.removed[-1]) for curve in curves], dtype=np.int64)
+    most = sizes if most is None else most
+    if float(each @ most) < demand * (1.0 - 1e-12):
+        raise ProblemError(
+            f"what may go costs {each @ most:.10g}, less than the {demand:.10g} that has to; raise the limit"
+        )
+    owners = np.repeat(np.arange(len(curves)), [len(curve.removed) - 1 for curve in curves])
+    ends = np.minimum(np.concatenate([curve.removed[1:] for curve in curves]), most[owners])
+    steps = ends - np.minimum(np.concatenate([curve.removed[:-1] for curve in curves]), most[owners])
+    slopes = np.concatenate([curve.slopes for curve in curves])
+    ratio = np.divide(slopes, each[owners], out=np.full(slopes.size, np.inf), where=each[owners] > 0.0)
+    order = np.argsort(ratio, kind="stable")
+    price, cost = steps * slopes, steps * each[owners]
+    done = np.cumsum(cost[order])
+    edge = min(int(np.searchsorted(done, demand * (1.0 - 1e-12))), order.size - 1)
+    taken = np.zeros(order.size, dtype=np.int64)
+    taken[order[:edge]] = steps[order[:edge]]
+    if demand <= 0.0:
+        return np.zeros(len(curves), dtype=np.int64), 0.0, 0.0
+    last, missing = order[edge], demand - (float(done[edge - 1]) if edge else 0.0)
+    whole = math.ceil((missing - 1e-12 * demand) / each[owners[last]])
+    taken[last] = min(max(whole, 0), int(steps[last]))
+    bound = float(price[order[:edge]].sum()) + slopes[last] * missing / each[owners[last]]
+    counts = np.bincount(owners, weights=taken, minlength=len(curves)).astype(np.int64)
+    return counts, float((taken * slopes).sum()), float(bound)
 
 
 #: Rules that split as one threshold on scores (n,) does: as many per block as are among the `n_prune` smallest of all.

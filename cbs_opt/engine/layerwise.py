@@ -23,7 +23,7 @@ from torch import nn
 
 from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.stream import BatchStream
-from cbs_opt.engine.choice import BEST, MEASURED, Choice
+from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.layer_network import ONE_PASS, LayerPruner, LayerwiseNetwork, PrunedLayer
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
@@ -41,7 +41,6 @@ from cbs_opt.report.records import StageRecord
 from cbs_opt.report.result import PruneResult
 from cbs_opt.report.sensitivity import Sensitivity
 from solvers import QuadraticBlock, Reason, SelectionProblem, Solver, Status
-from solvers.allocation import ALLOCATIONS
 from solvers.arguments import one_of
 from solvers.curvature import Kronecker
 from solvers.errors import DataError, OptionError
@@ -186,13 +185,6 @@ def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
                 f"budget={str(choice.pattern)!r} says what each layer loses; leave allocation={choice.allocation!r} out"
             )
         layers.resolve(choice.pattern)
-    if choice.costs is not None and (
-        not isinstance(choice.allocation, str | None) or choice.allocation in (MEASURED, BEST)
-    ):
-        raise OptionError(
-            f"allocation={choice.allocation!r} shares out a number of weights, not {choice.costs.name}; use one of "
-            f"{', '.join(ALLOCATIONS)}"
-        )
     if choice.update is Update.SEARCHED:
         raise OptionError("update 'searched' asks the loss of the whole network; layer by layer use 'combinatorial'")
     if choice.start is not None:
@@ -237,7 +229,7 @@ class _Run:
         total = record.objective
         shares = [layer.solution.objective / total if total else math.nan for layer in found]
         costs = self.costs
-        spent = {} if costs is None else costs.summary(pruned)
+        spent = {} if costs is None else costs.summary(pruned, self.shares.split)
         return Outcome(pruned, None, (record,), figures, costs=spent), shares
 
     def sharing(self, chain: Chain) -> Sharing:

@@ -18,7 +18,7 @@ from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import Workspace
-from cbs_opt.measure.costs import SAMPLES, CostBudget, Costs
+from cbs_opt.measure.costs import SAMPLES, CostBudget, Costs, Split
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.measure.layer_inputs import Streamed
@@ -30,10 +30,12 @@ from cbs_opt.report.warnings import (
     curvature_warnings,
     gradient_warnings,
 )
-from solvers import Budget, Capability, Objective, SelectionProblem, Solution, solve
+from solvers import Budget, Capability, Knapsack, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
+from solvers.baselines.obd import diagonal_saliency
 from solvers.errors import CapabilityError, OptionError
 from solvers.refit import refit
+from solvers.solver import Need
 
 
 def take_gradients(workspace: Workspace, need: Extent, progress: Progress | None = None) -> GradientSample | None:
@@ -263,7 +265,7 @@ class Measured:
         )
         model = ModelFigures.of(self.has, self.fisher, workspace.data, len(problem.blocks))
         pruned, costs = to_network(solution.pruned), self.costs(choice)
-        spent = {} if costs is None else costs.summary(pruned)
+        spent = {} if costs is None else costs.summary(pruned, _split(problem, choice))
         outcome = Outcome(pruned, weights, (record,), model, terms=terms, solution=solution, costs=spent)
         if own:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
@@ -289,3 +291,11 @@ class Measured:
             return solution, ()
         judged = refit(problem, solution.pruned)
         return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs
+
+
+def _split(problem: SelectionProblem, choice: Choice) -> Split:
+    """By the scores that a limit is shared out by: diagonal saliencies, or |w| where the solver looks at no more."""
+    assert isinstance(problem.budget, Knapsack)
+    looks = problem.measured and Need.CURVATURE in choice.solver.needs
+    scores = diagonal_saliency(problem) if looks else np.abs(problem.weights)
+    return Split.of(problem.budget, scores, problem.budget.cheapest_of(scores))

@@ -25,13 +25,13 @@ from cbs_opt.engine.choice import BEST, MEASURED, Choice
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.layer_network import LayerPruner, LayerwiseNetwork, PrunedLayer
 from cbs_opt.engine.sensitivity import Judge, Parts, cost_curves, levels_around, measured_curves, quick
-from cbs_opt.measure.costs import Costs
+from cbs_opt.measure.costs import Costs, Split
 from cbs_opt.measure.layer_inputs import Batch, InputMoment, quiet
 from cbs_opt.measure.segments import Chain, SegmentPasses
 from cbs_opt.network.layers import Layer
 from cbs_opt.report.sensitivity import Candidate, Sensitivity
 from solvers import SelectionProblem
-from solvers.allocation import SCORES, split_curves, uniform_shares
+from solvers.allocation import SCORES, CostCurve, split_costs, split_curves, uniform_shares
 from solvers.arrays import Index
 from solvers.errors import OptionError
 from solvers.ranking import prune_smallest_magnitudes
@@ -53,6 +53,8 @@ class Shares:
     sensitivity : Sensitivity, optional
     candidates : tuple of Candidate
     notes : tuple of str
+    split : Split, optional
+        Under a budget of costs, what the rule's choice is worth beside its bound; but for ``uniform``.
     """
 
     counts: Index
@@ -60,6 +62,7 @@ class Shares:
     sensitivity: Sensitivity | None
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...]
+    split: Split | None = None
 
 
 def prune_segments(
@@ -99,18 +102,21 @@ class Sharing:
         self.parts = Parts.of(network.stream, judged=True) if len(self.names) > 1 else None
         self.sensitivity: Sensitivity | None = None
         self.candidates: list[Candidate] = []
+        self.splits: dict[str, Split] = {}
 
     def shares(self) -> Shares:
         """What each layer loses."""
         asked, name = (self._rule(self.names[0]), self.names[0]) if len(self.names) == 1 else self._best()
         if self.choice.pattern is not None:
             return Shares(asked, str(self.choice.pattern), None, (), ())
-        counts = self.floors.shared(asked, self.layers)
+        # Those that cost differ from one another: each rule has kept floors itself.
+        counts = asked if self.costs is not None else self.floors.shared(asked, self.layers)
         gains, notes = np.maximum(asked - counts, 0), []
         if gains.any():
             names = ", ".join(name for name, gain in zip(self.layers.names, gains, strict=True) if gain)
             notes.append(f"floors: {gains.sum()} weights more were left to {names}, and as many fewer to others")
-        return Shares(counts, name, self.sensitivity, tuple(self.candidates), tuple(notes))
+        split = self.splits.get(name)
+        return Shares(counts, name, self.sensitivity, tuple(self.candidates), tuple(notes), split)
 
     def _rule(self, name: str) -> Index:
         """What each layer loses by one rule, (layers,)."""
@@ -118,6 +124,8 @@ class Sharing:
             parts = self.parts or Parts.of(self.network.stream)
             levels = levels_around(self.n_prune / self.layers.n)
             self.sensitivity = measured_curves(self.network, self.choice, self.chain, parts, levels)
+            if self.costs is not None:
+                return self._cheapest(cost_curves(self.sensitivity), self.costs)
             return split_curves(cost_curves(self.sensitivity), self.n_prune)
         if name not in SCORES and self.costs is not None:
             return self._evenly(self.costs)
@@ -136,13 +144,24 @@ class Sharing:
             chosen = prune_smallest_magnitudes([scores[layer.name].cpu() for layer in self.layers], self.n_prune)
         else:
             together = torch.cat([scores[layer.name].cpu().double() for layer in self.layers]).numpy()
-            chosen = self.costs.knapsack(self.floors.sizes, self.floors.least).cheapest_of(together)
+            knapsack = self.costs.by_layer(self.layers).knapsack(self.floors.sizes, self.floors.least)
+            chosen = knapsack.cheapest_of(together)
+            self.splits[name] = Split.of(knapsack, together, chosen)
         return np.array([np.count_nonzero(chosen[layer.slice]) for layer in self.layers], dtype=np.int64)
+
+    def _cheapest(self, curves: list[CostCurve], costs: Costs) -> Index:
+        """What layers lose so that the rest is within the limit, with floors kept, at the least cost on their hulls."""
+        costs = costs.by_layer(self.layers)
+        each = np.array([costs.each[layer.start] for layer in self.layers])
+        most = np.array([layer.n for layer in self.layers]) - self.floors.least_of(self.layers)
+        counts, value, bound = split_costs(curves, each, costs.total - costs.limit, most)
+        self.splits[MEASURED] = Split(value, bound)
+        return counts
 
     def _evenly(self, costs: Costs) -> Index:
         """The same sparsity in all layers, as low as the limit allows with floors kept."""
         sizes = np.array([layer.n for layer in self.layers], dtype=np.int64)
-        each = np.array([costs.each[layer.slice].max() for layer in self.layers])
+        each = np.array([costs.by_layer(self.layers).each[layer.start] for layer in self.layers])
         room = sizes - self.floors.least_of(self.layers)
 
         def counts(share: float) -> Index:
@@ -176,11 +195,13 @@ class Sharing:
         best = min(values, key=values.__getitem__)
         return found[best], best
 
-    @staticmethod
-    def _middle(one: Index, other: Index) -> Index:
+    def _middle(self, one: Index, other: Index) -> Index:
         """Whole numbers half way, whose sum is right."""
         total = one + other
         counts = total // 2
+        if self.costs is not None:
+            # Half way what stays costs half of both, so that rounding up what goes keeps the limit.
+            return counts + total % 2
         # As many odd ones are rounded up as down, since both sums are the same.
         counts[np.flatnonzero(total % 2)[::2]] += 1
         return counts
@@ -191,7 +212,9 @@ class Sharing:
         started = time.perf_counter()
         cheap = replace(quick(self.choice, self.layers.n), allocation="uniform")
         pruner = LayerPruner(self.network, cheap, "uniform")
-        prune_segments(self.network, self.chain, pruner, self.floors.shared(counts, self.layers), self.parts.rough)
+        if self.costs is None:
+            counts = self.floors.shared(counts, self.layers)
+        prune_segments(self.network, self.chain, pruner, counts, self.parts.rough)
         self.network.model.to(self.network.setup.place)
         value = judge.value(self._outputs())
         self.network.restore()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -124,6 +124,19 @@ def budget_of(value: Any) -> CostBudget | Pattern:
         raise OptionError(f"{error}; costs that may remain are 'flops:0.5', 'bytes:0.5'") from None
 
 
+@dataclass(frozen=True)
+class Split:
+    """What weights that go are worth in all, and the Lagrangian bound, which no choice within the limit falls below."""
+
+    value: float
+    bound: float
+
+    @classmethod
+    def of(cls, knapsack: Knapsack, scores: Array, pruned: Mask) -> Split:
+        """Of scores (n,) of single weights and a mask."""
+        return cls(float(scores[pruned].sum()), knapsack.least_sum(scores))
+
+
 @dataclass(frozen=True, eq=False)
 class Costs:
     """Costs of the weights of a network under a budget.
@@ -133,20 +146,23 @@ class Costs:
     budget : CostBudget
     each : float64 (n,)
         In the order of the network.
+    limit : float
+        What may remain.
     """
 
     budget: CostBudget
     each: Array
+    limit: float
 
     @property
     def total(self) -> float:
         """Of all prunable weights."""
         return float(self.each.sum())
 
-    @property
-    def limit(self) -> float:
-        """What may remain."""
-        return self.budget.share * self.total
+    def by_layer(self, layers: PrunableLayers) -> Costs:
+        """All weights of a layer as dear as its dearest: numbers of weights then say what layers cost at most."""
+        most = [float(self.each[layer.slice].max()) for layer in layers]
+        return replace(self, each=np.repeat(most, [layer.n for layer in layers]))
 
     def knapsack(self, sizes: Index, least: Index) -> Knapsack:
         """The budget of single weights, with floors of ranges of them; raises ProblemError where these cost more."""
@@ -158,10 +174,11 @@ class Costs:
         """The share that a mask (n,) keeps."""
         return float(self.each @ ~pruned) / self.total
 
-    def summary(self, pruned: Mask) -> dict[str, float]:
+    def summary(self, pruned: Mask, split: Split | None = None) -> dict[str, float]:
         """For a report."""
         name = self.budget.name
-        return {f"{name}_dense": self.total, f"{name}_kept": self.kept(pruned), f"{name}_limit": self.budget.share}
+        found = {f"{name}_dense": self.total, f"{name}_kept": self.kept(pruned), f"{name}_limit": self.budget.share}
+        return found if split is None else {**found, "split": split.value, "split_bound": split.bound}
 
     @classmethod
     def of(cls, budget: CostBudget, network: Streamed, batch: Batch) -> Costs:
@@ -173,7 +190,8 @@ class Costs:
             For a layer that the network does not call.
         """
         uses = count_uses(network, batch) if budget.counts else {}
-        return cls(budget, budget.per_weight(network.layers, network.model, uses))
+        each = budget.per_weight(network.layers, network.model, uses)
+        return cls(budget, each, budget.share * float(each.sum()))
 
 
 def count_uses(network: Streamed, batch: Batch) -> dict[str, Array]:

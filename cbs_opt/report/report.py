@@ -121,7 +121,9 @@ class PruneReport:
         Where it is no number of weights: ``"flops:0.5"``, ``"2:4"``. Else empty.
     costs : mapping of str to float
         Under a budget of costs, ``flops_dense`` per sample (or ``bytes_dense``) of all prunable weights, the share
-        ``flops_kept`` of those that stay, and ``flops_limit``, what was asked for.
+        ``flops_kept`` of those that stay, and ``flops_limit``, what was asked for. ``split`` is the sum of the scores
+        that the limit was shared out by (one shot: diagonal saliencies), over what goes, and ``split_bound`` its
+        Lagrangian bound, which no choice within the limit falls below.
     shares : str
         Layer by layer, the allocation by which layers lose weights; of several, the one taken. Else empty.
     sensitivity : Sensitivity, optional
@@ -240,6 +242,10 @@ class PruneReport:
                 f"budget {self.budget}: {kept:.4%} of {dense:,.0f} {name} kept, where {limit:.4%} may be; zeros alone "
                 "make nothing faster"
             )
+        if "split" in self.costs:
+            value, bound = self.costs["split"], self.costs["split_bound"]
+            gap = (value - bound) / abs(bound) if bound else math.inf if value > bound else 0.0
+            yield f"shared out: {value:.6g} goes by its scores, Lagrangian bound {bound:.6g}, gap {gap:.2g}"
 
     def _search(self) -> Iterator[str]:
         """What the shares of the layers were found by."""

@@ -13,11 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.reports.plots import COLOURS, drawn
-from experiments.runs.solves import gap_between
+from experiments.runs.solves import Instance, gap_between
 from solvers.errors import OutputError
 
 Row = Mapping[str, Any]
-Instance = tuple[str, int, str, bool]
 
 #: A mask this close to the best known value counts as having found it.
 FOUND = 1e-6
@@ -26,7 +25,13 @@ _LINES = ("-", "--", "-.", ":")
 
 def instance_of(row: Row) -> Instance:
     """What a row solved."""
-    return str(row["digest"]), int(row["n_prune"]), str(row["objective_kind"]), bool(row["gradient"])
+    return (
+        str(row["digest"]),
+        int(row["n_prune"]),
+        str(row["objective_kind"]),
+        bool(row["gradient"]),
+        str(row.get("budget", "")),
+    )
 
 
 def best_values(rows: Sequence[Row], stored: Mapping[Instance, float]) -> dict[Instance, float]:
@@ -52,11 +57,11 @@ def summary(rows: Sequence[Row], best: Mapping[Instance, float], order: Sequence
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.get("error") is None:
-            fraction = round(row["n_prune"] / row["n"], 2)
-            groups.setdefault((row["objective_kind"], row["n"], fraction, row["solver"]), []).append(row)
+            fraction, budget = round(row["n_prune"] / row["n"], 2), row.get("budget", "")
+            groups.setdefault((row["objective_kind"], row["n"], fraction, budget, row["solver"]), []).append(row)
     entries = []
-    for group in sorted(groups, key=lambda g: (*g[:3], place.get(g[3], 0))):
-        (kind, n, fraction, solver), members = group, groups[group]
+    for group in sorted(groups, key=lambda g: (*g[:4], place.get(g[4], 0))):
+        (kind, n, fraction, budget, solver), members = group, groups[group]
         gaps = [gap_between(row["objective"], best[instance_of(row)]) for row in members]
         refits = [row["refit_objective"] for row in members if row["refit_objective"] is not None]
         certified = [row["gap"] for row in members if row["gap"] is not None]
@@ -65,6 +70,7 @@ def summary(rows: Sequence[Row], best: Mapping[Instance, float], order: Sequence
                 "objective": kind,
                 "n": n,
                 "fraction": fraction,
+                "budget": budget or f"{fraction:g}",
                 "solver": solver,
                 "rows": len(members),
                 "gap": float(np.mean(gaps)),
@@ -81,7 +87,7 @@ def summary(rows: Sequence[Row], best: Mapping[Instance, float], order: Sequence
 _COLUMNS = {
     "objective": lambda e: e["objective"],
     "n": lambda e: str(e["n"]),
-    "fraction": lambda e: f"{e['fraction']:g}",
+    "budget": lambda e: e["budget"],
     "solver": lambda e: e["solver"],
     "rows": lambda e: str(e["rows"]),
     "gap to best": lambda e: _percent(e["gap"]),
@@ -100,7 +106,7 @@ def summary_table(entries: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(heading, justify="left" if heading in ("objective", "solver") else "right", no_wrap=True)
     previous = None
     for entry in entries:
-        group = entry["objective"], entry["n"], entry["fraction"]
+        group = entry["objective"], entry["n"], entry["budget"]
         if previous not in (None, group):
             table.add_section()
         previous = group

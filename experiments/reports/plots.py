@@ -54,6 +54,8 @@ def row_label(row: Mapping[str, Any]) -> str:
         label += f" × {row['update_scale']:g}"
     if int(row.get("stages") or 1) > 1:
         label += f", {row['stages']} stages"
+    if budget := (row.get("extra") or {}).get("budget"):
+        label += f", {budget}"
     if distill := (row.get("extra") or {}).get("distill"):
         label += f", {distill['steps']} steps of distillation"
     return label

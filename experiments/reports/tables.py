@@ -18,6 +18,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "solver": lambda row: str(row["solver"]),
     "update": lambda row: str(row["update"]),
     "sparsity": lambda row: f"{row['sparsity']:g}",
+    "budget": lambda row: str((row.get("extra") or {}).get("budget", "")),
     "seed": lambda row: str(row["seed"]),
     "kept": lambda row: f"{row['n_kept']:,}",
     "test": lambda row: _two_places(row[metric_of(row).name]),
@@ -25,13 +26,14 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "train loss": lambda row: f"{row['train_loss']:.4f}",
     "objective": lambda row: _number(row["objective"]),
     "refit": lambda row: _number(row["refit_objective"]),
+    "split gap": lambda row: _split_gap(row),
     "gap": lambda row: "" if row["gap"] is None else f"{100 * row['gap']:.1f} %",
     "solve s": lambda row: f"{row['seconds_solve']:.2f}",
     "update s": lambda row: f"{row['seconds_update']:.2f}",
     "distill s": lambda row: f"{row['seconds_distill']:.2f}" if "seconds_distill" in row else "",
 }
 #: Columns which move into the title where all rows agree; without a value in any row they vanish.
-_SHARED = ("update", "sparsity", "seed", "gap", "distill s", "old norms")
+_SHARED = ("update", "sparsity", "budget", "seed", "split gap", "gap", "distill s", "old norms")
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -115,6 +117,14 @@ def _old_norms(row: Mapping[str, Any]) -> str:
     """The metric with the statistics of batch norms that the dense network has, where they were re-estimated."""
     name = f"{metric_of(row).name}_old_norms"
     return _two_places(row[name]) if name in row else ""
+
+
+def _split_gap(row: Mapping[str, Any]) -> str:
+    """How far the scores by which a limit on costs was shared out are from their Lagrangian bound."""
+    if row.get("split") is None:
+        return ""
+    value, bound = row["split"], row["split_bound"]
+    return "0 %" if value <= bound else f"{100 * (value - bound) / abs(bound):.2g} %" if bound else "∞"
 
 
 def _two_places(value: float | None) -> str:

@@ -77,7 +77,7 @@ class Bench:
         self.dense = self.network.dense
         self._prepared: tuple[int, cbs_opt.Prepared] | None = None
         self._chosen: tuple[Task, SelectionProblem, Solution] | None = None
-        self._bounds: dict[tuple[int, int, str], float] = {}
+        self._bounds: dict[tuple[int, int, str, str], float] = {}
 
     def measure(self, task: Task, keys: RowKeys) -> dict[str, Any]:
         """The figures of a row; `keys` name its files."""
@@ -112,13 +112,14 @@ class Bench:
             "seconds_solve": report.seconds_solve,
             "seconds_update": report.seconds_update,
             "repairs": report.repairs,
+            **report.costs,
             **self._norms(report, model),
             **_distilled(report),
         }
 
     def prune(self, task: Task, key: str) -> cbs_opt.PruneResult:
         """The pruned network of a row, not layer by layer; rows in turn which differ only in the update choose once."""
-        options, what = self.options, f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}"
+        options, what = self.options, str(task)
         if options.staged:
             return run(
                 self.network.model,
@@ -148,7 +149,7 @@ class Bench:
             judged = options.choice.refit and task.update != "combinatorial"
             problem, solution = prepared.choose(choice, with_refit=judged)
             if options.choice.bound is not None:
-                solution = self._certified(task.seed, problem, solution)
+                solution = self._certified(task, problem, solution)
             self._chosen = mask, problem, solution
         _, problem, solution = self._chosen
         result = prepared.one_shot(choice, (problem, solution), judge=options.choice.refit)
@@ -251,9 +252,9 @@ class Bench:
             count = max(count, STAGE_SAMPLES)
         return self.network.dataset.calibration(count, seed)
 
-    def _certified(self, seed: int, problem: SelectionProblem, solution: Solution) -> Solution:
+    def _certified(self, task: Task, problem: SelectionProblem, solution: Solution) -> Solution:
         """The solution with the better of its own bound and that of the options, which serves every solver."""
-        key = seed, problem.n_prune, problem.objective.value
+        key = task.seed, problem.n_prune, task.budget, problem.objective.value
         if key not in self._bounds:
             self._bounds[key] = solvers.bound(problem, method=str(self.options.choice.bound)).value
         best = max(solution.bound, self._bounds[key])

@@ -22,6 +22,7 @@ from cbs_opt.engine.choice import BEST, MEASURED
 from cbs_opt.engine.distil_pruned import distil_pruned
 from cbs_opt.engine.layerwise import find_shares, prune_layerwise
 from cbs_opt.engine.shares import Shares
+from cbs_opt.measure.costs import Split
 from experiments.networks.load import Network
 from experiments.runs.options import RunOptions, Task
 from experiments.runs.rows import RowKeys
@@ -79,7 +80,7 @@ class LayerRows:
     def _pruned(self, task: Task, keys: RowKeys) -> tuple[dict[str, Any], cbs_opt.PruneResult]:
         model, loss, setup = self.network.model, self._loss, self.options.setup(task.seed)
         choice = replace(self.options.choice_of(task, self.layers.n), distill=None)
-        what = f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}"
+        what = str(task)
         shares, figures = self._shares(task, keys, choice, f"{what}, shares")
         progress = self.working(f"{what}, layers")
         result = prune_layerwise(model, self.data(task.seed), loss, setup, choice, progress, shares)
@@ -102,13 +103,15 @@ class LayerRows:
                 "seconds": time.perf_counter() - started,
                 "candidates": [asdict(candidate) for candidate in found.candidates],
                 "notes": found.notes,
+                "split": None if found.split is None else asdict(found.split),
                 "pruned": dict(zip(self.layers.names, found.counts.tolist(), strict=True)),
             }
             _write(path, json.dumps(about, indent=1))
         about = json.loads(path.read_text())
         counts = np.array([about["pruned"][name] for name in self.layers.names], dtype=np.int64)
         candidates = tuple(cbs_opt.Candidate(**candidate) for candidate in about["candidates"])
-        shares = Shares(counts, about["rule"], None, candidates, tuple(about["notes"]))
+        split = Split(**about["split"]) if about.get("split") else None
+        shares = Shares(counts, about["rule"], None, candidates, tuple(about["notes"]), split)
         return shares, {"shares": shares.rule, "seconds_shares": about["seconds"]}
 
     def _distilled(self, task: Task, model: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class LayerRows:
             self._loss,
             self.options.setup(task.seed),
             self.options.distill,
-            self.working(f"{task.solver}, sparsity {task.sparsity:g}, seed {task.seed}, distillation"),
+            self.working(f"{task}, distillation"),
         )
         return {
             # With old batch norms there is but the network before.

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import cbs_opt
 from cbs_opt.engine.choice import Extent
 from cbs_opt.engine.setup import LAYERWISE
+from cbs_opt.measure.costs import budget_of
 from cbs_opt.measure.fisher import DEFAULT_ROWS
 from experiments.networks import DEFAULT, EXPERIMENTS, Experiment, ImageExperiment, get_experiment
 from experiments.networks.load import Source
@@ -94,6 +95,10 @@ class SweepOptions:
 
     solver: Annotated[tuple[str, ...], "Selection rules, e.g. woodfisher 'rmp[draws=10]'; default: greedy_ls."] = ()
     sparsity: Annotated[tuple[float, ...], "Shares of the weights removed; default: those of the paper's table."] = ()
+    budget: Annotated[
+        tuple[str, ...],
+        "Instead of sparsities, or besides: flops:0.5, bytes:0.5 (what may stay), 2:4, channels:0.5, 4x4:0.5.",
+    ] = ()
     masks: Annotated[tuple[Path, ...], "Saved masks which are updated, instead of solvers and sparsities."] = ()
     seed: Annotated[tuple[int, ...], "Of the calibration sample and the solver."] = (0,)
     update: Annotated[tuple[str, ...], "Of the kept weights: none, own, single, combinatorial or searched."] = (
@@ -148,6 +153,11 @@ class Task:
     seed: int
     update: str
     update_scale: float = 1.0
+    budget: str = ""
+
+    def __str__(self) -> str:
+        limit = f"budget {self.budget}" if self.budget else f"sparsity {self.sparsity:g}"
+        return f"{self.solver}, {limit}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -170,13 +180,15 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         sweep, choice, curvature = self.sweep, self.choice, self.curvature
-        for name in ("solver", "sparsity", "masks", "seed", "update", "update_scale"):
+        for name in ("solver", "sparsity", "budget", "masks", "seed", "update", "update_scale"):
             values = getattr(sweep, name)
             twice = {value for value in values if values.count(value) > 1}
             if twice:
                 raise OptionError(f"--{name.replace('_', '-')} names {next(iter(twice))!r} twice")
-        if sweep.masks and (sweep.solver or sweep.sparsity or self.staged):
-            raise OptionError("--masks are chosen already; leave out --solver, --sparsity and --stages")
+        if sweep.masks and (sweep.solver or sweep.sparsity or sweep.budget or self.staged):
+            raise OptionError("--masks are chosen already; leave out --solver, --sparsity, --budget and --stages")
+        if sweep.budget and (curvature.sensitivity or self.choice.sparsity_rounding is not Rounding.EXACT):
+            raise OptionError("--budget is no number of weights; leave --sensitivity and --sparsity-rounding out")
         if curvature.measure_only and curvature.gradients is None:
             raise OptionError("--measure-only needs a folder for what is measured; give --gradients DIR")
         if curvature.gradients is not None and self.staged:
@@ -286,7 +298,8 @@ class RunOptions:
     def choice_of(self, task: Task, n: int | None = None) -> cbs_opt.Choice:
         """The choice of a row; of ``n`` weights exactly as many stay as the rounding says."""
         choice = cbs_opt.Choice(
-            sparsity=task.sparsity,
+            sparsity=None if task.budget else task.sparsity,
+            budget=task.budget or None,
             solver="magnitude" if self.sweep.masks else task.solver,
             objective=self.choice.objective,
             update=task.update,
@@ -297,7 +310,7 @@ class RunOptions:
             batch_norm=self.choice.batch_norm,
             distill=self.distill,
         )
-        if n is None:
+        if n is None or choice.budget is not None:
             return choice
         return replace(choice, sparsity=None, n_kept=self.choice.sparsity_rounding.n_kept(n, task.sparsity))
 
@@ -308,17 +321,18 @@ class RunOptions:
 
     def _tasks(self) -> Iterator[Task]:
         sweep = self.sweep
-        masks: Sequence[tuple[str, float]] = [(str(path), 0.0) for path in sweep.masks] or [
-            (solver, sparsity)
-            for solver in sweep.solver or (DEFAULT_SOLVER,)
-            for sparsity in sweep.sparsity or self.experiment.sparsities
+        usual = () if sweep.budget else self.experiment.sparsities
+        limits = [(sparsity, "") for sparsity in sweep.sparsity or usual]
+        limits += [(round(1.0 - budget_of(text).kept, 6), text) for text in sweep.budget]
+        masks: Sequence[tuple[str, float, str]] = [(str(path), 0.0, "") for path in sweep.masks] or [
+            (solver, *limit) for solver in sweep.solver or (DEFAULT_SOLVER,) for limit in limits
         ]
         # The combinatorial update yields the refit objective of a mask, which the others of that mask then share.
         updates = sorted(sweep.update, key=lambda update: update != "combinatorial")
         for seed in sweep.seed:
-            for solver, sparsity in masks:
+            for solver, sparsity, budget in masks:
                 for update in updates:
                     # Without an update there is nothing to scale, and a searched one has its own length.
                     scales = (1.0,) if update in ("none", "searched") and len(sweep.update) > 1 else sweep.update_scale
                     for scale in scales:
-                        yield Task(solver, sparsity, seed, update, scale)
+                        yield Task(solver, sparsity, seed, update, scale, budget)

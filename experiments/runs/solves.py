@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,10 @@ import torch
 
 from experiments.runs.parallel import Call, completed
 from experiments.runs.rows import ResultsFile, key_of, versions
-from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, load_block, make_solver, solve
+from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solver, load_block, make_solver, solve
+from solvers.budget import parse
 from solvers.errors import BackendError, CapabilityError, CBSError, OptionError, ProblemError
+from solvers.routes import route
 from solvers.running import check_capabilities
 from solvers.testing import random_problem
 
@@ -26,6 +28,10 @@ from solvers.testing import random_problem
 TRACE_POINTS = 60
 #: Shares of the weights removed where nothing is asked for.
 FRACTIONS = (0.5, 0.8, 0.9)
+
+
+#: Digest of a block, n_prune, objective, whether with its gradient, budget where that is no number.
+Instance = tuple[str, int, str, bool, str]
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,24 @@ class Task:
     seed: int
     time_limit: float | None
     gradient: bool
+    budget: str = ""
 
     @property
     def key(self) -> str:
         """Digest of all of it: rows of equal keys are the same measurement."""
-        return key_of(asdict(self))
+        settings = asdict(self)
+        if not self.budget:
+            del settings["budget"]
+        return key_of(settings)
 
     @property
-    def instance(self) -> tuple[str, int, str, bool]:
+    def instance(self) -> Instance:
         """What is solved, whoever solves it."""
-        return self.digest, self.n_prune, self.objective_kind, self.gradient
+        return self.digest, self.n_prune, self.objective_kind, self.gradient, self.budget
+
+    def problem(self, block: QuadraticBlock) -> SelectionProblem:
+        """The problem of its block."""
+        return SelectionProblem([block], self.budget or self.n_prune, self.objective_kind)
 
 
 @dataclass(frozen=True)
@@ -97,11 +111,16 @@ class SolveOptions:
     seed: Annotated[tuple[int, ...], "Of randomised solvers; the first also cuts blocks."] = (0,)
     time_limit: Annotated[float | None, "Seconds per solve, for solvers that keep a limit."] = 60.0
     gradient: Annotated[bool, "Keep the linear term of the blocks."] = False
+    budget: Annotated[
+        tuple[str, ...], "Patterns, besides: 2:4 of a block as one row, 1x4:0.5 of its groups; sizes it fits."
+    ] = ()
 
     def __post_init__(self) -> None:
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise OptionError(f"--time-limit must be positive seconds, not {self.time_limit!r}")
-        if not self.fraction and not self.n_prune:
+        for text in self.budget:
+            parse(text)
+        if not self.fraction and not self.n_prune and not self.budget:
             object.__setattr__(self, "fraction", FRACTIONS)
         for share in self.fraction:
             if not 0.0 <= share <= 1.0:
@@ -126,36 +145,53 @@ def plan(blocks: Sequence[BlockFile], options: SolveOptions) -> tuple[list[Task]
         limit = options.time_limit if Capability.TIME_LIMIT in solver.capabilities else None
         for block in blocks:
             loaded = load_block(block.path, use_gradient=options.gradient)
-            wanted = {round(f * block.n) for f in options.fraction} | {k for k in options.n_prune if k <= block.n}
-            for n_prune in sorted(wanted):
+            for n_prune, budget in _limits(block, loaded, options, left_out):
                 for objective in options.objective:
-                    problem = SelectionProblem([loaded], n_prune, objective)
+                    task = Task(
+                        block=block.name,
+                        digest=block.digest,
+                        n=block.n,
+                        n_prune=n_prune,
+                        objective_kind=Objective.parse(objective).value,
+                        solver=solver.spec,
+                        seed=0,
+                        time_limit=limit,
+                        gradient=options.gradient and block.has_gradient,
+                        budget=budget,
+                    )
                     try:
-                        check_capabilities(solver, problem, limit, None)
+                        _check(solver, task.problem(loaded), limit)
                     except CapabilityError as error:
                         left_out[f"{solver.name}, n={block.n}, {objective}: {error}"] = None
                         continue
-                    tasks.extend(
-                        Task(
-                            block=block.name,
-                            digest=block.digest,
-                            n=block.n,
-                            n_prune=n_prune,
-                            objective_kind=Objective.parse(objective).value,
-                            solver=solver.spec,
-                            seed=seed,
-                            time_limit=limit,
-                            gradient=options.gradient and block.has_gradient,
-                        )
-                        for seed in usable
-                    )
+                    tasks.extend(replace(task, seed=seed) for seed in usable)
     # By instance, so that after an interruption whole instances can be compared.
     order = {task.instance: at for at, task in reversed(list(enumerate(tasks)))}
     tasks.sort(key=lambda task: (task.n, order[task.instance]))
     return list(dict.fromkeys(tasks)), list(left_out)
 
 
-def stored_optima(folder: Path, blocks: Sequence[BlockFile]) -> dict[tuple[str, int, str, bool], float]:
+def _limits(
+    block: BlockFile, loaded: QuadraticBlock, options: SolveOptions, left_out: dict[str, None]
+) -> list[tuple[int, str]]:
+    """(n_prune, budget) of a block; n_prune of a budget is how many weights go."""
+    wanted = {round(f * block.n) for f in options.fraction} | {k for k in options.n_prune if k <= block.n}
+    limits = [(n_prune, "") for n_prune in sorted(wanted)]
+    for text in options.budget:
+        try:
+            limits.append((SelectionProblem([loaded], text).n_prune, text))
+        except (ProblemError, CapabilityError) as error:
+            left_out[f"{text}, n={block.n}: {error}"] = None
+    return limits
+
+
+def _check(solver: Solver, problem: SelectionProblem, limit: float | None) -> None:
+    """Raise CapabilityError, for what the solver does not take."""
+    way = route(solver, problem, None)
+    check_capabilities(solver, way.problem, limit, None)
+
+
+def stored_optima(folder: Path, blocks: Sequence[BlockFile]) -> dict[Instance, float]:
     """Best-known values from ``optima.json`` of a folder, by instance; empty where there is no such file.
 
     Raises
@@ -167,12 +203,12 @@ def stored_optima(folder: Path, blocks: Sequence[BlockFile]) -> dict[tuple[str, 
     if not path.is_file():
         return {}
     digests = {block.name: block.digest for block in blocks}
-    known: dict[tuple[str, int, str, bool], float] = {}
+    known: dict[Instance, float] = {}
     try:
         for entry in json.loads(path.read_text()):
             if entry["block"] in digests:
                 gradient = bool(entry.get("gradient", False))
-                instance = digests[entry["block"]], int(entry["n_prune"]), str(entry["objective"]), gradient
+                instance = digests[entry["block"]], int(entry["n_prune"]), str(entry["objective"]), gradient, ""
                 known[instance] = min(float(entry["best"]), known.get(instance, math.inf))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProblemError(f"{path} is not a list of best-known values ({error!r}); repair or remove it") from error
@@ -200,7 +236,7 @@ class Comparison:
         tasks: Sequence[Task],
         paths: dict[str, Path],
         results: ResultsFile,
-        best_known: dict[tuple[str, int, str, bool], float],
+        best_known: dict[Instance, float],
         workers: int | None,
     ) -> None:
         self.tasks, self.paths, self.results, self.workers = tasks, paths, results, workers
@@ -267,7 +303,7 @@ def _warm_up(solver: str, objective: str, gradient: bool) -> None:
 def measure(task: Task, path: Path) -> dict[str, Any]:
     """Solve one task, in a child process; the figures of its row."""
     torch.set_num_threads(1)
-    problem = SelectionProblem([_loaded(path, task.gradient)], task.n_prune, task.objective_kind)
+    problem = task.problem(_loaded(path, task.gradient))
     _warm_up(task.solver, task.objective_kind, task.gradient)
     cpu = time.process_time()
     solution = solve(problem, task.solver, time_limit=task.time_limit, seed=task.seed)

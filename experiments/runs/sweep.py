@@ -79,7 +79,7 @@ class Sweep:
         here = workers is None and joblib.effective_n_jobs(None) == 1
         made = self._here if here else lambda masks: self._elsewhere(masks, workers)
         masks = []
-        for _, tasks in groupby(self.bench.tasks, lambda task: (task.seed, task.solver, task.sparsity)):
+        for _, tasks in groupby(self.bench.tasks, lambda task: (task.seed, task.solver, task.sparsity, task.budget)):
             missing = []
             for task in tasks:
                 row = self._found(task)
@@ -133,6 +133,8 @@ class Sweep:
         extra = {"include": list(o.network.include or o.experiment.include), "exclude": list(setup.exclude)}
         if o.layerwise:
             extra["curvature"], extra["layer_damping"] = setup.curvature, o.curvature.damping
+        if task.budget:
+            extra["budget"] = str(choice.budget or task.budget)
         if choice.min_kept is not None:
             extra["min_kept"] = choice.min_kept
         if choice.batch_norm != "keep":

@@ -203,7 +203,6 @@ class Unused(nn.Module):
             OptionError,
             "leave allocation='uniform' out",
         ),
-        ({"budget": "flops:0.5", "curvature": "kfac", "allocation": "best"}, OptionError, "shares out a number"),
         (
             {"budget": "2:4", "fisher": cbs_opt.FisherOptions(n_rows=8, blocks="clusters:50")},
             OptionError,
@@ -239,3 +238,30 @@ def test_costs_are_measured_once_for_many_budgets() -> None:
     prepared = cbs_opt.prepare(net(), data(), F.cross_entropy, **ONE_SHOT)
     kept = [prepared.prune(budget=Flops(share), solver="obd").report.costs["flops_kept"] for share in (0.2, 0.5, 0.8)]
     assert np.allclose(kept, (0.2, 0.5, 0.8), atol=2e-3)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "rows", "magnitude", "surgeon", "measured", "best"])
+def test_layer_by_layer_every_rule_shares_out_costs(allocation: str) -> None:
+    result = cbs_opt.prune(
+        net(), data(), F.cross_entropy, budget="flops:0.4", solver="sweep", curvature="kfac", allocation=allocation
+    )
+    spent, limit = cost_of(result.masks, Flops(0.4))
+    assert 0.985 * limit <= spent <= limit * (1 + 1e-9)
+    costs = result.report.costs
+    if allocation in ("magnitude", "surgeon", "measured"):
+        assert costs["split_bound"] <= costs["split"] <= 1.01 * costs["split_bound"]
+        assert "Lagrangian bound" in str(result.report)
+
+
+def test_the_bound_of_a_knapsack_is_that_of_its_best_multiplier() -> None:
+    result = cbs_opt.prune(net(), data(), F.cross_entropy, budget="flops:0.3", solver="obd", update="none", **ONE_SHOT)
+    prepared = cbs_opt.prepare(net(), data(), F.cross_entropy, **ONE_SHOT)
+    problem = prepared.problem(sparsity=0.5)
+    scores = 0.5 * problem.diagonal * problem.weights**2
+    each = np.repeat([128.0, 32.0, 2.0], [288, 576, 1536])
+    demand = 0.7 * each.sum()
+    prices = np.unique(scores / each)
+    best = max(price * demand + np.minimum(0.0, scores - price * each).sum() for price in prices)
+    costs = result.report.costs
+    assert costs["split_bound"] == pytest.approx(best, rel=1e-9)
+    assert costs["split_bound"] <= costs["split"] <= 1.01 * costs["split_bound"]

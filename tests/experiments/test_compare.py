@@ -213,3 +213,31 @@ def test_blocks_are_cut_from_a_network_once(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in sorted(cut.glob("*.npz"))] == before
     with pytest.raises(OptionError, match="no layer"):
         cut_blocks("digits-mlp", tmp_path, CutOptions(10**6, 1, 4), seed=0)
+
+
+def test_budgets_stand_beside_fractions_and_sizes_they_do_not_fit_are_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, solvers_ = tmp_path / "out", ("obd", "best_swap", "branch_bound", "brute_force")
+    arguments = ["--blocks", str(folder), "--budget", "2:4", "1x2:0.5", "--objective", "selection", "joint"]
+    assert run("--solver", *solvers_, *arguments, "--output-dir", str(output)) == 0
+    rows, said = rows_of(output), capsys.readouterr().out
+    assert "2:4, n=10" in said and "2 are left over" in said
+    assert {(row["n"], row["budget"]) for row in rows} == {(8, "2:4"), (8, "1x2:0.5"), (10, "1x2:0.5")}
+    best = {}
+    for row in rows:
+        kept = load_block(folder / f"{row['block']}.npz")
+        assert row["n_prune"] in (kept.n // 2, 2 * (5 - int(2.5)))
+        if row["solver"] in ("branch_bound", "brute_force"):
+            assert row["status"] == "optimal"
+            key = row["block"], row["budget"], row["objective_kind"]
+            assert row["objective"] == pytest.approx(best.setdefault(key, row["objective"]), rel=1e-9)
+    count = [r for r in rows if r["n"] == 8 and r["objective_kind"] == "joint" and r["status"] == "optimal"]
+    assert count and run("--solver", *solvers_, *arguments, "--output-dir", str(output)) == 0
+    assert len(rows_of(output)) == len(rows)
+
+
+def test_a_budget_that_is_none_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--solver", "obd", "--blocks", str(folder), "--output-dir", str(tmp_path / "out")]
+    assert run(*command, "--budget", "half") != 0
+    assert "known forms" in " ".join(capsys.readouterr().err.split())

@@ -558,3 +558,42 @@ def test_sensitivity_shows_every_layer_and_stops(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "sensitivity-digits-mlp.png").stat().st_size > 1000
     assert not (tmp_path / "results.jsonl").exists()
     assert "--curvature layer_inputs" in fails(capsys, "--sensitivity", "--output-dir", tmp_path)
+
+
+def test_budgets_make_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--solver", "obd", "--sparsity", "0.5", "--budget", "flops:0.5", "2:4", *QUICK, "--update", "none"]
+    run(*command, "--output-dir", tmp_path)
+    run(*command, "--output-dir", tmp_path)
+    rows = rows_of(tmp_path)
+    assert [row["extra"].get("budget") for row in rows] == [None, "flops:0.5", "2:4"]
+    assert [row["n_kept"] * 2 == row["n_weights"] for row in rows] == [True] * 3
+    assert rows[1]["flops_kept"] <= 0.5 and rows[1]["split_bound"] <= rows[1]["split"] <= 1.01 * rows[1]["split_bound"]
+    said = capsys.readouterr().out
+    assert "split gap" in said and "obd, 2:4" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "watts:0.5"], "known forms"),
+        (["--budget", "2:4", "2:4"], "--budget names '2:4' twice"),
+        (["--budget", "2:5"], "does not fit"),
+        (["--budget", "2:4", "--stages", "3", "--solver", "obs"], "stages remove numbers of weights"),
+        (["--budget", "2:4", "--sparsity-rounding", "published"], "leave --sensitivity and --sparsity-rounding out"),
+        (["--budget", "2:4", "--masks", "some.safetensors"], "chosen already"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, *arguments, "--output-dir", tmp_path)
+
+
+def test_measured_shares_of_costs_are_found_once(tmp_path: Path) -> None:
+    command = ["--budget", "flops:0.4", "--curvature", "layer_inputs", "--allocation", "measured", *QUICK[:2]]
+    run("--solver", "sweep", "obd", *command, "--update", "combinatorial", "--output-dir", tmp_path)
+    rows = rows_of(tmp_path)
+    assert len(rows) == 2 and len(list((tmp_path / "shares").iterdir())) <= 2
+    for row in rows:
+        assert 0.38 < row["flops_kept"] <= 0.4
+        assert row["split_bound"] <= row["split"] <= 1.01 * row["split_bound"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import QuadraticBlock, SelectionProblem, UnknownNameError, solve
-from solvers.allocation import ALLOCATIONS, CostCurve, allocate, convex_slopes, split_curves
+from solvers.allocation import ALLOCATIONS, CostCurve, allocate, convex_slopes, split_costs, split_curves
 from solvers.errors import ProblemError
 from solvers.joint.elimination import EliminationPlan, elimination_costs
 from tests.conftest import random_block, random_problem
@@ -126,3 +126,30 @@ def test_curves_that_are_none_are_refused(removed: list[int], costs: list[float]
 def test_more_than_there_is_cannot_be_split() -> None:
     with pytest.raises(ProblemError, match="n_prune"):
         split_curves([CostCurve(np.array([0, 2]), np.array([0.0, 1.0]))], 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
+def test_costs_are_shared_out_at_the_least_price_on_the_hulls(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    sizes, each = rng.integers(1, 7, 3), rng.integers(1, 9, 3).astype(float)
+    curves = [CostCurve(np.arange(n + 1), np.concatenate([[0.0], np.cumsum(np.sort(rng.random(n)))])) for n in sizes]
+    most = np.array([rng.integers(0, n + 1) for n in sizes])
+    demand = share * float(each @ most)
+    counts, value, bound = split_costs(curves, each, demand, most)
+    assert (counts <= most).all() and each @ counts >= demand * (1 - 1e-12)
+    costs = {
+        at: sum(curve.costs[k] for curve, k in zip(curves, at, strict=True))
+        for at in itertools.product(*(range(m + 1) for m in most))
+        if each @ at >= demand
+    }
+    assert value == pytest.approx(costs[tuple(counts.tolist())])
+    assert bound <= min(costs.values()) + 1e-12 and value <= bound + 1.0
+
+
+def test_what_costs_too_much_to_stay_is_refused() -> None:
+    curve = CostCurve(np.array([0, 2]), np.array([0.0, 1.0]))
+    with pytest.raises(ProblemError, match="what may go costs 1, less than the 3"):
+        split_costs([curve], np.array([1.0]), 3.0, np.array([1]))
+    counts, value, bound = split_costs([curve], np.array([0.0]), 0.0)
+    assert counts.tolist() == [0] and value == bound == 0.0
