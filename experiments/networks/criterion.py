@@ -42,6 +42,7 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("accuracy", "test %", unit=" %"),
+        Metric("agreement", "agreement %", unit=" %"),
         Metric("perplexity", "perplexity", lower_is_better=True),
     )
 }

@@ -20,11 +20,13 @@ from experiments.datasets import load_dataset
 from experiments.datasets.cache import cache_dir
 from experiments.datasets.images import Dataset
 from experiments.datasets.parquet import SOURCES
+from experiments.datasets.sentences import SentenceSet
 from experiments.datasets.text import WIKITEXT, TokenText, load_wikitext
 from experiments.networks.batch_norm import fresh_statistics
 from experiments.networks.checkpoints import load_checkpoint, save_checkpoint
 from experiments.networks.experiment import Experiment, ImageExperiment
-from experiments.networks.pretrained import load_pretrained
+from experiments.networks.minilm import DenseEncoder, SentenceEncoder
+from experiments.networks.pretrained import PretrainedExperiment, load_pretrained
 from experiments.networks.smollm2 import LanguageModel
 from experiments.networks.training import Epoch, train, train_to_file
 from solvers.errors import CheckpointError, OptionError
@@ -54,7 +56,7 @@ class Network:
     model: nn.Module
     origin: str
     experiment: Experiment
-    dataset: Dataset | TokenText
+    dataset: Dataset | TokenText | SentenceSet
     device: torch.device
 
     def score(self, model: nn.Module) -> float:
@@ -69,8 +71,8 @@ class Network:
 
 def open_network(experiment: Experiment, source: Source, say: Say = lambda message: None) -> Network:
     """Data and network of an experiment; see `load_dataset`, `load_network`, `load_wikitext`, `load_pretrained`."""
-    if isinstance(experiment, LanguageModel):
-        return _language_model(experiment, source, say)
+    if isinstance(experiment, PretrainedExperiment):
+        return _pretrained(experiment, source, say)
     if not isinstance(experiment, ImageExperiment):
         raise OptionError(f"nobody knows how to open a {type(experiment).__name__}")
     if source.data_dir is None and experiment.dataset in SOURCES and SOURCES[experiment.dataset].repository:
@@ -80,7 +82,7 @@ def open_network(experiment: Experiment, source: Source, say: Say = lambda messa
     return load_network(experiment, dataset, source, say)
 
 
-def _language_model(experiment: LanguageModel, source: Source, say: Say) -> Network:
+def _pretrained(experiment: PretrainedExperiment, source: Source, say: Say) -> Network:
     device = resolve_device(source.device)
     if source.data_dir is None:
         say(f"no --data-dir: asking the Hugging Face hub for {WIKITEXT.repository}")
@@ -89,9 +91,16 @@ def _language_model(experiment: LanguageModel, source: Source, say: Say) -> Netw
     place = source.checkpoint or find_checkpoint(experiment, source.data_dir)
     model, tokenizer, origin = load_pretrained(experiment, place)
     say(f"weights: {origin}")
-    # The text is cut into windows afterwards, so its length is no reason to warn.
-    text = TokenText.of(corpus, lambda text: tokenizer(text, verbose=False)["input_ids"], experiment.windows)
-    return Network(model.to(device), origin, experiment, text, device)
+    model = model.to(device)
+    dataset: TokenText | SentenceSet
+    if isinstance(experiment, LanguageModel):
+        # The text is cut into windows afterwards, so its length is no reason to warn.
+        dataset = TokenText.of(corpus, lambda text: tokenizer(text, verbose=False)["input_ids"], experiment.windows)
+    elif isinstance(experiment, SentenceEncoder):
+        dataset = SentenceSet.of(corpus, DenseEncoder(model, tokenizer, device), experiment.n_test)
+    else:
+        raise OptionError(f"nobody knows what a {type(experiment).__name__} reads")
+    return Network(model, origin, experiment, dataset, device)
 
 
 def cached_checkpoint(experiment: Experiment) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from cbs_opt import Distill, FisherOptions
 from experiments.datasets.text import WIKITEXT, Windows
 from experiments.networks.criterion import METRICS, Criterion
-from experiments.networks.experiment import Comparison, Method, SolverTable
+from experiments.networks.experiment import SolverTable
+from experiments.networks.layer_methods import comparisons
 from experiments.networks.pretrained import PretrainedExperiment
 
 
@@ -55,19 +56,6 @@ class LanguageModel(PretrainedExperiment):
     criterion: Criterion = PERPLEXITY
 
 
-def _distilled(method: Method) -> Method:
-    return replace(method, label=f"{method.label}, distilled", distill=DISTILL)
-
-
-#: After pruning, wherever that is compared.
-DISTILL = Distill(steps=64, lr=2e-4, batch_size=2)
-_MAGNITUDE = Method("magnitude", "magnitude", "none")
-_WANDA = Method("Wanda (obd, rows)", "obd", "none", allocation="rows")
-_SWEEP = Method("SparseGPT (sweep + own)", "sweep", "own")
-_ADMM = Method("ALPS (admm + combinatorial)", "admm", "combinatorial")
-_SWEEP_BEST = replace(_SWEEP, label="sweep, shares chosen", allocation="best")
-_ADMM_BEST = replace(_ADMM, label="admm, shares chosen", allocation="best")
-
 SMOLLM2 = LanguageModel(
     name="smollm2-wikitext2",
     summary="SmolLM2-135M, WikiText-2, 106 M weights, judged by perplexity; needs the extra [llm]",
@@ -81,15 +69,5 @@ SMOLLM2 = LanguageModel(
     fisher=FisherOptions(n_rows=32, batch_size=1, damping=1e-4, blocks="per_layer"),
     curvature="layer_inputs",
     least_samples=32,
-    table=SolverTable(
-        parts=(
-            Comparison("The solver: equal shares of all layers", (_MAGNITUDE, _WANDA, _SWEEP, _ADMM)),
-            Comparison("The shares: chosen on held-out calibration text", (_SWEEP, _SWEEP_BEST, _ADMM, _ADMM_BEST)),
-            Comparison(
-                "The loss: kept weights moved towards the dense outputs, on the calibration text",
-                tuple(line for m in (_SWEEP, _SWEEP_BEST, _ADMM, _ADMM_BEST) for line in (m, _distilled(m))),
-            ),
-        ),
-        reported=(0.5, 0.6, 0.7),
-    ),
+    table=SolverTable(parts=comparisons(Distill(steps=64, lr=2e-4, batch_size=2)), reported=(0.5, 0.6, 0.7)),
 )

@@ -56,6 +56,8 @@ def row_label(row: Mapping[str, Any]) -> str:
         label += f", {row['stages']} stages"
     if budget := (row.get("extra") or {}).get("budget"):
         label += f", {budget}"
+    if "shares" in row:
+        label += f", shares {row['allocation']}"
     if distill := (row.get("extra") or {}).get("distill"):
         label += f", {distill['steps']} steps of distillation"
     return label

@@ -117,7 +117,8 @@ class ChoiceOptions:
     ] = 1
     allocation: Annotated[
         str | None,
-        "Split the budget over blocks instead of sharing it, e.g. uniform; layer by layer also measured or best.",
+        "Split the budget over blocks instead of sharing it, e.g. uniform; layer by layer also measured, or, to take "
+        "what does best on held-out data, best or several with commas.",
     ] = None
     min_kept: Annotated[int | None, "Weights of each layer that stay at least; default 1, 0 sets no floor."] = None
     time_limit: Annotated[float | None, "Seconds for each call of a solver."] = None
@@ -268,6 +269,12 @@ class RunOptions:
             raise OptionError("--distill-lr, -batch, -parameters and -loss are of --distill STEPS; add it")
         return None if choice.distill is None else cbs_opt.Distill(choice.distill, **given)
 
+    @property
+    def allocation(self) -> str | tuple[str, ...] | None:
+        """The rule, or those of which the best is taken."""
+        asked = self.choice.allocation
+        return tuple(asked.split(",")) if asked is not None and "," in asked else asked
+
     def gradients(self, seed: int) -> Path | None:
         """Folder of what is measured with a seed; None keeps nothing."""
         return None if self.curvature.gradients is None else self.curvature.gradients.expanduser() / f"seed-{seed}"
@@ -304,7 +311,7 @@ class RunOptions:
             objective=self.choice.objective,
             update=task.update,
             update_scale=task.update_scale,
-            allocation=self.choice.allocation,
+            allocation=self.allocation,
             time_limit=self.choice.time_limit,
             min_kept=self.choice.min_kept,
             batch_norm=self.choice.batch_norm,

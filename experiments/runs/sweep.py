@@ -161,7 +161,7 @@ class Sweep:
             "blocks": str(o.fisher.blocks),
             "first_order": o.fisher.first_order,
             "stages": o.choice.stages,
-            "allocation": choice.allocation,
+            "allocation": o.choice.allocation,
             "time_limit": choice.time_limit,
             "weights": self.weights,
             "device": setup.place.type,

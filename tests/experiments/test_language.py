@@ -248,7 +248,7 @@ def test_distillation_goes_on_from_a_kept_network_and_methods_share_shares(
     found, real = [], layer_rows.find_shares
     monkeypatch.setattr(layer_rows, "find_shares", lambda *a: found.append(real(*a)) or found[-1])
     asked = ["--experiment", NAME, "--data-dir", place / "data", "--checkpoint", place / "llama", "--sparsity", "0.6"]
-    asked += ["--allocation", "best", "--output-dir", tmp_path]
+    asked += ["--allocation", "uniform,measured", "--output-dir", tmp_path]
     distill = ["--distill", "6", "--distill-lr", "1e-3", "--distill-batch", "2"]
     assert leaves_with(run.app, *asked, "--solver", "sweep", "--update", "own", "--save-networks") == 0
     assert leaves_with(run.app, *asked, "--solver", "admm") == 0
@@ -259,6 +259,7 @@ def test_distillation_goes_on_from_a_kept_network_and_methods_share_shares(
     assert not list((tmp_path / "networks").iterdir())
     plain, other, distilled = rows_of(tmp_path)
     assert plain["shares"] == other["shares"] == distilled["shares"] == found[0].rule
+    assert [c.name for c in found[0].candidates][:2] == ["uniform", "measured"]
     assert plain["seconds_shares"] == other["seconds_shares"] > 0.0
     # The same at one go.
     network = open_network(TINY, Source(place / "data", place / "llama"))
@@ -270,7 +271,7 @@ def test_distillation_goes_on_from_a_kept_network_and_methods_share_shares(
         curvature="layer_inputs",
         solver="sweep",
         update="own",
-        allocation="best",
+        allocation=("uniform", "measured"),
         distill=cbs_opt.Distill(6, 1e-3, batch_size=2),
         exclude="lm_head",
         seed=0,

@@ -28,7 +28,7 @@ QUICK: ImageExperiment = replace(EXPERIMENTS[DEFAULT], recipe=replace(EXPERIMENT
 def test_catalogue() -> None:
     assert DEFAULT == "digits-mlp"
     images = {"resnet20-cifar10", "cifarnet-cifar10", "efficientnet-lite0-imagenet"}
-    assert set(EXPERIMENTS) == {"digits-mlp", "mlpnet-mnist", "smollm2-wikitext2", *images}
+    assert set(EXPERIMENTS) == {"digits-mlp", "mlpnet-mnist", "smollm2-wikitext2", "minilm-sentences", *images}
     with pytest.raises(UnknownNameError, match="mlpnet-mnist"):
         get_experiment("mlpnet-mnits")
 

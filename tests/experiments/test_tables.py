@@ -103,7 +103,7 @@ def test_tables_are_consistent() -> None:
     tables = {name: table for name, table in found.items() if isinstance(table, StagedTable)}
     assert set(tables) == {"digits-mlp", "mlpnet-mnist", "resnet20-cifar10", "cifarnet-cifar10"}
     solvers = {name for name, table in found.items() if isinstance(table, SolverTable)}
-    assert solvers == {"smollm2-wikitext2"}
+    assert solvers == {"smollm2-wikitext2", "minilm-sentences"}
     for table in tables.values():
         path = [level for phase in table.phases for level in phase.sparsities]
         assert path == sorted(path)

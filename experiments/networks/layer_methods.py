@@ -1,0 +1,31 @@
+"""What is compared on networks that are pruned layer by layer: the solver, the layers' shares, the loss afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cbs_opt import Distill
+from experiments.networks.experiment import Comparison, Method
+
+MAGNITUDE = Method("magnitude", "magnitude", "none")
+WANDA = Method("Wanda (obd, rows)", "obd", "none", allocation="rows")
+SWEEP = Method("SparseGPT (sweep + own)", "sweep", "own")
+ADMM = Method("ALPS (admm + combinatorial)", "admm", "combinatorial")
+#: Equal, measured, or half way between, by what is held out. (`best` tries more, which takes twice as long.)
+_CHOSEN = "uniform,measured"
+SWEEP_CHOSEN = replace(SWEEP, label="sweep, shares chosen", allocation=_CHOSEN)
+ADMM_CHOSEN = replace(ADMM, label="admm, shares chosen", allocation=_CHOSEN)
+
+
+def comparisons(distill: Distill) -> tuple[Comparison, ...]:
+    """The three tables."""
+    chosen = (SWEEP, SWEEP_CHOSEN, ADMM, ADMM_CHOSEN)
+    distilled = [(m, replace(m, label=f"{m.label}, distilled", distill=distill)) for m in chosen]
+    return (
+        Comparison("The solver: equal shares of all layers", (MAGNITUDE, WANDA, SWEEP, ADMM)),
+        Comparison("The shares of the layers: equal, or chosen on held-out calibration data", chosen),
+        Comparison(
+            "The loss: kept weights moved towards the dense outputs, on the calibration data",
+            tuple(method for pair in distilled for method in pair),
+        ),
+    )
