@@ -38,7 +38,8 @@ def _ranges(problem: SelectionProblem, pieces: list[QuadraticBlock], budget: Bud
     """The smallest ranges of whole pieces and whole groups; the problem itself where there is just one."""
     assert isinstance(budget, Partitioned)
     ends = np.cumsum([piece.n for piece in pieces])
-    cuts = np.intersect1d(ends, budget.starts)
+    # Pieces are few where groups are many.
+    cuts = ends[budget.starts[np.searchsorted(budget.starts, ends)] == ends]
     if cuts.size == 1:
         return [problem]
     found, first, start = [], 0, 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from solvers.arguments import integer
 from solvers.budget.partitioned import Partitioned
 from solvers.budget.pattern import Pattern
@@ -53,8 +55,7 @@ class NM(Pattern):
 
     def resolve(self, rows: Sequence[tuple[int, int]]) -> Partitioned:
         """The groups; raises ProblemError if m does not divide a row, or the row length a block."""
-        sizes: list[int] = []
-        counts: list[int] = []
+        sizes, counts = [], []
         for block, (count, length) in enumerate(rows):
             inputs = length if self.inputs is None else self.inputs
             if (count * length) % inputs:
@@ -66,6 +67,6 @@ class NM(Pattern):
                     "NM(..., dense_tail=True) keeps those"
                 )
             repeated = count * length // inputs
-            sizes += ([self.m] * whole + [tail] * (tail > 0)) * repeated
-            counts += ([self.m - self.n] * whole + [0] * (tail > 0)) * repeated
-        return Partitioned(tuple(sizes), tuple(counts))
+            sizes.append(np.tile([self.m] * whole + [tail] * (tail > 0), repeated))
+            counts.append(np.tile([self.m - self.n] * whole + [0] * (tail > 0), repeated))
+        return Partitioned(np.concatenate(sizes), np.concatenate(counts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -67,16 +67,22 @@ class Partitioned(Budget):
         If they are not integers, not of one length, or a group loses more than it has.
     """
 
-    sizes: tuple[int, ...]
-    counts: tuple[int, ...]
+    sizes: Sequence[int] | Index
+    counts: Sequence[int] | Index
+    #: `sizes` and `counts` as int64 (groups,).
+    lengths: Index = field(init=False, repr=False, compare=False)
+    quotas: Index = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("sizes", "counts"):
-            object.__setattr__(self, name, _integers(getattr(self, name), name))
+        for name, kept in (("sizes", "lengths"), ("counts", "quotas")):
+            array = _integers(getattr(self, name), name)
+            object.__setattr__(self, name, tuple(array.tolist()))
+            # As of N:M there may be many groups, they are turned into an array once.
+            object.__setattr__(self, kept, array)
         if len(self.sizes) != len(self.counts) or not self.sizes:
             raise ProblemError(f"a partition needs one count for each group, not {len(self.counts)} for "
                                f"{len(self.sizes)} groups, and at least one group")  # fmt: skip
-        sizes, counts = np.array(self.sizes), self.quotas
+        sizes, counts = self.lengths, self.quotas
         wrong = np.flatnonzero((sizes < 1) | (counts < 0) | (counts > sizes))
         if wrong.size:
             group = int(wrong[0])
@@ -93,17 +99,12 @@ class Partitioned(Budget):
     @cached_property
     def starts(self) -> Index:
         """First weight of each group, and the number of all weights at the end: int64 (groups + 1,)."""
-        return np.cumsum([0, *self.sizes])
-
-    @cached_property
-    def quotas(self) -> Index:
-        """The counts as int64 (groups,)."""
-        return np.array(self.counts, dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @cached_property
     def group_of(self) -> Index:
         """Number of the group of each weight, int64 (n,)."""
-        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+        return np.repeat(np.arange(self.lengths.size), self.lengths)
 
     @cached_property
     def groups(self) -> GroupReach:
@@ -131,9 +132,9 @@ class Partitioned(Budget):
         )
 
     def only_mask(self, n: int) -> Mask | None:
-        if ((self.quotas > 0) & (self.quotas < self.sizes)).any():
+        if ((self.quotas > 0) & (self.quotas < self.lengths)).any():
             return None
-        return np.repeat(self.quotas > 0, self.sizes)
+        return np.repeat(self.quotas > 0, self.lengths)
 
     def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
         pruned = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
@@ -146,7 +147,7 @@ class Partitioned(Budget):
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
         """Ranges of groups of one size, which are handled together."""
-        edges = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
+        edges = [0, *(np.flatnonzero(np.diff(self.lengths)) + 1).tolist(), self.lengths.size]
         return list(pairwise(edges))
 
     def part(self, start: int, stop: int) -> Budget | None:
@@ -159,11 +160,11 @@ class Partitioned(Budget):
         return Partitioned(self.sizes[first:last], self.counts[first:last])
 
 
-def _integers(values: Sequence[int], name: str) -> tuple[int, ...]:
+def _integers(values: Sequence[int], name: str) -> Index:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ProblemError(f"{name} of a partition must be integers in a row, not {values!r}")
-    return tuple(array.tolist())
+    return array.astype(np.int64)
 
 
 def places(group: Index) -> Index:

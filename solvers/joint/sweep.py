@@ -93,16 +93,16 @@ def _plan(budget: Budget, rows: int, inputs: int, width: int) -> _Plan:
     """The pieces under a budget; raises CapabilityError for a partition that is none of rows, or none inside rows."""
     if not isinstance(budget, Partitioned):
         return _by_blocks(torch.tensor([budget.n_prune]), inputs, width)
-    sizes = set(budget.sizes)
-    if len(sizes) == 1 and rows % len(budget.sizes) == 0:
-        return _by_blocks(torch.tensor(budget.counts), inputs, width)
-    each = len(budget.sizes) // rows
+    sizes = budget.lengths
+    if rows % sizes.size == 0 and (sizes == sizes[0]).all():
+        return _by_blocks(torch.from_numpy(budget.quotas), inputs, width)
+    each = sizes.size // rows
     cuts = [*budget.starts[: each + 1].tolist()]
-    if cuts[-1] != inputs or len(budget.sizes) % rows or budget.sizes != budget.sizes[:each] * rows:
+    if cuts[-1] != inputs or sizes.size % rows or (sizes.reshape(rows, each) != sizes[:each]).any():
         raise CapabilityError(
             f"sweep takes a partition of a layer into groups of equally many whole rows, or of each row in the same "
-            f"way; of {rows} rows of {inputs} it cannot make {len(budget.sizes)} groups of {min(sizes)} to "
-            f"{max(sizes)} weights"
+            f"way; of {rows} rows of {inputs} it cannot make {sizes.size} groups of {sizes.min()} to "
+            f"{sizes.max()} weights"
         )
     lost = torch.from_numpy(budget.quotas).view(rows, each)
     choices = {low: (high, lost[:, at]) for at, (low, high) in enumerate(itertools.pairwise(cuts))}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.commands.compare import app
 from experiments.commands.shell import run_app
@@ -241,3 +242,27 @@ def test_a_budget_that_is_none_is_refused(folder: Path, tmp_path: Path, capsys: 
     command = ["--solver", "obd", "--blocks", str(folder), "--output-dir", str(tmp_path / "out")]
     assert run(*command, "--budget", "half") != 0
     assert "known forms" in " ".join(capsys.readouterr().err.split())
+
+
+def test_blocks_of_what_layers_see_and_of_channels_are_cut(tmp_path: Path) -> None:
+    from experiments.networks import get_experiment
+    from experiments.networks.load import Source, open_network
+
+    network = open_network(get_experiment("digits-mlp"), Source())
+    rows = cut_blocks("digits-mlp", tmp_path, CutOptions(12, 3, 50, curvature="layer_inputs"), seed=1)
+    weights = torch.cat([p.detach().double().flatten() for p in network.model.parameters() if p.ndim == 2])
+    for path in sorted(rows.glob("*.npz")):
+        block = load_block(path)
+        at = int((weights.unfold(0, 12, 1) - block.weights).abs().sum(1).argmin())
+        assert torch.equal(weights[at : at + 12], block.weights) and block.damping > 0.0
+    cut = cut_blocks("digits-mlp", tmp_path, CutOptions(16, 2, 40, channels=True), seed=1)
+    norms = [p.detach().double().norm(dim=1) for p in network.model.parameters() if p.ndim == 2]
+    for path in sorted(cut.glob("*.npz")):
+        block = load_block(path)
+        assert any(len(n) == block.n and torch.allclose(n, block.weights) for n in norms)
+    with pytest.raises(OptionError, match="2 layers have 3 to 16 channels, not 3"):
+        cut_blocks("digits-mlp", tmp_path, CutOptions(16, 3, 40, channels=True), seed=1)
+    with pytest.raises(OptionError, match="no layer of digits-mlp has so many inputs"):
+        cut_blocks("digits-mlp", tmp_path, CutOptions(100, 1, 40, curvature="layer_inputs"), seed=1)
+    with pytest.raises(OptionError, match="one of fisher, layer_inputs, not 'kfac'"):
+        CutOptions(curvature="kfac")
