@@ -7,8 +7,10 @@ refused before the data are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,34 +108,33 @@ def prune(
     CBSError
         For what does not fit together or into memory, before data are read; for bad data, before gradients are taken.
     """
-    choice = Choice(
-        sparsity=0.9 if sparsity is None and n_kept is None and budget is None else sparsity,
-        n_kept=n_kept,
-        budget=budget,
-        solver=solver,
-        objective=objective,
-        update=update,
-        update_scale=update_scale,
-        allocation=allocation,
-        time_limit=time_limit,
-        min_kept=min_kept,
-        min_kept_per_row=min_kept_per_row,
-        batch_norm=batch_norm,
-        distill=distill,
+    setup, choice, staged = arranged(
+        {
+            "sparsity": sparsity,
+            "n_kept": n_kept,
+            "budget": budget,
+            "solver": solver,
+            "update": update,
+            "update_scale": update_scale,
+            "objective": objective,
+            "allocation": allocation,
+            "time_limit": time_limit,
+            "min_kept": min_kept,
+            "min_kept_per_row": min_kept_per_row,
+            "curvature": curvature,
+            "fisher": fisher,
+            "layer_inputs": layer_inputs,
+            "calibration": calibration,
+            "include": include,
+            "exclude": exclude,
+            "device": device,
+            "seed": seed,
+            "loss_samples": loss_samples,
+            "stages": stages,
+            "batch_norm": batch_norm,
+            "distill": distill,
+        }
     )
-    setup = Setup(
-        fisher=fisher,
-        curvature=curvature,
-        calibration=calibration,
-        include=include,
-        exclude=exclude,
-        device=device,
-        seed=seed,
-        loss_samples=loss_samples,
-        layer_inputs=layer_inputs,
-    )
-    single = isinstance(stages, int) and not isinstance(stages, bool) and stages == 1
-    staged = None if single else StageOptions.of(stages)
     if setup.layerwise:
         if staged is not None or journal is not None:
             raise OptionError(f"curvature={curvature!r} knows no stages and no journal; leave them out")
@@ -141,3 +142,26 @@ def prune(
     if loss_fn is None:
         raise OptionError(f"curvature={curvature!r} takes a loss; pass loss_fn, or curvature='layer_inputs'")
     return run(model, data, loss_fn, setup, choice, staged, journal=journal, progress=progress)
+
+
+def arranged(settings: Mapping[str, Any]) -> tuple[Setup, Choice, StageOptions | None]:
+    """Settings by argument of `prune`, what is left out at its default, as what the engine takes.
+
+    Returns
+    -------
+    (Setup, Choice, StageOptions or None)
+        The last is None for one shot.
+
+    Raises
+    ------
+    OptionError, UnknownNameError, CapabilityError
+    """
+    sides = {field.name for field in fields(Setup)}
+    stages = settings.get("stages", 1)
+    chosen = {name: value for name, value in settings.items() if name not in sides and name != "stages"}
+    if all(chosen.get(name) is None for name in ("sparsity", "n_kept", "budget")):
+        chosen["sparsity"] = 0.9
+    choice = Choice(**chosen)
+    setup = Setup(**{name: value for name, value in settings.items() if name in sides})
+    single = isinstance(stages, int) and not isinstance(stages, bool) and stages == 1
+    return setup, choice, None if single else StageOptions.of(stages)

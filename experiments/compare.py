@@ -1,7 +1,7 @@
 """``python -m experiments.compare``: how good is a solver, really?."""
 
+from cbs_opt.cli.shell import run_app
 from experiments.commands.compare import app
-from experiments.commands.shell import run_app
 
 if __name__ == "__main__":
     run_app(app)

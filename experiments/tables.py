@@ -1,6 +1,6 @@
 """``python -m experiments.tables``: the literature's table beside ours, staged pruning without training."""
 
-from experiments.commands.shell import run_app
+from cbs_opt.cli.shell import run_app
 from experiments.commands.tables import app
 
 if __name__ == "__main__":

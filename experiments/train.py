@@ -1,6 +1,6 @@
 """``python -m experiments.train``: train the network of an experiment."""
 
-from experiments.commands.shell import run_app
+from cbs_opt.cli.shell import run_app
 from experiments.commands.train import app
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield part
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
+        # Some writers make files that their owner alone can read, whatever the umask says.
+        os.umask(mask := os.umask(0o022))
+        os.chmod(part, 0o666 & ~mask)
         os.replace(part, final)
     finally:
         part.unlink(missing_ok=True)

@@ -47,6 +47,7 @@ class CalibrationOptions:
     order : {"random", "first"}
         Which ones: drawn without replacement under `seed`, or the first.
     seed : int
+        Of the draw.
     check_passes : bool
         Read the data twice and compare. A result cannot be repeated with data that differ from pass to pass.
     """

@@ -54,6 +54,7 @@ class Distill:
     Attributes
     ----------
     steps : int
+        Of AdamW.
     lr : float
         Length of the first step of AdamW, from which it falls linearly to zero.
     loss : {"kl", "mse", "given"}

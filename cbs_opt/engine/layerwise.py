@@ -60,7 +60,7 @@ def prune_layerwise(
 
     `shares` are those that `find_shares` found for the same network, data and budget.
     """
-    network = _opened(model, data, loss_fn, setup, choice)
+    network = open_layerwise(model, data, loss_fn, setup, choice)
     # Asked now, as the network changes.
     _ = network.dense_loss
     run = _Run(network, choice, progress, shares)
@@ -87,7 +87,7 @@ def find_shares(
 
     `prune_layerwise` finds them by itself. Choices whose `quick` is the same share them.
     """
-    run = _Run(_opened(model, data, loss_fn, setup, choice), choice, progress)
+    run = _Run(open_layerwise(model, data, loss_fn, setup, choice), choice, progress)
     _ = run.network.scales
     chain, _ = run.network.chain()
     try:
@@ -143,7 +143,7 @@ def sensitivity(
         one_of("measure", measure, MEASURES)
     levels = check_levels(levels)
     choice = Choice(sparsity=0.5, solver=solver, update=update)
-    network = _opened(model, data, loss_fn, setup, choice)
+    network = open_layerwise(model, data, loss_fn, setup, choice)
     _ = network.scales
     chain, _ = network.chain()
     parts = Parts.of(network.stream)
@@ -154,7 +154,7 @@ def sensitivity(
         return measured_curves(network, choice, whole(network.streamed()), parts, levels, progress, measure)
 
 
-def _opened(
+def open_layerwise(
     model: nn.Module, data: object, loss_fn: LossFunction | None, setup: Setup, choice: Choice
 ) -> LayerwiseNetwork:
     """A copy of the network with its data; raises what can be known by now."""

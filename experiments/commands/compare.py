@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from cbs_opt.cli.shell import wide_console
 from experiments.commands.grouping import grouped
-from experiments.commands.shell import on_backend, wide_console
+from experiments.commands.shell import on_backend
 from experiments.networks.load import Source
 from experiments.reports.gaps import (
     best_values,

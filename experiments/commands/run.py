@@ -15,8 +15,9 @@ from typing import Annotated
 import typer
 
 from cbs_opt import Sensitivity
+from cbs_opt.cli.shell import wide_console
 from experiments.commands.grouping import grouped
-from experiments.commands.shell import on_backend, wide_console
+from experiments.commands.shell import on_backend
 from experiments.datasets.cache import CacheWarning
 from experiments.networks.criterion import Metric
 from experiments.networks.load import Source

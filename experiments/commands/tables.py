@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from cbs_opt import StageRecord
+from cbs_opt.cli.shell import wide_console
 from experiments.commands.grouping import grouped
-from experiments.commands.shell import wide_console
 from experiments.networks import EXPERIMENTS, Experiment, Network, get_experiment
 from experiments.networks.experiment import SolverTable, StagedTable
 from experiments.networks.load import Source, open_network

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from cbs_opt.cli import main
 from experiments.commands import compare, run, tables, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,4 +35,8 @@ def test_options_in_commands_exist(document: Path) -> None:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL)).replace("\\\n", " ")
     for name, arguments in re.findall(r"python -m experiments\.(\w+)(.*)", blocks):
         known = {opt for p in typer.main.get_command(COMMANDS[name].app).params for opt in (*p.opts, *p.secondary_opts)}
+        assert set(re.findall(r"(?<= )--[\w-]+", arguments)) <= known
+    for name, arguments in re.findall(r"cbs-opt (\w+)(.*)", blocks):
+        command = typer.main.get_command(main.app).commands[name]
+        known = {opt for p in command.params for opt in (*p.opts, *p.secondary_opts)}
         assert set(re.findall(r"(?<= )--[\w-]+", arguments)) <= known

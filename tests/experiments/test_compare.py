@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from cbs_opt.cli.shell import run_app
 from experiments.commands.compare import app
-from experiments.commands.shell import run_app
 from experiments.reports.gaps import best_values, gap_over_time, summary
 from experiments.runs.cutting import CutOptions, cut_blocks
 from experiments.runs.rows import ResultsFile

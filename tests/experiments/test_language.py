@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cbs_opt
+from cbs_opt.cli.shell import run_app
 from cbs_opt.engine import sensitivity
 from experiments.commands import run, tables, train
-from experiments.commands.shell import run_app
 from experiments.datasets.text import Corpus, TokenText, Windows, load_wikitext
 from experiments.networks import EXPERIMENTS
 from experiments.networks.load import Source, open_network

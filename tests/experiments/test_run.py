@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import cbs_opt
+from cbs_opt.cli.shell import run_app
 from experiments.commands.run import app
-from experiments.commands.shell import run_app
 from experiments.datasets import load_dataset
 from experiments.networks import EXPERIMENTS, DigitsMLP, get_experiment
 from experiments.networks.checkpoints import save_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from experiments.commands.shell import expand_values, run_app
+from cbs_opt.cli.shell import expand_values, run_app
 from solvers.errors import DataError
 
 SEVERAL = ("--solver", "--sparsity", "--seed")

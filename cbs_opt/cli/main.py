@@ -1,0 +1,32 @@
+"""``cbs-opt``: the program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from cbs_opt.cli import describe, doctor, inspect, listing, prune
+from cbs_opt.cli.shell import run_app
+
+app = typer.Typer(
+    name="cbs-opt",
+    help="Prune networks with the combinatorial brain surgeon.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, module in {
+    "prune": prune,
+    "inspect": inspect,
+    "solvers": listing,
+    "describe": describe,
+    "doctor": doctor,
+}.items():
+    app.command(name, help=module.command.__doc__)(module.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit; see `cbs_opt.cli.shell` for the codes."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    run_app(app, given or ["--help"], name="cbs-opt")
