@@ -11,6 +11,7 @@ import numpy as np
 
 from solvers.block import QuadraticBlock
 from solvers.budget import Budget, Cardinality, Partitioned
+from solvers.layer_rows import rowwise
 from solvers.problem import SelectionProblem
 from solvers.solver import Solver
 
@@ -18,14 +19,16 @@ from solvers.solver import Solver
 def parts_for(solver: Solver, problem: SelectionProblem) -> list[SelectionProblem]:
     """The problem itself, or the independent ones it is made of that `solver` takes, in the order of the weights.
 
-    They are ranges of blocks, and ranges of rows where `solver` wants these apart or does not take a part as it is.
+    They are ranges of blocks, and ranges of rows where `solver` wants these apart or does not take a part as it is; a
+    layer that it wants whole is not taken apart.
     """
     budget = problem.budget
     if not isinstance(budget, Partitioned):
         return [problem]
     found = []
     for part in _ranges(problem, list(problem.blocks), budget):
-        whole = isinstance(part.budget, solver.budgets) and not solver.apart
+        batch = solver.rows_beyond is not None and part.n > solver.rows_beyond and rowwise(part)
+        whole = isinstance(part.budget, solver.budgets) and (batch or not solver.apart)
         if whole or isinstance(part.budget, Cardinality):
             found.append(part)
         else:

@@ -195,6 +195,8 @@ class Solver(ABC):
     apart: ClassVar[bool] = False
     """Whether parts of a partitioned problem that share nothing (rows of a layer) are handed to it one by one, even
     though it keeps a partition as a whole."""
+    rows_beyond: ClassVar[int | None] = None
+    """Layers of more weights than that come to it whole all the same where no row is cut: it goes by rows itself."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CURVATURE})
     """What it looks at; what no solver and no update needs is not measured."""
     max_weights: ClassVar[int | None] = None

@@ -28,9 +28,10 @@ from solvers.block import QuadraticBlock
 from solvers.budget import Partitioned, as_partition, places
 from solvers.curvature import Dense, Diagonal
 from solvers.errors import CapabilityError
-from solvers.joint.kept import dense_problem, kept_system, search_blocks
+from solvers.joint.kept import dense_problem, kept_system
 from solvers.moves.elimination_path import eliminate_dense
 from solvers.problem import Array, Mask, SelectionProblem
+from solvers.regularise import search_blocks
 from solvers.solution import Reason
 from solvers.solver import Deadline
 

@@ -7,8 +7,9 @@ With S kept, P pruned, v the refit on S and ρ minus the gradient of the model a
 
 and a swap changes the objective by cost − gain corrected for the interaction of i and j, exactly
 (`solvers.moves.joint_swaps`, `solvers.joint.pool_search`). Small problems are held as a dense tableau, searched by
-descent from several starts and then by a tabu walk with kicks; large ones by rounds of exact searches over pools
-of promising weights. Either way the result cannot be bettered by one swap, unless a limit stopped it earlier.
+descent from several starts and then by a tabu walk with kicks; layers row by row (`solvers.layer_rows`); other large
+ones by rounds of exact searches over pools of promising weights. Either way the result cannot be bettered by one swap,
+unless a limit stopped it earlier.
 
 Source: this package. In- and out-scores: Hassibi and Stork (NeurIPS 1993), Miller (*Subset Selection in
 Regression*); swaps for pruning: Yu et al. (*The Combinatorial Brain Surgeon*, ICML 2022), there for CBS-S.
@@ -27,7 +28,9 @@ from solvers.joint.admm import AdmmSolver
 from solvers.joint.dense_search import DenseJoint, search
 from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.joint.pool_search import pool_search
+from solvers.joint.row_search import settle_row
 from solvers.joint.support import search_problem
+from solvers.layer_rows import LayerRows, settle
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.registry import make_solver
 from solvers.running import run_backend, with_remaining_time
@@ -48,6 +51,7 @@ class JointLocalSearchSolver(Solver):
     curvatures = KEPT_SYSTEMS
     budgets = RANKED
     apart = True
+    rows_beyond = 20_000
 
     start: str = option("obs[chunks=8,pool=0]", "solver that makes the first mask, unless one is given")
     dense_limit: int = option(600, "weights up to which H is held dense and searched by tabu", minimum=1)
@@ -66,6 +70,9 @@ class JointLocalSearchSolver(Solver):
             return Proposal(first, reason=Reason.TIME_LIMIT, repairs=tuple(notes))
         if problem.n <= self.dense_limit:
             return self._dense(problem, vectors, context, first, tuple(notes))
+        layers = LayerRows.of(problem, invertible=True)
+        if layers is not None:
+            return self._rows(layers, context, first, tuple(notes))
         result = pool_search(
             problem,
             first,
@@ -78,6 +85,29 @@ class JointLocalSearchSolver(Solver):
         )
         statistics = {"rounds": result.rounds, "swaps": result.swaps, "scan_complete": float(result.complete)}
         return Proposal(result.pruned, reason=result.reason, repairs=tuple(notes), statistics=statistics)
+
+    def _rows(self, layers: LayerRows, context: Context, first: Mask, repairs: tuple[str, ...]) -> Proposal:
+        try:
+            found = settle(
+                layers,
+                first,
+                settle_row,
+                min_gain=self.min_gain,
+                rounds=self.rounds,
+                deadline=context.deadline,
+                record=context.record,
+            )
+        except np.linalg.LinAlgError as error:
+            raise SingularHessianError(
+                f"joint_ls: H of the kept weights is singular ({error}); use a larger damping"
+            ) from error
+        statistics = {"rounds": found.rounds, "swaps": found.swaps, "moves": found.moves}
+        return Proposal(
+            found.pruned,
+            reason=found.reason,
+            repairs=repairs,
+            statistics={name: float(count) for name, count in statistics.items()},
+        )
 
     def _first_mask(self, problem: SelectionProblem, context: Context) -> tuple[Mask, list[str]]:
         """The given mask, or that of the starting solver with what it had to repair."""

@@ -6,7 +6,8 @@ weights through the r × r Woodbury system K_S = λI + A_SA_Sᵀ,
 
     [H_SS⁻¹]_ii = (1 − a_iᵀK_S⁻¹a_i)/λ ,      v = u + A_Sᵀ K_S⁻¹ (Aw − A_S u_S) on S,   u = w − g/λ ,
 
-and resolves the interactions among the cheapest exactly. Once H_SS itself fits, weights go one at a time.
+and resolves the interactions among the cheapest exactly. Once H_SS itself fits, weights go one at a time. In the
+rows of a layer they do so from the start (`solvers.joint.row_elimination`).
 
 Source: Hassibi and Stork, *Optimal Brain Surgeon*, NeurIPS 1993; Frantar, Singh and Alistarh, *Optimal Brain
 Compression*, NeurIPS 2022; Yu et al., *The Combinatorial Brain Surgeon*, ICML 2022, for the model and the names.
@@ -20,6 +21,8 @@ from solvers.budget import Groups
 from solvers.joint.elimination import EliminationPlan, eliminate
 from solvers.joint.group_elimination import eliminate_groups
 from solvers.joint.kept import KEPT_SYSTEMS
+from solvers.joint.row_elimination import eliminate_rows
+from solvers.layer_rows import LayerRows
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import JOINT_PROBLEM, RANKED, Capability, Context, Solver, option
@@ -37,6 +40,7 @@ class OptimalBrainSurgeonSolver(Solver):
     curvatures = KEPT_SYSTEMS
     budgets = (*RANKED, Groups)
     apart = True
+    rows_beyond = 0
 
     chunks: int = option(20, "rounds before blocks are small enough for one-at-a-time elimination", minimum=1)
     exact_below: int = option(3000, "kept weights of a block from which on weights go one at a time", minimum=1)
@@ -51,6 +55,11 @@ class OptimalBrainSurgeonSolver(Solver):
         if isinstance(problem.budget, Groups):
             pruned, completed = eliminate_groups(problem, context.deadline)
             return Proposal(pruned, reason=Reason.COMPLETED if completed else Reason.TIME_LIMIT)
+        layers = None if self.frozen_zeros else LayerRows.of(problem, invertible=True)
+        if layers is not None:
+            pruned, completed = eliminate_rows(layers, context.deadline)
+            reason = Reason.COMPLETED if completed else Reason.TIME_LIMIT
+            return Proposal(pruned, reason=reason, repairs=layers.repairs)
         plan = EliminationPlan(self.chunks, self.exact_below, self.pool, self.refresh, self.frozen_zeros)
         result = eliminate(problem, plan, context.deadline)
         return Proposal(

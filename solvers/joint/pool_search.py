@@ -27,8 +27,9 @@ from scipy.linalg import block_diag
 
 from solvers.budget import Partitioned, as_partition
 from solvers.joint.dense_search import DenseJoint, descend
-from solvers.joint.kept import KeptSystem, kept_system, search_blocks
+from solvers.joint.kept import KeptSystem, kept_system
 from solvers.problem import Mask, SelectionProblem
+from solvers.regularise import search_blocks
 from solvers.solution import Reason
 from solvers.solver import Deadline
 

@@ -18,10 +18,11 @@ import torch
 from solvers.block import QuadraticBlock
 from solvers.curvature import Kronecker, LowRank
 from solvers.curvature.factor_products import back_project, project
-from solvers.joint.kept import KEPT_SYSTEMS, kept_system, regularised
+from solvers.joint.kept import KEPT_SYSTEMS, kept_system
 from solvers.linalg import Apply, cholesky, cholesky_solve, named
 from solvers.problem import SelectionProblem
 from solvers.ranking import smallest
+from solvers.regularise import regularised
 from solvers.tensors import ProblemTensors
 
 METRICS = ("obs", "diagonal", "identity")

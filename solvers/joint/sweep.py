@@ -24,10 +24,10 @@ import torch
 from solvers.budget import Budget, Partitioned
 from solvers.curvature import Dense, Kronecker, LowRank
 from solvers.errors import CapabilityError
-from solvers.joint.kept import regularised
 from solvers.linalg import named
 from solvers.problem import SelectionProblem
 from solvers.ranking import smallest_of_rows
+from solvers.regularise import regularised
 from solvers.solution import Proposal
 from solvers.solver import RANKED, Capability, Context, Solver, option
 

@@ -46,12 +46,13 @@ class SwapSearch(Solver):
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """Start, search."""
-        first = context.start
-        if first is None:
-            first = make_solver(self.start_spec).run(problem, context).pruned
-        state = SwapState(problem, first)
+        state = SwapState(problem, self.first_mask(problem, context))
         context.record(state.value)
         return self.search(state, context)
+
+    def first_mask(self, problem: SelectionProblem, context: Context) -> Mask:
+        """The mask to start from."""
+        return make_solver(self.start_spec).run(problem, context).pruned if context.start is None else context.start
 
     @property
     def start_spec(self) -> str:

@@ -49,7 +49,7 @@ def build(hessian: Array, linear: Array, kept: Mask) -> tuple[Array, Array]:
     return tableau, solution
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def pivot(tableau: Array, solution: Array, k: int, kept: Mask) -> float:
     """Move k across; returns the change of the objective."""
     n = solution.size
@@ -77,7 +77,7 @@ def pivot(tableau: Array, solution: Array, k: int, kept: Mask) -> float:
     return change
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def best_swap(
     tableau: Array, solution: Array, inside: Index, outside: Index, low: Index, high: Index
 ) -> tuple[float, int, int]:
@@ -106,7 +106,7 @@ def best_swap(
     return best, out, into
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def descend(
     tableau: Array, solution: Array, kept: Mask, low: Index, high: Index, least_gain: float, most: int
 ) -> tuple[float, int]:
@@ -122,7 +122,7 @@ def descend(
     return total, swaps
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def tabu_walk(
     tableau: Array,
     solution: Array,

@@ -11,11 +11,12 @@ import torch
 from solvers import QuadraticBlock, SelectionProblem, SingularHessianError
 from solvers.curvature import Dense as DenseCurvature
 from solvers.curvature import Diagonal
-from solvers.joint.kept import KeptSystem, dense_problem, kept_system, regularised
+from solvers.joint.kept import KeptSystem, dense_problem, kept_system
 from solvers.moves import joint_swaps
 from solvers.moves.elimination_path import eliminate_dense
 from solvers.moves.reduced import ReducedProblem
 from solvers.refit import refit
+from solvers.regularise import regularised
 from tests.conftest import random_block
 
 

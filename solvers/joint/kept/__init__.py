@@ -10,10 +10,9 @@ from solvers.joint.kept.base import KeptSystem
 from solvers.joint.kept.dense import DenseKeptSystem
 from solvers.joint.kept.diagonal import DiagonalKeptSystem
 from solvers.joint.kept.low_rank import LowRankKeptSystem
-from solvers.joint.kept.regularise import regularised, search_blocks
 from solvers.moves.reduced import ReducedProblem
 
-__all__ = ["KEPT_SYSTEMS", "KeptSystem", "dense_problem", "kept_system", "regularised", "search_blocks"]
+__all__ = ["KEPT_SYSTEMS", "KeptSystem", "dense_problem", "kept_system"]
 
 #: Kinds of curvature whose components have a kept system.
 KEPT_SYSTEMS = (LowRank, Dense, Diagonal, Kronecker)

@@ -31,7 +31,7 @@ class KeptSystem(ABC):
     Attributes
     ----------
     block : QuadraticBlock
-        With enough damping for every H_SS to be invertible, see `regularised`.
+        With enough damping for every H_SS to be invertible, see `solvers.regularise`.
     kept : bool (n,)
     n_kept : int
     dtype : torch.dtype
