@@ -99,6 +99,13 @@ class LayerwiseNetwork(OpenNetwork):
         """s of every layer; to be asked for before it is pruned."""
         return row_scales(self.streamed()) if self.setup.curvature == "kfac" else {}
 
+    def compared_scales(self, stream: BatchStream) -> dict[str, Tensor]:
+        """s by which scores of several layers compare, while the network is dense; without a loss the curvature's."""
+        if self.setup.curvature == "kfac" or not self.has_loss:
+            return self.scales
+        self.gather()
+        return row_scales(self.streamed(stream))
+
     def streamed(self, stream: BatchStream | None = None) -> Streamed:
         """As what measures takes it, with all of its data or others."""
         return Streamed(self.model, self.layers, stream or self.stream, self.forward, self.setup.place)
@@ -119,10 +126,11 @@ class LayerwiseNetwork(OpenNetwork):
         put = streamed.put(inputs), None if targets is None else streamed.put(targets), size
         return Costs.of(choice.costs, streamed, put)
 
-    def blocks(self, moment: InputMoment) -> list[QuadraticBlock]:
-        """Of one layer."""
+    def blocks(self, moment: InputMoment, scales: dict[str, Tensor] | None = None) -> list[QuadraticBlock]:
+        """Of one layer, by the scales of the curvature or others."""
         layer = moment.layer
-        return moment.blocks(self.weights(layer), self.options.damping, self.scales.get(layer.name))
+        scale = (self.scales if scales is None else scales).get(layer.name)
+        return moment.blocks(self.weights(layer), self.options.damping, scale)
 
     def chain(self) -> tuple[Chain, str]:
         """Its segments, and what is to be said of them."""

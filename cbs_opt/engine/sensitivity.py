@@ -49,7 +49,7 @@ from solvers.errors import DataError, OptionError
 
 MEASURES = ("loss", "divergence")
 #: Layers that are measured, at most about.
-MOST_LAYERS = 100
+MOST_LAYERS = 56
 #: Samples held out to measure by, and, of sequences, tokens.
 _SAMPLES, _TOKENS = 32, 512
 #: Solvers that look at each weight once: their time is that of `sweep` or less.
@@ -73,7 +73,7 @@ class Parts:
     fit, probes, held : BatchStream
         No sample is in two of them.
     rough : BatchStream
-        A third of `fit`, by which candidates are pruned.
+        A third of `fit`, a sixth of sequences, by which candidates are pruned.
     """
 
     fit: BatchStream
@@ -98,7 +98,8 @@ class Parts:
         rest = np.setdiff1d(np.arange(n, dtype=np.int64), probes)
         held = rest[(2 * np.arange(k) + 1) * len(rest) // (2 * k)] if k else rest[:0]
         fit = np.setdiff1d(rest, held)
-        parts = (fit, fit[::3], probes, held)
+        rough = fit[::3] if wanted == _SAMPLES else fit[::6]
+        parts = (fit, rough, probes, held)
         return cls(*(StreamPart(stream, part, stored=number >= 2) for number, part in enumerate(parts)))
 
 
@@ -153,9 +154,10 @@ class Judge:
         return total / seen if seen else total
 
 
-def levels_around(sparsity: float) -> tuple[float, ...]:
-    """Four levels around a sparsity: a third, two thirds, it, and half of what is left; and 1."""
-    return (sparsity / 3, 2 * sparsity / 3, sparsity, (1 + sparsity) / 2, 1.0)
+def levels_around(sparsity: float, layers: int = 1) -> tuple[float, ...]:
+    """Levels around a sparsity: two thirds of it, it, half of what is left, and 1; of few layers also a third of it."""
+    levels = (sparsity / 3, 2 * sparsity / 3, sparsity, (1 + sparsity) / 2, 1.0)
+    return levels if layers <= MOST_LAYERS else levels[1:]
 
 
 def check_levels(levels: Sequence[float]) -> tuple[float, ...]:

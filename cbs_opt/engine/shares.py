@@ -1,14 +1,15 @@
 """How many weights each layer loses, where layers are pruned one by one.
 
 ``uniform`` and ``rows`` give all layers the same sparsity; ``magnitude``, ``saliency``, ``surgeon`` and ``marginal``
-put one threshold over the scores of all layers (`solvers.allocation`), for which, but for magnitudes, the dense network
-is measured once. ``measured`` asks the network itself (`sensitivity`).
+put one threshold over the scores of all layers (`solvers.allocation`), for which, but for magnitudes, the dense
+network is measured once; where there is a loss, its mean squared gradients at their outputs scale the rows, as in
+`kfac`. ``measured`` asks the network itself (`sensitivity`).
 
-None of these is right on every network. ``best``, or several names, tries them: under each, layer by layer, the network
-is pruned by the solver and update of `sensitivity.quick` on a third of the calibration data, and its loss (or
-divergence) is taken on samples that played no part in that, nor in measuring. Then the middles between the best and
-uniform, and between the best and the second, are tried too, and the least of all is taken. The network is dense again
-afterwards.
+None of these is right on every network. ``best``, or several names, tries them: under each, layer by layer, the
+network is pruned by the solver and update of `sensitivity.quick` on a third of the calibration data (of sequences a
+sixth), and its loss (or divergence) is taken on samples that played no part in that, nor in measuring. Then the
+middles between the best and uniform, and between the best and the second, are tried too, and the least of all is
+taken. The network is dense again afterwards.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Sharing:
         """What each layer loses by one rule, (layers,)."""
         if name == MEASURED and 0 < self.n_prune < self.layers.n:
             parts = self.parts or Parts.of(self.network.stream)
-            levels = levels_around(self.n_prune / self.layers.n)
+            levels = levels_around(self.n_prune / self.layers.n, len(self.layers))
             self.sensitivity = measured_curves(self.network, self.choice, self.chain, parts, levels)
             if self.costs is not None:
                 return self._cheapest(cost_curves(self.sensitivity), self.costs)
@@ -136,9 +137,10 @@ class Sharing:
             scores = {layer.name: self.network.weights(layer).abs().float() for layer in self.layers}
         else:
             stream = self.network.stream if self.parts is None else self.parts.fit
+            scales = self.network.compared_scales(stream if self.parts is None else self.parts.rough)
             for moments in SegmentPasses(self.network.streamed(stream), self.chain):
                 for moment in moments:
-                    problem = SelectionProblem(self.network.blocks(moment), moment.layer.n, self.choice.goal())
+                    problem = SelectionProblem(self.network.blocks(moment, scales), moment.layer.n, self.choice.goal())
                     scores[moment.layer.name] = torch.from_numpy(SCORES[name](problem)).float()
         if self.costs is None:
             chosen = prune_smallest_magnitudes([scores[layer.name].cpu() for layer in self.layers], self.n_prune)

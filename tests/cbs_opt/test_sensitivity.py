@@ -239,3 +239,15 @@ def test_nonsense_of_curves_is_refused(arguments: dict[str, Any], error: type[Ex
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(DataError, match="at least 4"):
         cbs_opt.sensitivity(Idle().eval(), data(3), F.cross_entropy)
+
+
+@pytest.mark.parametrize("rule", ["surgeon", "saliency"])
+def test_scores_of_several_layers_are_scaled_by_the_loss_where_there_is_one(rule: str) -> None:
+    with_loss = pruned(loss_fn=F.cross_entropy, allocation=rule)
+    scaled = pruned(loss_fn=F.cross_entropy, allocation=rule, curvature="kfac")
+    plain = pruned(allocation=rule)
+
+    def shares(result: cbs_opt.PruneResult) -> list[int]:
+        return [row.n - row.n_kept for row in result.report.layers]
+
+    assert shares(with_loss) == shares(scaled) != shares(plain)
