@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cbs_opt import CalibrationData, DataError, Distill, FisherOptions, ModelErr
 from cbs_opt.data.divergence import compared, distance
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.data.training_batches import TrainingBatches
+from cbs_opt.engine.distil_pruned import distil_pruned
 from cbs_opt.engine.masked_training import LinearAdamW, TrainedWeights
 from solvers.errors import UnknownNameError
 
@@ -295,3 +297,43 @@ def test_a_prepared_network_stays_what_it_was() -> None:
     plain = prepared.prune(sparsity=0.7)
     assert np.array_equal(first.weights, second.weights) and not np.array_equal(first.weights, plain.weights)
     assert torch.equal(plain.model[0].bias, mlp()[0].bias)
+
+
+def test_a_network_that_was_pruned_before_comes_to_the_same() -> None:
+    data, model = samples(), mlp()
+    setup = cbs_opt.Setup(curvature="layer_inputs", device="cpu")
+    options = Distill(steps=20, lr=1e-3)
+    how = {"sparsity": 0.6, "solver": "sweep", "update": "own", "curvature": "layer_inputs", "device": "cpu"}
+    before = cbs_opt.prune(model, data, F.cross_entropy, **how)
+    after = cbs_opt.prune(model, data, F.cross_entropy, distill=options, **how)
+    plain = cbs_opt.remove_masks(copy.deepcopy(before.model))
+    for pruned in (before.model, plain):
+        state = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+        found = distil_pruned(pruned, model, data, F.cross_entropy, setup, options)
+        assert torch.equal(found.model(data[0]), after.model(data[0]))
+        assert found.loss == after.report.loss_pruned and found.record.loss_after == after.report.distill.loss_after
+        assert found.masks.keys() == before.masks.keys()
+        assert all(torch.equal(found.masks[name], mask) for name, mask in before.masks.items())
+        assert all(torch.equal(pruned.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+LAYERS = cbs_opt.Setup(curvature="layer_inputs", device="cpu")
+ONCE = replace(LAYERS, calibration=cbs_opt.CalibrationOptions(n_samples=240))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": mlp()}, ModelError, "no layer of the network has a mask or zeros"),
+        ({"dense": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()}, ModelError, "different layers"),
+        ({"data": iter([samples()]), "setup": ONCE}, DataError, "one-shot"),
+        ({"options": Distill(loss="given")}, OptionError, "takes a loss"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    pruned = mlp()
+    with torch.no_grad():
+        pruned[0].weight[0] = 0.0
+    given = {"model": pruned, "dense": mlp(), "data": samples(), "loss_fn": None, "options": Distill()}
+    with pytest.raises(error, match=message):
+        distil_pruned(**{**given, "setup": LAYERS, **change})
