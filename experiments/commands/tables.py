@@ -7,7 +7,7 @@ same command goes on where it was interrupted. Rows of `experiments.run` may be 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,8 @@ def main(
     source: Source,
     seed: Annotated[list[int] | None, typer.Option(help="A path of stages, or calibration data, for each.")] = None,
     until: Annotated[float, typer.Option(help="Stop at this sparsity.")] = 1.0,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Of a table of solvers, no others than these.")] = None,
+    found: Annotated[bool, typer.Option("--found", help="Of a table of solvers, show rows that are there.")] = False,
     rows: Annotated[list[Path] | None, typer.Option(help="results.jsonl of experiments.run, shown beside.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Gets table, plot, rows and journals.")] = Path("tables"),
 ) -> None:
@@ -53,7 +55,15 @@ def main(
     others = [row for path in rows or [] for row in read_rows(path) if row.get("experiment") == experiment]
     asked = _Asked(chosen, source, seeds, until, folder, others, console)
     if isinstance(table, SolverTable):
-        _solver_table(asked, table)
+        wanted = tuple(s for s in table.reported if s <= until and (not sparsity or s in sparsity))
+        if not wanted:
+            reported = ", ".join(f"{s:g}" for s in table.reported)
+            raise OptionError(f"--until and --sparsity leave none of the table's sparsities, {reported}")
+        _solver_table(asked, replace(table, reported=wanted), found)
+    elif sparsity or found:
+        raise OptionError(
+            f"the table of {experiment} is a path through its sparsities; leave --sparsity and --found out"
+        )
     else:
         _staged_table(asked, table)
     console.print((folder / "table.md").read_text(), markup=False, highlight=False, soft_wrap=True)
@@ -78,19 +88,19 @@ class _Asked:
         self.console.print(message, soft_wrap=True, markup=False, highlight=False)
 
 
-def _solver_table(asked: _Asked, table: SolverTable) -> None:
+def _solver_table(asked: _Asked, table: SolverTable, found: bool) -> None:
     results = ResultsFile(asked.folder)
     network = asked.network()
-    count = len(asked.seeds) * len(table.methods) * sum(s <= asked.until for s in table.reported)
+    count = len(asked.seeds) * len(table.methods) * len(table.reported)
     rows = []
     with RunDisplay(asked.console, count) as display:
         listener = Listener(display.say, display.working, display.finished)
-        made = method_rows(network, table, asked.source, asked.seeds, results, listener, asked.until)
+        made = method_rows(network, table, asked.source, asked.seeds, results, listener, found)
         for method, row in made:
             rows.append((method, row))
             write_solver_table(asked.folder, asked.experiment, table, rows, asked.others, network.dense)
     if not rows:
-        raise OptionError(f"--until {asked.until:g} is below all of the table's sparsities; give {table.reported[0]:g}")
+        raise OptionError(f"{results.path} has no row of this table; leave --found out")
 
 
 def _staged_table(asked: _Asked, table: StagedTable) -> None:

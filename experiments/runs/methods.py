@@ -21,22 +21,25 @@ def method_rows(
     seeds: Sequence[int],
     results: ResultsFile,
     listener: Listener,
-    until: float = 1.0,
+    found: bool = False,
 ) -> Iterator[tuple[Method, dict[str, Any]]]:
-    """Every row with its method, one seed after the other; those in the file already are not made again."""
+    """Every row with its method, one seed after the other; those in the file already are not made again.
+
+    `found` makes none.
+    """
     followed = {method.undistilled for method in table.methods if method.distill is not None}
-    sparsities = tuple(sparsity for sparsity in table.reported if sparsity <= until)
-    for seed in seeds if sparsities else ():
+    for seed in seeds:
         for method in table.methods:
             options = RunOptions(
                 network=NetworkOptions(network.experiment.name),
                 source=source,
                 curvature=CurvatureOptions(table.curvature),
-                sweep=SweepOptions((method.solver,), sparsities, seed=(seed,), update=(method.update,)),
+                sweep=SweepOptions((method.solver,), table.reported, seed=(seed,), update=(method.update,)),
                 choice=_choice(method),
                 save_networks=method.distill is None and method.undistilled in followed,
             )
-            for row in Sweep(options, results, listener, network=network).run():
+            sweep = Sweep(options, results, listener, network=network)
+            for row in sweep.found() if found else sweep.run():
                 yield method, row
 
 

@@ -100,6 +100,11 @@ class Sweep:
                     shutil.rmtree(self.bench.layer_rows.kept(self.keys(task)), ignore_errors=True)
                 yield self._told(row, new=True)
 
+    def found(self) -> Iterator[dict[str, Any]]:
+        """The rows that are there."""
+        for row in filter(None, map(self._found, self.bench.tasks)):
+            yield self._told(row, new=False)
+
     def measure(self) -> None:
         """Fill the folder of gradients, and make no row."""
         for seed in self.options.sweep.seed:

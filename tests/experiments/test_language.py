@@ -236,7 +236,18 @@ def test_the_table_has_a_line_per_method_and_is_resumed(
     assert "python -m experiments.tables" in text and (tmp_path / NAME / "table.png").stat().st_size > 1000
     capsys.readouterr()
     assert leaves_with(tables.app, *asked, "--until", "0.1", "--output-dir", tmp_path) == 2
-    assert "--until 0.1" in capsys.readouterr().err
+    assert "leave none of the table's sparsities, 0.5, 0.6" in capsys.readouterr().err
+    # Rows that are there, and no others.
+    asked[-1] = "1"
+    assert leaves_with(tables.app, *asked, "--found", "--output-dir", tmp_path) == 2
+    assert "has no row of this table" in capsys.readouterr().err
+    monkeypatch.setattr(Bench, "measure", lambda *_: pytest.fail("measured again"))
+    asked += ["--seed", "0", "--sparsity", "0.6", "--found"]
+    assert leaves_with(tables.app, *asked, "--output-dir", tmp_path) == 0
+    text = (tmp_path / NAME / "table.md").read_text()
+    assert "| method | 0.6 | seconds |" in text and all(f"| {method.label} |" in text for method in TINY.table.methods)
+    staged = ["digits-mlp", "--found", "--output-dir", tmp_path]
+    assert leaves_with(tables.app, *staged) == 2 and "leave --sparsity and --found out" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
