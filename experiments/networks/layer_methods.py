@@ -11,8 +11,8 @@ MAGNITUDE = Method("magnitude", "magnitude", "none")
 WANDA = Method("Wanda (obd, rows)", "obd", "none", allocation="rows")
 SWEEP = Method("SparseGPT (sweep + own)", "sweep", "own")
 ADMM = Method("ALPS (admm + combinatorial)", "admm", "combinatorial")
-#: Equal, measured, or half way between, by what is held out. (`best` tries more, which takes twice as long.)
-_CHOSEN = "uniform,measured"
+#: Equal, by one threshold, by measured curves, or half way between two of these, by what is held out.
+_CHOSEN = "uniform,surgeon,measured"
 SWEEP_CHOSEN = replace(SWEEP, label="sweep, shares chosen", allocation=_CHOSEN)
 ADMM_CHOSEN = replace(ADMM, label="admm, shares chosen", allocation=_CHOSEN)
 
