@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cbs_opt
+from cbs_opt.cli.shell import run_app
 from experiments.commands import run
-from experiments.commands.shell import run_app
 from experiments.datasets.sentences import SentenceSet, sentences
 from experiments.datasets.text import Corpus
 from experiments.networks import EXPERIMENTS
