@@ -25,11 +25,12 @@ from cbs_opt.data.calibration import (
     repeatable,
     sample_choice,
 )
-from cbs_opt.data.trees import map_tree
+from cbs_opt.data.trees import leaves, map_tree
 from solvers.errors import DataError
 
-#: Samples per batch of data that lie in memory.
-_BATCH = 32
+#: Samples per batch of data that lie in memory, and bytes of one where it is cut for a processor: activations that fit
+#: into memory which is used again and again are several times as fast as those that are too large for it.
+_BATCH, _BYTES = 32, 5 << 19
 _EMPTY = "the calibration data are empty; pass at least one batch of training samples"
 
 
@@ -43,11 +44,15 @@ class BatchStream:
     options : CalibrationOptions, optional
     dtype : torch.dtype, optional
         Floating inputs are turned into it.
+    small : bool
+        Cut data that lie in memory into batches small enough for a processor.
 
     Attributes
     ----------
     n : int
         Samples of a pass; 0 before the first one has ended.
+    cut_here : bool
+        Whether the size of the batches is no one's wish.
 
     Raises
     ------
@@ -57,19 +62,28 @@ class BatchStream:
     """
 
     def __init__(
-        self, data: object, options: CalibrationOptions | None = None, dtype: torch.dtype | None = None
+        self,
+        data: object,
+        options: CalibrationOptions | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        small: bool = False,
     ) -> None:
         self.options, self._dtype, self.n = options or CalibrationOptions(), dtype, 0
         self._before: list[bytes] | None = None
         self._wanted: Index | None = None
         self._limit: int | None = None
-        self._used = self.once = False
+        self._used = self.once = self.cut_here = False
         pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, (Tensor, np.ndarray)) for x in data)
         if isinstance(data, (Tensor, np.ndarray)):
             inputs, targets, n = as_batch(data, alone=True)
             data = CalibrationData(inputs, targets, n)
         if pair or isinstance(data, CalibrationData):
-            self._data: CalibrationData | Iterable[object] = CalibrationData.read(data, self.options)
+            stored = CalibrationData.read(data, self.options)
+            self._data: CalibrationData | Iterable[object] = stored
+            self.cut_here = True
+            bytes_each = sum(t.nbytes for _, t in leaves(stored.inputs)) // max(stored.n, 1)
+            self._size = max(min(_BATCH, _BYTES // max(bytes_each, 1)), 1) if small else _BATCH
             return
         data, options = chosen_part(data, self.options)
         self.once = isinstance(data, Iterator)
@@ -145,8 +159,8 @@ class BatchStream:
 
     def _raw(self) -> Iterator[Batch]:
         if isinstance(self._data, CalibrationData):
-            for start in range(0, self._data.n, _BATCH):
-                stop = min(start + _BATCH, self._data.n)
+            for start in range(0, self._data.n, self._size):
+                stop = min(start + self._size, self._data.n)
                 yield *self._data.batch(slice(start, stop), "cpu"), stop - start
             return
         start = 0
@@ -179,6 +193,7 @@ class StreamPart(BatchStream):
 
     def __init__(self, whole: BatchStream, numbers: Index, *, stored: bool = False) -> None:
         self.whole, self.numbers, self.n, self.once = whole, numbers, len(numbers), whole.once
+        self.cut_here = whole.cut_here
         self._stored: list[Batch] | None = None
         if stored:
             self._stored = list(self._parts())

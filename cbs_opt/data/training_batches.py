@@ -27,7 +27,7 @@ class TrainingBatches:
     source : CalibrationData or BatchStream
     batch_size : int, optional
         Samples of a step; of a stream at least as many, in pieces of at most as many. None takes batches as a stream
-        has them.
+        of batches has them.
     share : float in (0, 1)
         Of the samples, or of the batches of a stream, that is held out; at least one.
     seed : int
@@ -47,6 +47,8 @@ class TrainingBatches:
 
     def __init__(self, source: CalibrationData | BatchStream, batch_size: int | None, share: float, seed: int) -> None:
         self._source, self._size, self._seed = source, batch_size, seed
+        if batch_size is None and isinstance(source, BatchStream) and source.cut_here:
+            self._size = _BATCH
         if isinstance(source, CalibrationData):
             self._stored(source, share)
         else:

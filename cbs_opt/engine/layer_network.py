@@ -19,7 +19,8 @@ from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import OpenNetwork
 from cbs_opt.measure.costs import SAMPLES, Costs
-from cbs_opt.measure.layer_inputs import InputMoment, LayerInputOptions, Streamed, row_scales
+from cbs_opt.measure.layer_inputs import InputMoment, LayerInputOptions, Streamed
+from cbs_opt.measure.row_scales import row_scales
 from cbs_opt.measure.segments import Chain, find_chain, whole
 from cbs_opt.network.identity import copy_network
 from cbs_opt.network.layers import Layer, PrunableLayers
@@ -73,6 +74,11 @@ class LayerwiseNetwork(OpenNetwork):
     def dense_layers(self) -> list[Tensor]:
         """The weights of the network that was given."""
         return self.layers.parameters(self.given)
+
+    def dense_weight(self, layer: Layer) -> Tensor:
+        """The weight of one layer in the network that was given."""
+        weight: Tensor = getattr(*layer.held(self.given))
+        return weight.detach()
 
     @cached_property
     def dense_loss(self) -> float:
@@ -128,9 +134,10 @@ class LayerwiseNetwork(OpenNetwork):
 
     def blocks(self, moment: InputMoment, scales: dict[str, Tensor] | None = None) -> list[QuadraticBlock]:
         """Of one layer, by the scales of the curvature or others."""
-        layer = moment.layer
+        layer, options = moment.layer, self.options
         scale = (self.scales if scales is None else scales).get(layer.name)
-        return moment.blocks(self.weights(layer), self.options.damping, scale)
+        weights = moment.towards(self.weights(layer), options.damping, options.towards_dense)
+        return moment.blocks(weights, options.damping, scale)
 
     def chain(self) -> tuple[Chain, str]:
         """Its segments, and what is to be said of them."""

@@ -164,9 +164,13 @@ def open_layerwise(
         raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
     if loss_fn is None and choice.distill is not None and choice.distill.loss == "given":
         raise OptionError("distill=Distill(loss='given') takes a loss; pass loss_fn, or use loss='kl' or 'mse'")
+    if choice.update is Update.NONE and setup.layer_inputs is not None and setup.layer_inputs.towards_dense:
+        raise OptionError(
+            "towards_dense moves weights, and update='none' keeps them as they are; use 'own' or 'combinatorial'"
+        )
     own, layers = own_copy(model, setup)
     check_layerwise(layers, choice)
-    stream = BatchStream(data, setup.samples)
+    stream = BatchStream(data, setup.samples, small=setup.place.type == "cpu")
     if stream.once and (choice.distill is not None or choice.batch_norm != "keep"):
         what = "batch-norm re-estimation" if choice.distill is None else "distillation"
         raise DataError(

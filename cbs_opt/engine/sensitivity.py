@@ -39,7 +39,8 @@ from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.layer_network import LayerPruner, LayerwiseNetwork
 from cbs_opt.engine.update import Update
 from cbs_opt.measure.layer_inputs import Batch, InputMoment
-from cbs_opt.measure.segments import Chain, SegmentPasses
+from cbs_opt.measure.segment_passes import SegmentPasses
+from cbs_opt.measure.segments import Chain
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.report.sensitivity import LayerCurve, Sensitivity
 from solvers import make_solver

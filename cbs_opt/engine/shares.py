@@ -28,7 +28,8 @@ from cbs_opt.engine.layer_network import LayerPruner, LayerwiseNetwork, PrunedLa
 from cbs_opt.engine.sensitivity import Judge, Parts, cost_curves, levels_around, measured_curves, quick
 from cbs_opt.measure.costs import Costs, Split
 from cbs_opt.measure.layer_inputs import Batch, InputMoment, quiet
-from cbs_opt.measure.segments import Chain, SegmentPasses
+from cbs_opt.measure.segment_passes import SegmentPasses
+from cbs_opt.measure.segments import Chain
 from cbs_opt.network.layers import Layer
 from cbs_opt.report.sensitivity import Candidate, Sensitivity
 from solvers import SelectionProblem
@@ -76,7 +77,9 @@ def prune_segments(
 ) -> None:
     """Prune all layers, segment by segment."""
     by_name = dict(zip(network.layers.names, counts.tolist(), strict=True))
-    for moments in SegmentPasses(network.streamed(stream), chain):
+    options = network.options
+    dense = network.dense_weight if options.towards_dense else None
+    for moments in SegmentPasses(network.streamed(stream), chain, in_order=options.in_order, dense=dense):
         for moment in moments:
             layer = moment.layer
             told(layer, moment, pruner.prune(layer, network.blocks(moment), by_name[layer.name]))

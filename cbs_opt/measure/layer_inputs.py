@@ -27,7 +27,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from cbs_opt.data.forward import Forward
 from cbs_opt.data.loss_checks import typed_failures
@@ -38,7 +37,7 @@ from cbs_opt.network.layers import Layer, PrunableLayers
 from solvers import QuadraticBlock
 from solvers.arguments import flag, number
 from solvers.curvature import Kronecker
-from solvers.errors import DataError, ModelError
+from solvers.errors import DataError
 
 #: (inputs, targets, number of samples) on the device.
 Batch: TypeAlias = tuple[Tree, Tree | None, int]
@@ -57,6 +56,11 @@ class LayerInputOptions:
         λ, relative to the mean of the diagonal of C.
     segments : bool
         Measure each segment of the network with those before it already pruned; else all layers of the dense network.
+    in_order : bool
+        Inside a segment too measure each layer with those before it already pruned, which takes more passes.
+    towards_dense : float in [0, 1]
+        Share τ of the dense network's outputs in what layers are fitted to, see `InputMoment.towards`; beyond 0 each
+        batch runs through the dense network too.
 
     Raises
     ------
@@ -65,10 +69,14 @@ class LayerInputOptions:
 
     damping: float = 0.01
     segments: bool = True
+    in_order: bool = False
+    towards_dense: float = 0.0
 
     def __post_init__(self) -> None:
         number("damping", self.damping, least=0, remedy="0.01 is usual")
         flag("segments", self.segments)
+        flag("in_order", self.in_order)
+        number("towards_dense", self.towards_dense, least=0, most=1.0, remedy="a share of the target in [0, 1]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +126,17 @@ class InputMoment:
     ----------
     total : float64 (groups, d, d)
         Σ_p x_p x_pᵀ.
+    cross : float64 (groups, d, d), optional
+        Σ_p x̂_p x_pᵀ with the inputs x̂ of the dense network, if it was given as many positions.
     calls : int
         Most calls of the layer in one pass of the network.
     """
 
-    def __init__(self, layer: Layer, device: torch.device) -> None:
-        self.layer, self.calls = layer, 0
+    def __init__(self, layer: Layer, device: torch.device, *, paired: bool = False) -> None:
+        self.layer, self.calls, self.unpaired = layer, 0, False
         groups, inputs = layer.view.groups, layer.view.inputs
         self.total = torch.zeros((groups, inputs, inputs), dtype=torch.float64, device=device)
+        self.cross = torch.zeros_like(self.total) if paired else None
         self._counts = torch.zeros(groups, dtype=torch.int64)
 
     @property
@@ -133,17 +144,24 @@ class InputMoment:
         """Positions of a group; the least of all groups."""
         return int(self._counts.min())
 
-    def add(self, rows: Rows, counted: Callable[[Tensor], Tensor]) -> None:
-        """Add rows; `counted` leaves out the positions that are padding. Raises ValueError if they are not finite."""
+    def add(self, rows: Rows, counted: Callable[[Tensor], Tensor], dense: Rows | None = None) -> None:
+        """Add rows; `counted` leaves out the positions that are padding. Raises ValueError if they are not finite.
+
+        `dense` are those of the dense network in the same call.
+        """
         start = 0
-        for tensor in rows:
-            x = counted(tensor)
-            x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if self.cross is not None and (dense is None or [t.shape for t in dense] != [t.shape for t in rows]):
+            # Another way was taken there, as by tokens that go to other experts.
+            self.cross, self.unpaired = None, True
+        for at, tensor in enumerate(rows):
+            x = _single(counted(tensor))
             moment = torch.bmm(x.mT, x)
             if not bool(torch.isfinite(moment.diagonal(dim1=1, dim2=2).sum())):
                 raise ValueError
             stop = start + len(x)
             self.total[start:stop] += moment
+            if self.cross is not None and dense is not None:
+                self.cross[start:stop] += torch.bmm(_single(counted(dense[at])).mT, x)
             self._counts[start:stop] += x.shape[1]
             start = stop
 
@@ -153,6 +171,32 @@ class InputMoment:
         # Products of batches are symmetric to their own rounding only.
         means: Tensor = self.total / (2 * self._counts.clamp_min(1)).to(self.total.device).reshape(-1, 1, 1)
         return means + means.mT
+
+    def towards(self, weights: Tensor, damping: float, share: float) -> Tensor:
+        """The weights that layers are pruned from where they are fitted to the outputs of the dense network, (R·d,).
+
+            W' = argmin_V  mean_p ‖V x_p − W ((1 − τ) x_p + τ x̂_p)‖² + λ ‖V − W‖²  =  W + τ W (D − C) (C + λI)⁻¹
+
+        with D = mean_p x̂_p x_pᵀ: the same objective is, up to a constant, that of V around W'. Arguments as for
+        `blocks`. Source: Li et al., *GPTAQ: efficient finetuning-free quantization for asymmetric calibration*, 2025.
+        """
+        if self.cross is None or share == 0.0:
+            return weights
+        groups, inputs = self.layer.view.groups, self.layer.view.inputs
+        moments, w = self.matrices, weights.reshape(groups, -1, inputs)
+        cross = self.cross / self._counts.clamp_min(1).to(self.cross.device).reshape(-1, 1, 1)
+        means = moments.diagonal(dim1=1, dim2=2).mean(1)
+        # A group that has seen nothing but zeros stays as it is.
+        ridge = torch.where(means > 0.0, damping * means, 1.0)
+        damped = moments + ridge.reshape(-1, 1, 1) * torch.eye(inputs, dtype=moments.dtype, device=moments.device)
+        wanted = (w @ (cross - moments)).mT
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed.any()):
+            # Without damping the moments need not have full rank: the least step.
+            step: Tensor = torch.linalg.pinv(damped, hermitian=True) @ wanted
+        else:
+            step = torch.cholesky_solve(wanted, factor)
+        return w.add(step.mT, alpha=share).reshape(-1)
 
     def blocks(self, weights: Tensor, damping: float, scale: Tensor | None = None) -> list[QuadraticBlock]:
         """One block per group.
@@ -186,6 +230,8 @@ class InputMoment:
         if self._counts.sum() == 0:
             return [f"layer {name!r} was never called by the calibration data: its weights go by magnitude"]
         notes = []
+        if self.unpaired:
+            notes.append(f"layer {name!r}: the dense network gave it other positions: it is fitted to its own output")
         dark = 0 if scale is None else int((scale <= _LEAST * scale.max()).sum())
         if dark == self.layer.n_rows:
             notes.append(f"layer {name!r}: no loss was seen through any output, so its row scales count as 1")
@@ -240,6 +286,35 @@ def quiet(model: nn.Module) -> Iterator[None]:
             config.use_cache = caching  # type: ignore[union-attr]
 
 
+class Recorded:
+    """What some layers see in one call of a network."""
+
+    def __init__(self, network: Streamed, layers: Iterable[Layer]) -> None:
+        self._network, self._layers = network, tuple(layers)
+        self._rows: dict[str, list[Rows]] = {layer.name: [] for layer in self._layers}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record."""
+
+        def see(module: nn.Module, uses: list[tuple[Layer, str]], args: Any, kwargs: Any, _: Any) -> None:
+            adapter = adapter_of(module)
+            assert adapter is not None
+            rows = adapter.input_rows(module, args, kwargs)
+            for layer, attribute in uses:
+                if attribute in rows:
+                    # A copy: activations may be changed in place later on.
+                    self._rows[layer.name].append([tensor.clone() for tensor in rows[attribute]])
+
+        with watched(self._network, self._layers, see):
+            yield
+
+    def next(self, layer: Layer) -> Rows | None:
+        """Those of the next call of a layer; None if there was none."""
+        rows = self._rows[layer.name]
+        return rows.pop(0) if rows else None
+
+
 class Accumulator:
     """Input moments of some layers while a network runs; use `watching` around each call of it.
 
@@ -247,15 +322,20 @@ class Accumulator:
     ----------
     network : Streamed
     layers : sequence of Layer
+    paired : bool
+        Cross moments too.
     """
 
-    def __init__(self, network: Streamed, layers: Iterable[Layer]) -> None:
+    def __init__(self, network: Streamed, layers: Iterable[Layer], *, paired: bool = False) -> None:
         self.network = network
-        self.moments = {layer.name: InputMoment(layer, network.device) for layer in layers}
+        self.moments = {layer.name: InputMoment(layer, network.device, paired=paired) for layer in layers}
 
     @contextmanager
-    def watching(self, batch: Batch, number: int) -> Iterator[None]:
-        """Add what the layers see; raises DataError naming the sample whose inputs of a layer are not finite."""
+    def watching(self, batch: Batch, number: int, dense: Recorded | None = None) -> Iterator[None]:
+        """Add what the layers see; raises DataError naming the sample whose inputs of a layer are not finite.
+
+        `dense` is what they saw in the dense network.
+        """
         counted = unpadded(batch)
         calls: Counter[str] = Counter()
 
@@ -268,7 +348,8 @@ class Accumulator:
                     continue
                 calls[layer.name] += 1
                 try:
-                    self.moments[layer.name].add(rows[attribute], counted)
+                    partner = None if dense is None else dense.next(layer)
+                    self.moments[layer.name].add(rows[attribute], counted, partner)
                 except ValueError:
                     raise DataError(_not_finite(layer, rows[attribute], batch[2], number)) from None
 
@@ -287,6 +368,11 @@ def unpadded(batch: Batch) -> Callable[[Tensor], Tensor]:
     return lambda rows: rows[:, real] if rows.shape[1] == real.numel() else rows
 
 
+def _single(x: Tensor) -> Tensor:
+    """At least in single precision."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def _not_finite(layer: Layer, rows: Rows, samples: int, number: int) -> str:
     """Which sample makes the moments of a layer overflow, in words."""
     size = torch.cat([tensor.detach().abs().nan_to_num(nan=torch.inf).amax((0, 2)) for tensor in rows])
@@ -296,83 +382,3 @@ def _not_finite(layer: Layer, rows: Rows, samples: int, number: int) -> str:
         f"to {float(size.max()):.3g}, so that their moments are not finite; remove it, or look for NaN or infinite "
         "parameters in the layers before"
     )
-
-
-def row_scales(network: Streamed) -> dict[str, Tensor]:
-    """s of every layer, float64 (R,), by its name: one backward pass over the loss.
-
-    Raises
-    ------
-    ModelError
-        For a loss that is no finite scalar that depends on the layers.
-    DataError
-    """
-    layers = network.layers
-    sums = {layer.name: torch.zeros(layer.n_rows, dtype=torch.float64, device=network.device) for layer in layers}
-    weights = layers.parameters(network.model)
-    asked = [weight.requires_grad for weight in weights]
-    total = 0
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        for number, batch in enumerate(network.batches()):
-            for name, squares in _squared_gradients(network, batch, number):
-                # Of the mean over B samples each has a share of 1/B.
-                sums[name] += squares * batch[2] ** 2
-            total += batch[2]
-    finally:
-        for weight, flag in zip(weights, asked, strict=True):
-            weight.requires_grad_(flag)
-            weight.grad = None
-    return {name: value / total for name, value in sums.items()}
-
-
-def _squared_gradients(network: Streamed, batch: Batch, number: int) -> Iterator[tuple[str, Tensor]]:
-    """(layer, Σ_p (∂L/∂y_pr)² (R,)) of every call of a layer, for the loss L of a batch."""
-    seen: list[tuple[nn.Module, list[tuple[Layer, str]], Any, Any, Callable[[], Any]]] = []
-
-    def see(module: nn.Module, uses: list[tuple[Layer, str]], args: Any, kwargs: Any, output: Any) -> None:
-        seen.append((module, uses, args, kwargs, _gradient_of(output)))
-
-    weights = network.layers.parameters(network.model)
-    with watched(network, network.layers, see), torch.enable_grad():
-        output = network.call(batch)
-        with typed_failures(batch[0], batch[1]):
-            loss = network.forward.loss(output, batch[0], batch[1])
-        if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.requires_grad:
-            raise ModelError("loss_fn must return a scalar tensor that depends on the output, the mean over the batch")
-        if not bool(torch.isfinite(loss)):
-            raise ModelError(f"the loss of batch {number} is {float(loss)}; look for samples or targets out of range")
-        loss.backward(inputs=[w for w in weights if w.requires_grad])  # type: ignore[no-untyped-call]
-    for weight in weights:
-        weight.grad = None
-    for module, uses, args, kwargs, gradient in seen:
-        adapter, found = adapter_of(module), gradient()
-        if adapter is None or found is None:
-            continue
-        rows = adapter.output_gradient_rows(module, args, kwargs, found)
-        for layer, attribute in uses:
-            if attribute in rows:
-                squares = [tensor.double().square().sum(1).reshape(-1) for tensor in rows[attribute]]
-                yield layer.name, torch.cat(squares)
-
-
-def _gradient_of(output: Any) -> Callable[[], Any]:
-    """Tells, after the backward pass, the gradient of an output: a tree like it; None where there is none."""
-    if isinstance(output, PackedSequence):
-        output = output.data
-    if isinstance(output, Tensor):
-        found: list[Tensor] = []
-        if output.requires_grad:
-            # A hook sees the output as it is now, also if it is changed in place later on.
-            output.register_hook(found.append)  # type: ignore[no-untyped-call]
-        return lambda: found[0] if found else None
-    if not isinstance(output, (tuple, list)):
-        return lambda: None
-    parts = [_gradient_of(part) for part in output]
-
-    def collected() -> list[Any] | None:
-        values = [part() for part in parts]
-        return None if all(value is None for value in values) else values
-
-    return collected

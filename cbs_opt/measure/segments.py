@@ -11,15 +11,14 @@ network (the cut around it) is given NaN, and the candidate returns its output r
 around it) returns the same as ever, nothing else flows on. In the same way NaN shows, later on, that data took another
 path.
 
-A layer is measured when the segments before it are pruned. In the pass for segment j each batch runs through segment
-j − 1, pruned by now, whose output is kept, and through segment j as it is, whose layers are watched. Kept outputs lie
-on the CPU, and only the two segments that run are on the device. A layer that is called in several segments makes them
-one.
+A layer is measured when the segments before it are pruned (`cbs_opt.measure.segment_passes`). Inside a segment layers
+fall into steps, in the order of time, those that are called with the very same tensor into one. A layer that is called
+in several segments makes them one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,14 +29,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cbs_opt.data.calibration import cut
-from cbs_opt.measure.layer_inputs import Accumulator, Batch, InputMoment, Streamed, quiet
+from cbs_opt.measure.layer_inputs import Batch, Streamed, quiet
 from cbs_opt.network.layers import Layer
-from solvers.errors import CBSError
 
 #: Samples by which cuts are found.
 _PROBES = 2
 #: Relative to the largest entry of an output: what another order of sums may change.
 _SAME = 1e-4
+#: Beyond so many steps (experts, each with tokens of its own) a segment is one.
+_MOST_STEPS = 8
 
 
 class PathError(Exception):
@@ -57,6 +57,7 @@ class _Call:
     start: int
     stop: int = 0
     output: Any = None
+    given: Any = None
     inner: list[_Call] = field(default_factory=list)
 
     def walk(self) -> Iterator[_Call]:
@@ -75,10 +76,19 @@ class Chain:
         Names of modules.
     segments : tuple of tuples of Layer
         One more than cuts.
+    steps : dict of str to int
+        Which step of its segment a layer is in; those that are not there are in the first.
     """
 
     cuts: tuple[str, ...]
     segments: tuple[tuple[Layer, ...], ...]
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    def in_steps(self, segment: int) -> list[tuple[Layer, ...]]:
+        """The layers of a segment, those of each step together; at least one step."""
+        layers = self.segments[segment]
+        numbers = sorted({self.steps.get(layer.name, 0) for layer in layers}) or [0]
+        return [tuple(layer for layer in layers if self.steps.get(layer.name, 0) == number) for number in numbers]
 
 
 def whole(network: Streamed) -> Chain:
@@ -104,9 +114,12 @@ class _Finder:
         owners = network.modules(network.layers)
         #: Times at which each layer is called.
         self.times: dict[str, list[int]] = {layer.name: [] for layer in network.layers}
+        #: What they are called with first.
+        self.given: dict[str, Any] = {}
         for call in self.calls:
             for layer, _ in owners.get(call.module, ()):
                 self.times[layer.name].append(call.stop)
+                self.given.setdefault(layer.name, call.given)
 
     def chain(self) -> Chain:
         cuts: list[_Call] = []
@@ -119,7 +132,17 @@ class _Finder:
         segments: list[list[Layer]] = [[] for _ in range(len(cuts) + 1)]
         for layer in self.network.layers:
             segments[self._segment(layer, cuts)].append(layer)
-        return Chain(names, tuple(tuple(segment) for segment in segments))
+        steps = {name: step for segment in segments if cuts for name, step in self._steps(segment)}
+        return Chain(names, tuple(tuple(segment) for segment in segments), steps)
+
+    def _steps(self, segment: list[Layer]) -> Iterator[tuple[str, int]]:
+        """(layer, its step): in the order of time, one with those called with the same tensor."""
+        called = sorted((layer.name for layer in segment if self.times[layer.name]), key=lambda n: self.times[n][0])
+        numbers: dict[Any, int] = {}
+        for name in called:
+            numbers.setdefault(self.given[name], len(numbers))
+        if len(numbers) <= _MOST_STEPS:
+            yield from ((name, numbers[self.given[name]]) for name in called)
 
     def _useful(self, cuts: list[_Call]) -> list[_Call]:
         """The last of the cuts between one layer and the next: what holds others spares the calls inside, later on."""
@@ -152,11 +175,11 @@ class _Finder:
         """Whether `parent` returns what it did where only the output of `call` is known of what came before."""
         if not any(t.is_floating_point() for t in _tensors(call.output)):
             return False
-        stubs = {cut.name: tree_map_only(Tensor, _filled, cut.output) for cut in cuts if cut.stop < call.start}
+        stubs = {cut.name: tree_map_only(Tensor, filled, cut.output) for cut in cuts if cut.stop < call.start}
         stubs[call.name] = call.output
         try:
-            with _replaced(self.network.model, stubs), _blinded(parent.module):
-                found = _outputs(self.network, self.batch, [parent.name]).get(parent.name)
+            with replaced(self.network.model, stubs), _blinded(parent.module):
+                found = outputs_of(self.network, self.batch, [parent.name]).get(parent.name)
         except Exception:
             # Whatever the network says about NaN: it looks at what should play no part.
             return False
@@ -168,11 +191,16 @@ def _recorded(network: Streamed, batch: Batch) -> _Call:
     clock = 0
     root = _Call("", network.model, 0)
     stack: list[_Call] = []
+    alive: list[Tensor] = []
 
-    def enter(module: nn.Module, _: Any, name: str) -> None:
+    def enter(module: nn.Module, given: Any, name: str) -> None:
         nonlocal clock
         clock += 1
         call = root if module is network.model else _Call(name, module, clock)
+        tensors = _tensors(given)
+        # The memory of those that live is not used again.
+        alive.extend(tensors[:1])
+        call.given = next(((t.data_ptr(), t.shape, t.stride(), t._version) for t in tensors), clock)
         if stack:
             stack[-1].inner.append(call)
         stack.append(call)
@@ -187,17 +215,17 @@ def _recorded(network: Streamed, batch: Batch) -> _Call:
     with ExitStack() as hooks:
         for name, module in network.model.named_modules():
 
-            def named(module: nn.Module, args: Any, name: str = name) -> None:
-                enter(module, args, name)
+            def named(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                enter(module, (args, kwargs), name)
 
-            hooks.callback(module.register_forward_pre_hook(named).remove)
+            hooks.callback(module.register_forward_pre_hook(named, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
         network.call(batch)
     return root
 
 
 @contextmanager
-def _replaced(model: nn.Module, outputs: dict[str, Any]) -> Iterator[None]:
+def replaced(model: nn.Module, outputs: dict[str, Any]) -> Iterator[None]:
     """Some modules return copies of given outputs instead of being called."""
     with ExitStack() as stack:
         for name, output in outputs.items():
@@ -225,7 +253,7 @@ def _blinded(module: nn.Module) -> Iterator[None]:
         given = [*args, *kwargs.values()]
         for at, value in enumerate(given):
             if isinstance(value, Tensor) and value.is_floating_point():
-                given[at] = _filled(value)
+                given[at] = filled(value)
                 break
         return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
@@ -236,7 +264,7 @@ def _blinded(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _outputs(network: Streamed, batch: Batch, names: Sequence[str], *, stop: bool = True) -> dict[str, Any]:
+def outputs_of(network: Streamed, batch: Batch, names: Sequence[str], *, stop: bool = True) -> dict[str, Any]:
     """Copies of the outputs of some modules, the network itself being ``""``; `stop` ends the call with the last."""
     found: dict[str, Any] = {}
     with ExitStack() as hooks:
@@ -259,11 +287,12 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _inside(name: str, cuts: Sequence[str]) -> bool:
+def inside(name: str, cuts: Sequence[str]) -> bool:
+    """Whether a module lies inside of one of some others."""
     return any(name.startswith(f"{cut}.") for cut in cuts)
 
 
-def _filled(tensor: Tensor) -> Tensor:
+def filled(tensor: Tensor) -> Tensor:
     """NaN for numbers, zeros for integers."""
     return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0)
 
@@ -282,106 +311,3 @@ def _same(found: Any, expected: Any) -> bool:
         elif not torch.equal(one, other):
             return False
     return True
-
-
-class SegmentPasses:
-    """The passes over the data, one for each segment; see the module's docstring.
-
-    Parameters
-    ----------
-    network : Streamed
-    chain : Chain
-    """
-
-    def __init__(self, network: Streamed, chain: Chain) -> None:
-        self.network, self.chain = network, chain
-        #: By batch: the output of the last cut whose segment is pruned, and those of cuts before it without values.
-        self._kept: list[Any] = []
-        self._shapes: list[list[Any]] = []
-
-    def __iter__(self) -> Iterator[list[InputMoment]]:
-        """Moments of the layers of each segment; when the next ones are asked for, these are taken to be pruned.
-
-        Raises
-        ------
-        PathError
-            If a batch takes another path than that by which the segments were found.
-        DataError, ModelError
-        """
-        for segment in range(len(self.chain.segments)):
-            yield self._measure(segment)
-
-    @torch.no_grad()
-    def _measure(self, segment: int) -> list[InputMoment]:
-        accumulator = Accumulator(self.network, self.chain.segments[segment])
-        self._place(segment)
-        with quiet(self.network.model):
-            for number, batch in enumerate(self.network.batches()):
-                try:
-                    self._run(segment, number, batch, accumulator)
-                except CBSError as error:
-                    if not segment:
-                        raise
-                    # What was left out may be what this batch needs: the network as a whole will tell.
-                    raise PathError(str(error)) from error
-        return list(accumulator.moments.values())
-
-    def _run(self, segment: int, number: int, batch: Batch, accumulator: Accumulator) -> None:
-        """One batch through the segment before, whose output is kept, and through this one."""
-        cuts, stubs = self.chain.cuts, self._stubs(number, segment - 1)
-        through = cuts[max(segment - 1, 0) : segment + 1]
-        with _replaced(self.network.model, stubs), accumulator.watching(batch, number):
-            found = _outputs(self.network, batch, through, stop=segment < len(cuts))
-        if len(found) != len(through):
-            raise PathError(f"batch {number} does not pass through {', '.join(set(through) - set(found))}")
-        if segment == 0:
-            self._kept.append(None)
-            self._shapes.append([])
-            return
-        if segment >= 2:
-            self._shapes[number].append(tree_map_only(Tensor, lambda t: t.to("meta"), self._kept[number]))
-        self._kept[number] = tree_map_only(Tensor, lambda t: t.cpu(), found[cuts[segment - 1]])
-
-    def _stubs(self, number: int, done: int) -> dict[str, Any]:
-        """What the first `done` cuts return for a batch: the last of them what was kept, the others nothing."""
-        if done < 1:
-            return {}
-        cuts = self.chain.cuts
-        before = zip(cuts, self._shapes[number], strict=False)
-        # What is called inside of another cut is not called any more.
-        apart = [name for name in cuts[:done] if not _inside(name, cuts[:done])]
-        stubs = {name: tree_map_only(Tensor, self._nothing, shape) for name, shape in before if name in apart}
-        stubs[cuts[done - 1]] = tree_map_only(Tensor, self._here, self._kept[number])
-        return stubs
-
-    @torch.no_grad()
-    def outputs(self, segment: int) -> Iterator[tuple[Batch, Any]]:
-        """Batches and the outputs of the network, once segment `segment` was measured, run from there to the end.
-
-        All of the network is put on the device.
-        """
-        self.network.model.to(self.network.device)
-        with quiet(self.network.model):
-            for number, batch in enumerate(self.network.batches()):
-                with _replaced(self.network.model, self._stubs(number, segment)):
-                    output = self.network.call(batch)
-                yield batch, output
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.network.device)
-
-    def _nothing(self, tensor: Tensor) -> Tensor:
-        return _filled(torch.empty_like(tensor, device=self.network.device))
-
-    def _place(self, segment: int) -> None:
-        """Put what runs on the device, and cuts that do not run back to the CPU."""
-        if self.network.device.type == "cpu":
-            return
-        cuts = self.chain.cuts
-        idle = set(cuts) - set(cuts[max(segment - 1, 0) : segment + 1])
-        # A cut that holds another one may have to run for that.
-        idle = {name for name in idle if not any(_inside(cut, [name]) for cut in cuts)}
-        for name, module in self.network.model.named_modules():
-            away = name in idle or _inside(name, tuple(idle))
-            place = torch.device("cpu") if away else self.network.device
-            module._apply(lambda t, place=place: t.to(place), recurse=False)

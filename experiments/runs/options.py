@@ -84,6 +84,12 @@ class CurvatureOptions:
         Path | None, "Folder which keeps what is measured, a sub-folder per seed; what it holds is used again."
     ] = None
     measure_only: Annotated[bool, "Stop when --gradients has been filled."] = False
+    in_order: Annotated[
+        bool, "Layer by layer: inside a segment too, measure each layer with those before it already pruned."
+    ] = False
+    towards_dense: Annotated[
+        float | None, "Layer by layer: share of the dense network's outputs, 0 to 1, in what layers are fitted to."
+    ] = None
     sensitivity: Annotated[
         bool, "Layer by layer: show what pruning each layer alone to the sparsities does, and stop."
     ] = False
@@ -194,6 +200,10 @@ class RunOptions:
             raise OptionError("--measure-only needs a folder for what is measured; give --gradients DIR")
         if curvature.gradients is not None and self.staged:
             raise OptionError("stages measure anew at every step; leave --gradients out")
+        if (curvature.in_order or curvature.towards_dense is not None) and not self.layerwise:
+            raise OptionError(
+                "--in-order and --towards-dense are of --curvature layer_inputs and kfac; add one of them"
+            )
         if curvature.sensitivity and not self.layerwise:
             raise OptionError("--sensitivity prunes layer by layer; give --curvature layer_inputs or kfac with it")
         if self.layerwise and (self.staged or sweep.masks or choice.bound or curvature.gradients):
@@ -275,20 +285,29 @@ class RunOptions:
         asked = self.choice.allocation
         return tuple(asked.split(",")) if asked is not None and "," in asked else asked
 
+    @cached_property
+    def layer_inputs(self) -> cbs_opt.LayerInputOptions:
+        """How layers are measured one by one."""
+        usual, asked = cbs_opt.LayerInputOptions(), self.curvature
+        return cbs_opt.LayerInputOptions(
+            damping=usual.damping if asked.damping is None else asked.damping,
+            in_order=asked.in_order,
+            towards_dense=usual.towards_dense if asked.towards_dense is None else asked.towards_dense,
+        )
+
     def gradients(self, seed: int) -> Path | None:
         """Folder of what is measured with a seed; None keeps nothing."""
         return None if self.curvature.gradients is None else self.curvature.gradients.expanduser() / f"seed-{seed}"
 
     def setup(self, seed: int) -> cbs_opt.Setup:
         """The model side of the rows of a seed; no more is measured than one of them needs."""
-        damping, curvature = self.curvature.damping, self.measured
+        curvature = self.measured
         if curvature == "fisher" and self.need is Extent.WEIGHTS:
             curvature = "none"
-        given = None if not self.layerwise or damping is None else cbs_opt.LayerInputOptions(damping)
         return cbs_opt.Setup(
             fisher=None if self.layerwise else self.fisher,
             curvature=curvature,
-            layer_inputs=given,
+            layer_inputs=self.layer_inputs if self.layerwise else None,
             include=self.network.include or self.experiment.include or ("*",),
             exclude=self.network.exclude or self.experiment.exclude,
             device=self.source.device,

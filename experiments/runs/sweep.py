@@ -138,6 +138,9 @@ class Sweep:
         extra = {"include": list(o.network.include or o.experiment.include), "exclude": list(setup.exclude)}
         if o.layerwise:
             extra["curvature"], extra["layer_damping"] = setup.curvature, o.curvature.damping
+            for name in ("in_order", "towards_dense"):
+                if value := getattr(o.curvature, name):
+                    extra[name] = value
         if task.budget:
             extra["budget"] = str(choice.budget or task.budget)
         if choice.min_kept is not None:

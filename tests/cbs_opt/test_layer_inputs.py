@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ import cbs_opt
 from cbs_opt import CalibrationOptions, DataError, LayerInputOptions, OptionError
 from cbs_opt.data.forward import Forward
 from cbs_opt.data.stream import BatchStream
-from cbs_opt.measure.layer_inputs import Accumulator, InputMoment, Streamed, row_scales
-from cbs_opt.measure.segments import Chain, SegmentPasses, find_chain
+from cbs_opt.measure.layer_inputs import Accumulator, InputMoment, Recorded, Streamed
+from cbs_opt.measure.row_scales import row_scales
+from cbs_opt.measure.segment_passes import SegmentPasses
+from cbs_opt.measure.segments import Chain, find_chain
+from cbs_opt.network.layers import Layer
 from solvers import Kronecker, QuadraticBlock, SelectionProblem, solve
 from solvers.errors import CapabilityError
 
@@ -241,12 +246,15 @@ def test_a_layer_called_twice_sums_up_and_is_said() -> None:
     assert any("no chain of segments" in repair for repair in report.repairs)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize(("make", "data"), [(mlp, torch.randn(90, 6)), (Cnn, images(70)), (Decoder, tokens(70))])
-def test_every_segment_sees_what_the_pruned_ones_before_give(make: type[nn.Module], data: Tensor) -> None:
+def test_every_segment_sees_what_the_pruned_ones_before_give(
+    make: type[nn.Module], data: Tensor, in_order: bool
+) -> None:
     torch.manual_seed(0)
     network = streamed(make(), data)
     model = network.model
-    for segment in SegmentPasses(network, find_chain(network)):
+    for segment in SegmentPasses(network, find_chain(network), in_order=in_order):
         for moment in segment:
             accumulator = Accumulator(network, [moment.layer])
             with torch.no_grad():
@@ -260,6 +268,109 @@ def test_every_segment_sees_what_the_pruned_ones_before_give(make: type[nn.Modul
             assert isinstance(weight, Tensor)
             weight.data *= torch.rand_like(weight) > 0.5
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_layers_of_a_segment_that_see_the_same_tensor_are_one_step() -> None:
+    torch.manual_seed(0)
+    chain = find_chain(streamed(Decoder(), tokens(8)))
+    steps = [[layer.name.split(".")[-1] for layer in step] for step in chain.in_steps(1)]
+    assert steps == [["q", "k", "v"], ["o"], ["up"], ["down"]]
+    chain = find_chain(streamed(Cnn(), images(8)))
+    names = [[layer.name for layer in step] for step in chain.in_steps(1)]
+    assert names == [["stages.0.c1", "stages.0.short"], ["stages.0.c2"]]
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize(("make", "data"), [(mlp, torch.randn(90, 6)), (Cnn, images(70)), (Decoder, tokens(70))])
+def test_cross_moments_are_those_of_both_networks(make: type[nn.Module], data: Tensor, in_order: bool) -> None:
+    torch.manual_seed(0)
+    network = streamed(make(), data)
+    model, dense = network.model, copy.deepcopy(network.model)
+    layers = {layer.name: layer for layer in cbs_opt.find_layers(dense)}
+    paired = {}
+
+    def rows(net: nn.Module, name: str) -> Tensor:
+        recorded = Recorded(replace(network, model=net), [layers[name]])
+        with torch.no_grad(), recorded.watching():
+            net(data)
+        (found,) = recorded.next(layers[name]) or []
+        return found.double()
+
+    def weight(layer: Layer) -> Tensor:
+        return getattr(*layer.held(dense)).detach()
+
+    for step in SegmentPasses(network, find_chain(network), in_order=in_order, dense=weight):
+        for moment in step:
+            name = moment.layer.name
+            ours, theirs = rows(model, name), rows(dense, name)
+            paired[name] = moment.cross is not None
+            if moment.cross is None:
+                torch.testing.assert_close(ours, theirs)
+            else:
+                torch.testing.assert_close(moment.cross, theirs.mT @ ours, rtol=1e-4, atol=1e-3)
+        for moment in step:
+            held = getattr(*moment.layer.held(model)).data
+            held *= torch.rand_like(held) > 0.5
+    assert sum(paired.values()) >= len(layers) - 6 and set(paired) == set(layers)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("damping", [0.0, 0.03])
+def test_layers_are_fitted_to_the_outputs_of_the_dense_network(share: float, damping: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 4)).double().eval()
+    x = torch.randn(300, 7).double()
+    options = LayerInputOptions(damping=damping, towards_dense=share)
+    result = cbs_opt.prune(model, x, sparsity=0.5, curvature="layer_inputs", solver="obd", layer_inputs=options)
+    for name in ("2", "4"):
+        ours = inputs_of(result.model, result.model.get_submodule(name), x)
+        theirs = inputs_of(model, model.get_submodule(name), x)
+        before, after = (net.get_submodule(name).weight.detach() for net in (model, result.model))
+        ridge = (damping * float(ours.square().mean()) * len(x)) ** 0.5
+        target = ((1 - share) * ours + share * theirs) @ before.T
+        for row, kept in enumerate(result.masks[name]):
+            stacked = torch.cat([ours[:, kept], ridge * torch.eye(int(kept.sum())).double()])
+            wanted = torch.cat([target[:, row], ridge * before[row, kept]])
+            # What is removed is drawn to W as well, which is a constant.
+            best = torch.linalg.lstsq(stacked, wanted[:, None]).solution[:, 0]
+            torch.testing.assert_close(after[row, kept], best, rtol=1e-5, atol=1e-7)
+
+
+def test_outputs_of_the_dense_network_are_come_closer_to() -> None:
+    torch.manual_seed(0)
+    model, x = Decoder().eval(), tokens(80)
+    errors = {}
+    for share, in_order in ((0.0, False), (1.0, False), (1.0, True)):
+        options = LayerInputOptions(towards_dense=share, in_order=in_order)
+        result = cbs_opt.prune(model, x, sparsity=0.6, curvature="layer_inputs", solver="admm", layer_inputs=options)
+        with torch.no_grad():
+            errors[share, in_order] = float((result.model(x) - model(x)).square().mean())
+    assert errors[1.0, True] < errors[0.0, False] and errors[1.0, False] < errors[0.0, False]
+
+
+class Routed(nn.Module):
+    """Two experts, one for each sign of what the first layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        positive = x[:, 0] > 0
+        y = torch.zeros_like(x)
+        y[positive], y[~positive] = self.one(x[positive]), self.two(x[~positive])
+        return y
+
+
+def test_experts_that_get_others_than_in_the_dense_network_are_fitted_to_their_own() -> None:
+    torch.manual_seed(0)
+    model, x = Routed().eval(), torch.randn(100, 6)
+    options = LayerInputOptions(towards_dense=1.0, in_order=True)
+    result = cbs_opt.prune(model, x, sparsity=0.6, curvature="layer_inputs", solver="sweep", layer_inputs=options)
+    assert sum("other positions" in repair for repair in result.report.repairs) == 2
+    plain = cbs_opt.prune(model, x, sparsity=0.6, curvature="layer_inputs", solver="sweep")
+    np.testing.assert_array_equal(result.weights, plain.weights)
 
 
 class EarlyExit(nn.Module):
@@ -437,6 +548,7 @@ def prune(model: nn.Module, data: object, loss: object = None, **options: object
         ({"curvature": "kfac"}, "pass loss_fn"),
         ({"curvature": "fisher"}, "takes a loss"),
         ({"update": "searched"}, "searched"),
+        ({"update": "none", "layer_inputs": LayerInputOptions(towards_dense=1.0)}, "update='none'"),
         ({"stages": 3}, "no stages"),
         ({"fisher": cbs_opt.FisherOptions()}, "leave it out"),
     ],
@@ -454,6 +566,8 @@ def test_layers_are_not_measured_once_for_all() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(OptionError, match="zero or more"):
         LayerInputOptions(damping=-1.0)
+    with pytest.raises(OptionError, match="towards_dense"):
+        LayerInputOptions(towards_dense=1.5)
     with pytest.raises(OptionError, match="layer_inputs"):
         cbs_opt.Setup(layer_inputs=LayerInputOptions())
     with pytest.raises(CapabilityError, match="Kronecker"):

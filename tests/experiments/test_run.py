@@ -349,6 +349,8 @@ def test_stages_go_on_from_their_journal(tmp_path: Path, monkeypatch: pytest.Mon
         (["--distill", "0"], "steps must be a positive integer"),
         (["--distill", "5", "--distill-loss", "kll"], "kl"),
         (["--distill-lr", "1e-3"], "--distill STEPS"),
+        (["--towards-dense", "1"], "layer_inputs"),
+        (["--batch-norm", "renew"], "reestimate"),
         (["--workers", "0"], "--workers must be at least 1"),
         (["--measure-only"], "give --gradients DIR"),
         (["--stages", "3", "--gradients", "kept"], "leave --gradients out"),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cbs_opt.network.adapters.base import MatrixView, Rows, first_input, shape_of
-from cbs_opt.network.adapters.convolution import ConvolutionAdapter, batched, by_group, windows
+from cbs_opt.network.adapters.convolution import ConvolutionAdapter, batched, patches_of
 
 
 class TransposedConvolutionAdapter(ConvolutionAdapter):
@@ -44,8 +44,10 @@ class TransposedConvolutionAdapter(ConvolutionAdapter):
         for axis in reversed(range(dimensions)):
             margin = dilation[axis] * (kernel[axis] - 1) - padding[axis]
             margins += [margin, margin + more[axis]]
-        patches = windows(F.pad(spread, margins), kernel, (1,) * dimensions, dilation)
-        return {"weight": [by_group(patches.flip(*range(-dimensions, 0)), module.groups, dimensions)]}
+        seen = patches_of(F.pad(spread, margins), kernel, (1,) * dimensions, dilation, int(module.groups))
+        # The kernel is turned around.
+        size = math.prod(kernel)
+        return {"weight": [seen.reshape(*seen.shape[:2], -1, size).flip(3).flatten(2)]}
 
     def positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[float]]:
         """Places of the input, over all samples: nothing is multiplied with the zeros in between."""
