@@ -28,6 +28,10 @@ from cbs_opt.engine.update import Updated as Updated
 from cbs_opt.engine.update import update_weights as update_weights
 from cbs_opt.engine.workspace import Workspace as Workspace
 from cbs_opt.engine.workspace import open_workspace as open_workspace
+from cbs_opt.formats.export import export as export
+from cbs_opt.formats.export import semi_structured as semi_structured
+from cbs_opt.formats.packed import load_packed as load_packed
+from cbs_opt.formats.record import ExportReport as ExportReport
 from cbs_opt.measure.blocks import BlockSpec as BlockSpec
 from cbs_opt.measure.blocks import Partition as Partition
 from cbs_opt.measure.blocks import Structure as Structure

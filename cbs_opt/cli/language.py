@@ -13,8 +13,18 @@ from torch import Tensor, nn
 from solvers.errors import CheckpointError, DataError, OptionError
 
 
-def load_folder(folder: Path) -> tuple[nn.Module, Any]:
-    """Network, of the class that its configuration names, in eval mode and float32; and tokenizer.
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder; raises CheckpointError."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_network(folder: Path) -> nn.Module:
+    """The network in a folder, of the class that its configuration names, in eval mode and float32.
 
     Raises
     ------
@@ -34,11 +44,10 @@ def load_folder(folder: Path) -> tuple[nn.Module, Any]:
         kind = getattr(transformers, named[0], transformers.AutoModelForCausalLM)
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"--hf {folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     assert isinstance(model, nn.Module)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def is_causal(model: nn.Module) -> bool:

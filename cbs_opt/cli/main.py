@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from cbs_opt.cli import describe, doctor, inspect, listing, prune
+from cbs_opt.cli import describe, doctor, export, inspect, listing, prune
 from cbs_opt.cli.shell import run_app
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 for name, module in {
     "prune": prune,
     "inspect": inspect,
+    "export": export,
     "solvers": listing,
     "describe": describe,
     "doctor": doctor,

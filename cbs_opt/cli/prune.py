@@ -113,11 +113,13 @@ def _opened(own: Own) -> tuple[nn.Module, Any, Callable[..., Any] | None, Any]:
     """Network, data, loss and tokenizer."""
     tokenizer = None
     if own.hf is not None:
-        model, tokenizer = language.load_folder(own.hf)
+        model = language.load_network(own.hf)
     else:
         assert own.model is not None
         model = sources.network(own.model)
     if own.text is not None:
+        assert own.hf is not None
+        tokenizer = language.load_tokenizer(own.hf)
         data = language.windows(own.text, tokenizer, model, own.sequences, own.sequence_length)
         labelled = "labels" in data[0]
     else:

@@ -226,6 +226,8 @@ class PruneReport:
             *self._search(),
             *self._norms(),
             *self._distilled(),
+            f"zeros alone make nothing faster or smaller; with a bit for each, 32-bit layers take "
+            f"{self.n_kept / self.n + 1 / 32:.0%} of their bytes (cbs_opt.export)",
             *(f"repair: {repair}" for repair in self.repairs),
             *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in self.skipped),
             *(f"warning: {warning}" for warning in self.warnings),

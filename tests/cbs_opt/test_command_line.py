@@ -303,3 +303,24 @@ def test_a_language_model_from_a_folder_and_a_text(folder, capsys) -> None:
     Path("short.txt").write_text("w1 w2 w3")
     assert "3 tokens" in refused(capsys, *flags, "--text", "short.txt", "--output-dir", "x")
     assert "no config.json" in refused(capsys, "prune", "--hf", ".", "--text", "text.txt", "--output-dir", "x")
+
+
+def test_exporting_what_was_pruned(folder, capsys) -> None:
+    assert run("prune", *BASE, "--solver", "obs", "--output-dir", "out") == 0
+    assert run("export", "out") == 0
+    assert "tensors packed" in capsys.readouterr().out
+    state = cbs_opt.load_packed("out/exported.packed.safetensors")
+    import mine
+
+    plain = mine.network()
+    plain.load_state_dict(state)
+    assert cbs_opt.check(plain, "out")
+    flags = ("export", "out", "--format", "torch", "--output", "net.pt2")
+    assert "which network?" in refused(capsys, *flags)
+    assert "give --data" in refused(capsys, *flags, "--model", "mine:network")
+    assert run(*flags, "--model", "mine:network", "--data", "mine:loader", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["difference"] < 1e-5
+    x = mine.loader()[0][0][:5]
+    loaded = cbs_opt.load("out", mine.network().eval())
+    torch.testing.assert_close(torch.export.load("net.pt2").module()(x), loaded.model(x))
+    assert "Did you mean 'onnx'" in refused(capsys, "export", "out", "--format", "onx")

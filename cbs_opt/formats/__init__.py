@@ -1,0 +1,1 @@
+"""Pruned networks for elsewhere: one file per format."""
