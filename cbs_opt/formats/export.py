@@ -191,6 +191,6 @@ def _torch_program(path: Path, model: nn.Module, example: Example, dynamic_batch
         ) from error
     # By streams: torch warns of names that end otherwise than in .pt2.
     with open(path, "wb") as stream:
-        torch.export.save(program, stream)  # type: ignore[arg-type]
+        torch.export.save(program, stream)
     with open(path, "rb") as stream:
-        return torch.export.load(stream).module()  # type: ignore[arg-type]
+        return torch.export.load(stream).module()
