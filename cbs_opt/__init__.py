@@ -76,6 +76,8 @@ from cbs_opt.report.result import load as load
 from cbs_opt.report.sensitivity import Candidate as Candidate
 from cbs_opt.report.sensitivity import LayerCurve as LayerCurve
 from cbs_opt.report.sensitivity import Sensitivity as Sensitivity
+from cbs_opt.structured.shrink import ShrinkReport as ShrinkReport
+from cbs_opt.structured.shrink import shrink as shrink
 from solvers.errors import BackendError as BackendError
 from solvers.errors import CapabilityError as CapabilityError
 from solvers.errors import CBSError as CBSError
