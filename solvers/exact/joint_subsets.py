@@ -110,6 +110,56 @@ def best_subset(matrix, slope, size, needed):
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
+def best_of_groups(matrix, slope, owner, needs, needed):
+    """The same where `needs` (groups,) columns of each group are kept; `owner` (m,) rises. About 30 ns a subset.
+
+    A walk through the columns takes or leaves each; at the last one to be taken all that are left are looked at.
+    """
+    m, size = slope.size, np.sum(needs)
+    grams, slopes, gains = np.empty((size, m, m)), np.empty((size, m)), np.zeros(size)
+    grams[0], slopes[0] = matrix, slope
+    chosen, best_chosen = np.full(size, -1), np.full(size, -1)
+    # The first column after each group, and for each level its group.
+    stops, group_of = np.searchsorted(owner, np.arange(needs.size), side="right"), np.empty(size, np.int64)
+    last_of = np.empty(size, np.int64)
+    level = 0
+    for g in range(needs.size):
+        for taken in range(needs[g]):
+            group_of[level] = g
+            # So many of the group have to come after this one.
+            last_of[level] = stops[g] - (needs[g] - taken)
+            level += 1
+    best, second = 2.0 * needed, 2.0 * needed
+    level, item = 0, 0
+    while True:
+        gram, part = grams[level], slopes[level]
+        if level == size - 1:
+            for y in range(item, m):
+                if gram[y, y] > DEPENDENT * matrix[y, y]:
+                    value = gains[level] + part[y] * part[y] / gram[y, y]
+                    if value > best:
+                        best, second = value, best
+                        best_chosen[:] = chosen
+                        best_chosen[level] = y
+                    elif value > second:
+                        second = value
+        elif item <= last_of[level]:
+            chosen[level] = item
+            if gram[item, item] > DEPENDENT * matrix[item, item]:
+                gains[level + 1] = gains[level] + eliminate(gram, part, item, grams[level + 1], slopes[level + 1])
+                level += 1
+                if group_of[level] != group_of[level - 1]:
+                    item = stops[group_of[level - 1]]
+                    continue
+            item += 1
+            continue
+        if level == 0:
+            return 0.5 * best, 0.5 * second, best_chosen
+        level -= 1
+        item = chosen[level] + 1
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
 def count_subsets(m, size):
     """The binomial coefficient as a float."""
     count = 1.0

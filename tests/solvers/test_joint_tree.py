@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solvers import QuadraticBlock, SelectionProblem, Status, solve
 from solvers.errors import ProblemError
 from solvers.exact import joint_bound, joint_nodes, joint_subsets
 from solvers.exact.best_first import Fate
@@ -311,3 +312,40 @@ def test_proves_the_stored_blocks(row):
     assert value <= row["best"] * (1 + 1e-6)
     assert result.bound <= value * (1 + 1e-9)
     assert math.isclose(result.bound, value, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("needs", [(2, 2), (1, 2, 1), (2, 1, 3), (1, 1)])
+def test_the_best_of_groups_is_the_best_of_all_choices_that_keep_them(needs):
+    sizes = [4] * len(needs)
+    rng = np.random.default_rng(len(needs))
+    root = rng.standard_normal((20, sum(sizes)))
+    gram, slope = root.T @ root, rng.standard_normal(sum(sizes))
+    owner = np.repeat(np.arange(len(needs)), sizes)
+    parts = [combinations(np.flatnonzero(owner == g), k) for g, k in enumerate(needs)]
+    gains = {}
+    for parts_kept in product(*parts):
+        kept = np.array(sorted(int(i) for part in parts_kept for i in part))
+        gains[tuple(kept)] = 0.5 * slope[kept] @ np.linalg.solve(gram[np.ix_(kept, kept)], slope[kept])
+    best, second = sorted(gains.values(), reverse=True)[:2]
+    found = joint_subsets.best_of_groups(gram, slope, owner, np.array(needs), 0.0)
+    assert found[0] == pytest.approx(best) and found[1] == pytest.approx(second)
+    assert gains[tuple(sorted(found[2].tolist()))] == pytest.approx(best)
+    assert joint_subsets.best_of_groups(gram, slope, owner, np.array(needs), best * (1 + 1e-9))[2].tolist()[0] == -1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_patterns_that_took_a_tree_of_thousands_are_proven_in_few_nodes(seed):
+    # Neighbours nearly alike, as pixels are: many weights are certain, and few decide.
+    rng = np.random.default_rng(seed)
+    smooth = np.cumsum(rng.standard_normal((60, 32)), axis=1) / 6.0 + 0.3 * rng.standard_normal((60, 32))
+    block = QuadraticBlock(rng.standard_normal(32), smooth / 60**0.5, 1e-4)
+    problem = SelectionProblem(block, "2:4", "joint")
+    solution = solve(problem, "branch_bound[node_limit=1000]")
+    assert solution.status is Status.OPTIMAL
+    for swapped in range(0, 32, 4):
+        # No other choice inside one group is better.
+        for pair in combinations(range(swapped, swapped + 4), 2):
+            other = solution.pruned.copy()
+            other[swapped : swapped + 4] = False
+            other[list(pair)] = True
+            assert problem.joint_value(other) >= solution.objective * (1 - 1e-9)
