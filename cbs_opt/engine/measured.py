@@ -23,8 +23,8 @@ from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, we
 from cbs_opt.measure.gradients import GradientSample, Progress
 from cbs_opt.measure.layer_inputs import Streamed
 from cbs_opt.network.modes import in_plain_state
+from cbs_opt.report.norms import contributions
 from cbs_opt.report.records import StageRecord
-from cbs_opt.report.report import contributions
 from cbs_opt.report.result import PruneResult
 from cbs_opt.report.warnings import (
     curvature_warnings,

@@ -23,8 +23,9 @@ from cbs_opt.engine.workspace import OpenNetwork
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.batch_norm import reestimate, tracked_norms
+from cbs_opt.report.norms import LayerNorms
 from cbs_opt.report.records import DistillRecord, StageRecord
-from cbs_opt.report.report import LayerNorms, PruneReport
+from cbs_opt.report.report import PruneReport
 from cbs_opt.report.result import PruneResult
 from cbs_opt.report.warnings import (
     collapse_warnings,

@@ -5,6 +5,7 @@
 ``model.safetensors``  all parameters and buffers, removed weights as zeros
 ``masks.safetensors``  packed bits (`cbs_opt.network.mask_files`)
 ``report.json``        the report; ``settings.json`` what was asked for; ``stages.json`` what each step did
+``report.html``        all of that as a page
 ``config.json``        and ``generation_config.json``, of networks from transformers, for ``from_pretrained(folder)``
 =====================  =======================================================================================
 
@@ -28,13 +29,15 @@ from torch import Tensor, nn
 
 from cbs_opt.network.mask_files import load_masks, save_masks
 from cbs_opt.network.state_files import PlainState, mismatch, read_tensors
+from cbs_opt.report.page import page
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import PruneReport
 from solvers.errors import CheckpointError, ModelError, OutputError
 from solvers.files import holding, write_atomically
 
 HEADER, WEIGHTS, MASKS = "cbs_opt.json", "model.safetensors", "masks.safetensors"
-REPORT, SETTINGS, STAGES = "report.json", "settings.json", "stages.json"
+REPORT, PAGE = "report.json", "report.html"
+SETTINGS, STAGES = "settings.json", "stages.json"
 _FILES = (WEIGHTS, MASKS, REPORT, SETTINGS, STAGES)
 _FORMAT, _VERSION = "cbs_opt pruned network", 1
 _PACKAGES = ("cbs-opt", "torch", "numpy", "safetensors")
@@ -94,6 +97,7 @@ def write(
             report.save(place / REPORT)
             _write_json(place / SETTINGS, settings)
             _write_json(place / STAGES, [record.as_json() for record in stages])
+            write_atomically(place / PAGE, page(report, masks, settings, stages).encode())
             _save_config(place, model)
             header = {
                 "format": _FORMAT,

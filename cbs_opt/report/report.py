@@ -5,29 +5,24 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from cbs_opt.network.layers import PrunableLayers, Skipped
+from cbs_opt.network.layers import Skipped
+from cbs_opt.report.page import fragment
 from cbs_opt.report.records import DistillRecord
 from cbs_opt.report.sensitivity import Candidate, Sensitivity
-from solvers import Objective, SelectionProblem
-from solvers.arrays import Array, Mask
 from solvers.errors import DataError, OutputError
 from solvers.files import write_atomically
 
 _VERSION = 3
-#: Weights looked at together.
-_CHUNK = 1 << 20
 _FIRST_ORDER = {True: "yes", False: "no", None: "by stage"}
 
 
@@ -209,7 +204,14 @@ class PruneReport:
         table.add_row(
             "all", f"{self.n:,}", f"{self.n_kept:,}", f"{self.sparsity:.2%}", f"{norms[0]:.4g}", f"{norms[1]:.4g}", ""
         )
-        lines = [
+        return Group(table, *(Text(line) for line in self.lines()))
+
+    def _repr_html_(self) -> str:
+        return fragment(self)
+
+    def lines(self) -> list[str]:
+        """What is to be said beside the layers."""
+        return [
             f"whole network: {self.sparsity_of_model:.2%} of {self.n_model:,} weights removed",
             f"{self.objective_kind} objective {_number(self.objective)}, bound {_number(self.bound)}, "
             f"gap {_percent(self.gap)}, {self.status} ({self.reason}); refit objective {_number(self.refit_objective)}",
@@ -232,7 +234,6 @@ class PruneReport:
             *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in self.skipped),
             *(f"warning: {warning}" for warning in self.warnings),
         ]
-        return Group(table, *(Text(line) for line in lines))
 
     def _spent(self) -> Iterator[str]:
         """What a budget has left."""
@@ -328,74 +329,6 @@ class PruneReport:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} is not a report of a pruning: {error}") from error
-
-
-class LayerNorms:
-    """Norms of the layers before they are pruned, from their weights one after the other; then their reports.
-
-    Parameters
-    ----------
-    layers : PrunableLayers
-    weights : iterable of tensors
-        Before, as the modules hold them; nothing of them is kept.
-    pruned : bool (n,)
-    """
-
-    def __init__(self, layers: PrunableLayers, weights: Iterable[Tensor], pruned: Mask) -> None:
-        self._layers, self._pruned = layers, pruned
-        flat = ((layer.slice, layer.view.flatten(w.detach())) for layer, w in zip(layers, weights, strict=True))
-        self._before = [(_norm(w), _norm(w, pruned[where])) for where, w in flat]
-
-    def reports(self, weights: Iterable[Tensor], contributions: Array | None) -> tuple[LayerReport, ...]:
-        """Rows from the weights after; `contributions` (n,), in the order of the network, sum to the objective."""
-        total = 0.0 if contributions is None else float(contributions.sum())
-        rows = []
-        for layer, (before, removed), after in zip(self._layers, self._before, weights, strict=True):
-            kept = layer.n - int(np.count_nonzero(self._pruned[layer.slice]))
-            rows.append(
-                LayerReport(
-                    name=layer.name,
-                    kind=layer.kind,
-                    shape=layer.shape,
-                    n=layer.n,
-                    n_kept=kept,
-                    sparsity=1.0 - kept / layer.n,
-                    norm_before=before,
-                    norm_after=_norm(after),
-                    norm_removed=removed,
-                    share=math.nan
-                    if contributions is None or not total
-                    else float(contributions[layer.slice].sum()) / total,
-                )
-            )
-        return tuple(rows)
-
-
-def _norm(weights: Tensor, mask: Mask | None = None) -> float:
-    """Norm of (some of) the weights in float64, without a copy of all of them."""
-    flat, total = weights.detach().reshape(-1), 0.0
-    for start in range(0, flat.numel(), _CHUNK):
-        piece = flat[start : start + _CHUNK].to("cpu", torch.float64).numpy()
-        if mask is not None:
-            piece = piece[mask[start : start + _CHUNK]]
-        total += float(piece @ piece)
-    return math.sqrt(total)
-
-
-def contributions(problem: SelectionProblem, pruned: Mask, refitted: Array | None) -> Array:
-    """What each weight adds to the problem's objective, float64 (n,): g_i d_i + ½ d_i (Hd)_i for the step d.
-
-    The step is −w_P for the selection objective and that to the refitted weights for the joint one.
-    """
-    weights = problem.weights
-    if problem.objective is Objective.SELECTION or refitted is None:
-        step = np.where(pruned, -weights, 0.0)
-    else:
-        step = refitted - weights
-    terms: Array = 0.5 * step * problem.multiply(step)
-    if problem.gradient is not None:
-        terms = terms + problem.gradient * step
-    return terms
 
 
 def _plain(value: Any) -> Any:

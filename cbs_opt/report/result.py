@@ -19,6 +19,7 @@ from cbs_opt.network.masks import apply_masks, remove_masks
 from cbs_opt.network.state_files import write_into
 from cbs_opt.network.zeros import check
 from cbs_opt.report import folders
+from cbs_opt.report.page import fragment
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.report import PruneReport
 from solvers import Solution
@@ -61,6 +62,9 @@ class PruneResult:
     def weights(self) -> npt.NDArray[np.float64]:
         """The prunable weights of `model` when first asked for, float64 (n,), zero where pruned."""
         return self.layers.read(self.model).numpy()
+
+    def _repr_html_(self) -> str:
+        return fragment(self.report, self.masks, self.settings, self.stages)
 
     def save(self, folder: Path | str) -> None:
         """Write network, masks, report and settings to a folder; `cbs_opt.load` reads it.

@@ -46,7 +46,7 @@ def test_a_saved_network_comes_back_as_it_was(cls, tmp_path) -> None:
 
 def test_the_folder_holds_nothing_but_tensors_and_json(tmp_path) -> None:
     pruned().save(tmp_path)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors", ".html"}
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["solver"] == "magnitude" and settings["sparsity"] == 0.6 and settings["device"] == "cpu"
     header = json.loads((tmp_path / "cbs_opt.json").read_text())
