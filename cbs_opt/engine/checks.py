@@ -17,6 +17,7 @@ from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
 from cbs_opt.engine.update import Update
 from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.costs import channels_of
 from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.network.layers import PrunableLayers
 from solvers import Capability, Knapsack, Objective, QuadraticBlock, SelectionProblem
@@ -62,7 +63,9 @@ def check_plan(
                 raise OptionError(
                     f"budget={str(choice.budget)!r} takes blocks of consecutive weights, not {str(fisher.spec)!r}"
                 )
-            costs = Knapsack(np.ones(problem.n), problem.n)
+            grouped = choice.costs is not None and choice.costs.groups is not None
+            labels = channels_of(layers) if grouped else None
+            costs = Knapsack(np.ones(problem.n if labels is None else labels[-1] + 1), problem.n, labels)
             limited = problem.with_budget(costs if choice.pattern is None else layers.resolve(choice.pattern))
             check_budget(choice.solver, limited)
     refits = choice.update in (Update.COMBINATORIAL, Update.SEARCHED)

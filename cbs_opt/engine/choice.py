@@ -138,6 +138,12 @@ class Choice:
                 f"update 'own' keeps the weights that a solver proposes, and solver {chosen.name!r} proposes none; use "
                 "update='combinatorial', or a solver that does, e.g. 'sweep'"
             )
+        grouped = isinstance(limit, CostBudget) and limit.groups
+        if grouped and (min_kept or min_kept_per_row):
+            raise OptionError(
+                f"budget={str(limit)!r} removes {grouped} whole, and floors are of single weights; leave min_kept and "
+                "min_kept_per_row out"
+            )
         if isinstance(limit, Pattern) and (min_kept or min_kept_per_row):
             raise OptionError(
                 f"budget={str(limit)!r} says what stays of each row; leave min_kept and min_kept_per_row out"
@@ -201,6 +207,11 @@ class Choice:
     def costs(self) -> CostBudget | None:
         """The budget, if it is one of costs."""
         return self.budget if isinstance(self.budget, CostBudget) else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the budget is of groups, or leaves weights to each, so that no layer has a floor of its own."""
+        return self.pattern is not None or (self.costs is not None and self.costs.groups is not None)
 
     @property
     def pattern(self) -> Pattern | None:

@@ -45,7 +45,7 @@ class Floors:
             name, least = "min_kept", np.array([math.ceil(asked * size) for size in sizes.tolist()], dtype=np.int64)
         else:
             # Fewer weights than layers leave no path anyway; the report warns of it.
-            name, default = "min_kept", int(n_kept >= len(layers) and choice.pattern is None)
+            name, default = "min_kept", int(n_kept >= len(layers) and not choice.whole)
             least = np.minimum(default if asked is None else asked, sizes)
         # What costs allow is found once they are known.
         if choice.budget is None and least.sum() > n_kept:

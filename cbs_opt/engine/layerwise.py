@@ -189,6 +189,11 @@ def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
                 f"budget={str(choice.pattern)!r} says what each layer loses; leave allocation={choice.allocation!r} out"
             )
         layers.resolve(choice.pattern)
+    if choice.costs is not None and choice.costs.groups is not None:
+        raise OptionError(
+            f"budget={str(choice.costs)!r} weighs {choice.costs.groups} of all layers against one another, which takes "
+            "curvature='fisher'; layer by layer use 'channels:0.5', a share of each layer"
+        )
     if choice.update is Update.SEARCHED:
         raise OptionError("update 'searched' asks the loss of the whole network; layer by layer use 'combinatorial'")
     if choice.start is not None:

@@ -293,9 +293,11 @@ class Measured:
         return replace(solution, refit_objective=judged.value, refit_weights=judged.weights), judged.repairs
 
 
-def _split(problem: SelectionProblem, choice: Choice) -> Split:
+def _split(problem: SelectionProblem, choice: Choice) -> Split | None:
     """By the scores that a limit is shared out by: diagonal saliencies, or |w| where the solver looks at no more."""
     assert isinstance(problem.budget, Knapsack)
+    if problem.budget.labels is not None:
+        return None
     looks = problem.measured and Need.CURVATURE in choice.solver.needs
     scores = diagonal_saliency(problem) if looks else np.abs(problem.weights)
     return Split.of(problem.budget, scores, problem.budget.cheapest_of(scores))

@@ -41,6 +41,8 @@ class CostBudget(ABC):
     Attributes
     ----------
     share : float in (0, 1)
+    groups : {"channels"}, optional
+        What goes whole: rows of layers (neurons, filters), which are what a smaller network is made of. In one shot.
 
     Raises
     ------
@@ -48,6 +50,7 @@ class CostBudget(ABC):
     """
 
     share: float
+    groups: str | None = None
     name: ClassVar[str]
     #: Whether the network has to be called to know.
     counts: ClassVar[bool] = True
@@ -57,6 +60,8 @@ class CostBudget(ABC):
         if not 0.0 < share < 1.0:
             raise OptionError(f"the share of {self.name} that may remain lies in (0, 1), not {share!r}")
         object.__setattr__(self, "share", share)
+        if self.groups is not None and self.groups != "channels":
+            raise OptionError(f"groups of a budget of {self.name} are 'channels', or left out, not {self.groups!r}")
 
     @property
     def kept(self) -> float:
@@ -64,7 +69,7 @@ class CostBudget(ABC):
         return self.share
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.share:g}"
+        return f"{self.name}:{self.share:g}" + (f":{self.groups}" if self.groups else "")
 
     @abstractmethod
     def per_weight(self, layers: PrunableLayers, model: nn.Module, uses: Mapping[str, Array]) -> Array:
@@ -111,13 +116,14 @@ def budget_of(value: Any) -> CostBudget | Pattern:
             f"budget={value!r} must be a text such as 'flops:0.5' or '2:4', Flops(0.5), or a pattern of solvers.budget "
             f"(NM, Tiles), not a {type(value).__name__}; for a number of weights use n_kept"
         )
-    name, _, share = value.partition(":")
+    name, _, rest = value.partition(":")
+    share, _, groups = rest.partition(":")
     if name.strip() in _KINDS:
         try:
             number_of = float(share)
         except ValueError:
             raise OptionError(f"budget={value!r}: {share!r} is no share; write e.g. '{name.strip()}:0.5'") from None
-        return _KINDS[name.strip()](number_of)
+        return _KINDS[name.strip()](number_of, groups.strip() or None)
     try:
         return parse(value)
     except ProblemError as error:
@@ -148,11 +154,14 @@ class Costs:
         In the order of the network.
     limit : float
         What may remain.
+    labels : int64 (n,), optional
+        What goes whole.
     """
 
     budget: CostBudget
     each: Array
     limit: float
+    labels: Index | None = None
 
     @property
     def total(self) -> float:
@@ -166,6 +175,8 @@ class Costs:
 
     def knapsack(self, sizes: Index, least: Index) -> Knapsack:
         """The budget of single weights, with floors of ranges of them; raises ProblemError where these cost more."""
+        if self.labels is not None:
+            return Knapsack(np.bincount(self.labels, weights=self.each), self.limit, self.labels)
         if not least.any():
             return Knapsack(self.each, self.limit)
         return Knapsack(self.each, self.limit, sizes=sizes, min_kept=least)
@@ -191,7 +202,15 @@ class Costs:
         """
         uses = count_uses(network, batch) if budget.counts else {}
         each = budget.per_weight(network.layers, network.model, uses)
-        return cls(budget, each, budget.share * float(each.sum()))
+        return cls(
+            budget, each, budget.share * float(each.sum()), channels_of(network.layers) if budget.groups else None
+        )
+
+
+def channels_of(layers: PrunableLayers) -> Index:
+    """The number of the row of each weight, over all layers, int64 (n,)."""
+    rows = [layer.n_rows for layer in layers]
+    return np.repeat(np.arange(sum(rows)), np.repeat([layer.view.inputs for layer in layers], rows))
 
 
 def count_uses(network: Streamed, batch: Batch) -> dict[str, Array]:

@@ -164,8 +164,32 @@ def test_channels_go_whole_in_all_layers_together_or_in_each(way: str) -> None:
     assert sum(gone) == 8 and (way != "kfac" or gone == [4, 4])
 
 
+@pytest.mark.parametrize("solver", ["magnitude", "obd", "greedy_ls", "best_swap"])
+@pytest.mark.parametrize("text", ["flops:0.5:channels", "bytes:0.4:channels"])
+def test_channels_go_whole_until_what_stays_costs_little_enough(solver: str, text: str) -> None:
+    result = cbs_opt.prune(net(), data(), F.cross_entropy, budget=text, solver=solver, exclude="5", **ONE_SHOT)
+    for mask in result.masks.values():
+        rows = mask.reshape(mask.shape[0], -1)
+        assert (rows.all(1) | ~rows.any(1)).all()
+    name, each = text.partition(":")[0], {"0": 64.0, "2": 16.0} if "flops" in text else dict.fromkeys("02", 1.0)
+    spent = sum(each[layer] * float(mask.sum()) for layer, mask in result.masks.items())
+    whole = sum(each[layer] * mask.numel() for layer, mask in result.masks.items())
+    share = budget_of(text).kept
+    assert share - 0.2 < spent / whole <= share + 1e-9
+    assert result.report.costs[f"{name}_kept"] == pytest.approx(spent / whole) and result.report.budget == text
+
+
 def test_text_forms_come_back_and_a_sparsity_is_a_sparsity() -> None:
-    for text in ("flops:0.5", "bytes:0.25", "2:4", "4:8", "channels:0.5", "columns:0.25", "4x4:0.5"):
+    for text in (
+        "flops:0.5",
+        "bytes:0.25",
+        "2:4",
+        "4:8",
+        "channels:0.5",
+        "columns:0.25",
+        "4x4:0.5",
+        "flops:0.5:channels",
+    ):
         assert str(budget_of(text)) == text
     assert budget_of("2:4") == NM(2, 4) and budget_of("channels:0.5") == Tiles(0.5)
     choice = cbs_opt.Choice(budget="sparsity:0.75")
@@ -189,6 +213,10 @@ class Unused(nn.Module):
         ({"budget": "flops:nan"}, OptionError, "share of flops"),
         ({"budget": "bytes:half"}, OptionError, "'half' is no share; write e.g. 'bytes:0.5'"),
         ({"budget": "watts:0.5"}, OptionError, "known forms.*'flops:0.5', 'bytes:0.5'"),
+        ({"budget": "flops:0.5:heads"}, OptionError, "are 'channels', or left out, not 'heads'"),
+        ({"budget": "flops:0.5:channels", "min_kept": 2}, OptionError, "floors are of single weights"),
+        ({"budget": "flops:0.5:channels", "curvature": "kfac"}, OptionError, "takes curvature='fisher'"),
+        ({"budget": "flops:0.5:channels", "solver": "admm"}, CapabilityError, "these do: .*obd"),
         ({"budget": 0.5}, OptionError, "must be a text such as 'flops:0.5' or '2:4'"),
         ({"budget": "5:4"}, OptionError, "n of n:m"),
         ({"budget": "2:4", "sparsity": 0.5}, OptionError, "give one of sparsity, n_kept and budget"),
