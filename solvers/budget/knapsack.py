@@ -207,9 +207,10 @@ class Knapsack(Budget):
         if not open_.any():
             return pruned, base - margin * abs(base)
         table, demand = self.table[open_], demand[open_]
-        looseness = float((spare[open_] / demand).max())
         index = np.flatnonzero(~pruned & np.isfinite(scores) & (table > 0.0).any(0))
         costs, values = table[:, index] / demand[:, None], scores[index]
+        # Running sums of many costs round, too.
+        looseness = float((spare[open_] / demand).max()) + index.size * float(np.finfo(np.float64).eps)
         short = np.flatnonzero(costs.sum(1) < 1.0)
         if short.size:
             at = int(np.flatnonzero(open_)[short[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -162,3 +163,15 @@ def test_the_lagrangian_bound_is_met_within_a_percent_where_the_objective_adds_u
     channels = rows.with_budget(Knapsack(rng.integers(1, 4, 40), 40.0, rows.budget.labels))
     # Rows do not interact, so that the problem over them adds up.
     assert solvers.solve(channels, "obd").gap <= 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_of_many_weights_allows_for_the_rounding_of_running_sums(seed: int) -> None:
+    # With equal costs that fill the limit the best mask is known: the smallest go.
+    rng = np.random.default_rng(seed)
+    n = 200_000
+    scores = rng.standard_normal(n) ** 2 * 1e-7
+    budget = Knapsack(np.full(n, 4.0), 4.0 * (n // 2))
+    best = math.fsum(np.sort(scores)[: n // 2].tolist())
+    bound = budget.least_sum(scores)
+    assert best * (1 - 1e-8) <= bound <= best
