@@ -53,7 +53,7 @@ class Untouchable:
         ({"stages": StageOptions(n_stages=0)}, OptionError, "only polishes"),
         ({"time_limit": -1.0}, OptionError, "time_limit"),
         ({"time_limit": math.nan}, OptionError, "time_limit"),
-        ({"sparsity": 0.5, "n_kept": 3}, OptionError, "either sparsity or n_kept"),
+        ({"sparsity": 0.5, "n_kept": 3}, OptionError, "one of sparsity, n_kept and budget"),
         ({"n_kept": 63}, OptionError, r"\[0, 62\]"),
         ({"curvature": "hessian"}, UnknownNameError, "fisher"),
         ({"curvature": "none"}, CapabilityError, "curvature='fisher'"),
