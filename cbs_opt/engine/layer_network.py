@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,9 +27,12 @@ from cbs_opt.network.identity import copy_network
 from cbs_opt.network.layers import Layer, PrunableLayers
 from cbs_opt.network.masks import remove_masks
 from solvers import Capability, Objective, QuadraticBlock, SelectionProblem, Solution, solve
+from solvers import bound as lower_bound
 from solvers.allocation import ALLOCATIONS
 from solvers.arrays import Mask
 from solvers.errors import DataError, OptionError
+from solvers.refit import refit
+from solvers.verify import certify
 
 #: What is said where segments cannot be.
 ONE_PASS = "all layers were measured in one pass of the dense network"
@@ -174,6 +178,22 @@ def _no_loss(*_: object) -> Tensor:
     raise OptionError("no loss was given")
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What is found out of the masks of layers beside what the plan needs.
+
+    Attributes
+    ----------
+    refit : bool
+        The joint objective of each mask, whatever the update; it costs as much as one.
+    bound : str, optional
+        Method of `solvers.bound` for a lower bound of each layer's objective, given what the layer loses.
+    """
+
+    refit: bool = False
+    bound: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class PrunedLayer:
     """A layer that is done: the solver's mask and figures, and what the update took."""
@@ -199,10 +219,11 @@ class LayerPruner:
     rule : str
         What splits the budget inside a layer, for solvers that cannot share it among the layer's blocks; one of
         layers alone is taken as uniform.
+    judging : Judging
     """
 
-    def __init__(self, network: LayerwiseNetwork, choice: Choice, rule: str) -> None:
-        self.network, self.choice = network, choice
+    def __init__(self, network: LayerwiseNetwork, choice: Choice, rule: str, judging: Judging = Judging()) -> None:
+        self.network, self.choice, self.judging = network, choice, judging
         self.floors = Floors.of(choice, network.layers)
         self._inner = rule if rule in ALLOCATIONS else "uniform"
 
@@ -234,6 +255,17 @@ class LayerPruner:
         if problem.objective is Objective.JOINT and not as_found:
             # What is judged is what the layer gets.
             solution = replace(solution, objective=problem.change(updated.weights))
+        solution = self._judged(problem, solution)
         network.write(layer, torch.from_numpy(updated.weights))
         solution = replace(solution, refit_weights=None, own_weights=None, trace=())
         return PrunedLayer(solution, updated.seconds, len(problem.blocks), (*solution.repairs, *updated.repairs))
+
+    def _judged(self, problem: SelectionProblem, solution: Solution) -> Solution:
+        """With what else is asked for."""
+        if self.judging.refit and math.isnan(solution.refit_objective):
+            solution = replace(solution, refit_objective=refit(problem, solution.pruned).value)
+        if self.judging.bound is None:
+            return solution
+        best = max(solution.bound, lower_bound(problem, self.judging.bound).value)
+        best, gap, status = certify(solution.objective, best, solution.solver)
+        return replace(solution, bound=best, gap=gap, status=status)

@@ -25,7 +25,7 @@ from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.floors import Floors
-from cbs_opt.engine.layer_network import ONE_PASS, LayerPruner, LayerwiseNetwork, PrunedLayer
+from cbs_opt.engine.layer_network import ONE_PASS, Judging, LayerPruner, LayerwiseNetwork, PrunedLayer
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.sensitivity import MEASURES, Parts, check_levels, levels_around, measured_curves
 from cbs_opt.engine.setup import Setup
@@ -55,19 +55,23 @@ def prune_layerwise(
     choice: Choice,
     progress: Progress | None = None,
     shares: Shares | None = None,
+    judging: Judging | None = None,
 ) -> PruneResult:
     """Prune a network layer by layer; see `cbs_opt.prune` for the arguments and errors.
 
-    `shares` are those that `find_shares` found for the same network, data and budget.
+    `shares` are those that `find_shares` found for the same network, data and budget; `judging` is what is found out of
+    the masks besides.
     """
     network = open_layerwise(model, data, loss_fn, setup, choice)
     # Asked now, as the network changes.
     _ = network.dense_loss
-    run = _Run(network, choice, progress, shares)
+    run = _Run(network, choice, progress, shares, judging)
     outcome, parts = run.outcome()
     network.gather()
     result = conclude(network, choice, outcome, own=True, progress=progress)
-    rows = tuple(replace(row, share=part) for row, part in zip(result.report.layers, parts, strict=True))
+    rows = tuple(
+        replace(row, share=share, gap=gap) for row, (share, gap) in zip(result.report.layers, parts, strict=True)
+    )
     shares = run.shares
     report = replace(
         result.report, layers=rows, sensitivity=shares.sensitivity, candidates=shares.candidates, shares=shares.rule
@@ -207,9 +211,15 @@ class _Run:
     """One pruning; see the module's docstring."""
 
     def __init__(
-        self, network: LayerwiseNetwork, choice: Choice, progress: Progress | None, shares: Shares | None = None
+        self,
+        network: LayerwiseNetwork,
+        choice: Choice,
+        progress: Progress | None,
+        shares: Shares | None = None,
+        judging: Judging | None = None,
     ) -> None:
-        self.network, self.choice, self.progress, self.given = network, choice, progress, shares
+        self.network, self.choice, self.progress = network, choice, progress
+        self.given, self.judging = shares, judging or Judging()
         self.layers, self.setup = network.layers, network.setup
         default = "uniform" if self.setup.curvature == "layer_inputs" else "surgeon"
         self.rule = choice.allocation or ("uniform" if choice.pattern else default)
@@ -217,8 +227,8 @@ class _Run:
         self.costs: Costs | None = None
         self.notes: list[str] = []
 
-    def outcome(self) -> tuple[Outcome, list[float]]:
-        """What became of the network, and the share of the objective of each layer."""
+    def outcome(self) -> tuple[Outcome, list[tuple[float, float]]]:
+        """What became of the network, and of each layer its share of the objective and its gap."""
         started = time.perf_counter()
         _ = self.network.scales
         chain, note = self.network.chain()
@@ -236,10 +246,13 @@ class _Run:
         figures = ModelFigures(self.setup.curvature, "per_layer", sum(layer.n_blocks for layer in found))
         figures = replace(figures, damping=float(self.network.options.damping))
         total = record.objective
-        shares = [layer.solution.objective / total if total else math.nan for layer in found]
+        parts = [
+            (one.objective / total if total else math.nan, one.gap if math.isfinite(one.bound) else math.nan)
+            for one in (layer.solution for layer in found)
+        ]
         costs = self.costs
         spent = {} if costs is None else costs.summary(pruned, self.shares.split)
-        return Outcome(pruned, None, (record,), figures, costs=spent), shares
+        return Outcome(pruned, None, (record,), figures, costs=spent), parts
 
     def sharing(self, chain: Chain) -> Sharing:
         """What finds how much each layer is to lose."""
@@ -251,7 +264,7 @@ class _Run:
         sharing = self.sharing(chain)
         self.costs, self.shares = sharing.costs, self.given or sharing.shares()
         self.notes += self.shares.notes
-        pruner = LayerPruner(network, self.choice, self.shares.rule)
+        pruner = LayerPruner(network, self.choice, self.shares.rule, self.judging)
         found: dict[str, PrunedLayer] = {}
 
         def told(layer: Layer, moment: InputMoment, pruned: PrunedLayer) -> None:

@@ -45,6 +45,8 @@ class LayerReport:
         Part of the objective that the layer accounts for: ½ x_i (Hx)_i − g_i x_i summed over it, relative to the whole.
         Shares sum to 1; one may be negative where removals compensate those of other layers. nan for an objective of 0,
         in several stages, which have an objective each, and without a curvature.
+    gap : float
+        Of the layer's mask, given what the layer loses; nan without a bound of its own.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerReport:
     norm_after: float
     norm_removed: float
     share: float
+    gap: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,9 @@ class PruneReport:
 
     def __rich__(self) -> Group:
         table = Table(title=f"{self.solver}, update {self.update}: {self.n_kept:,} of {self.n:,} weights kept")
-        for heading in ("layer", "weights", "kept", "sparsity", "norm", "norm after", "share of objective"):
+        gaps = any(math.isfinite(row.gap) for row in self.layers)
+        headings = ("layer", "weights", "kept", "sparsity", "norm", "norm after", "share of objective")
+        for heading in (*headings, *(("gap",) if gaps else ())):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         for row in self.layers:
             table.add_row(
@@ -196,6 +201,7 @@ class PruneReport:
                 f"{row.norm_before:.4g}",
                 f"{row.norm_after:.4g}",
                 _percent(row.share),
+                *((_percent(row.gap),) if gaps else ()),
             )
         table.add_section()
         norms = [

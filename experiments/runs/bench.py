@@ -141,18 +141,18 @@ class Bench:
                 update=task.update,
                 scale=task.update_scale,
                 objective=choice.goal(),
-                judge=options.choice.refit,
+                judge=options.refit,
                 batch_norm=choice.batch_norm,
                 distill=options.distill,
             )
         if self._chosen is None or self._chosen[0] != mask:
-            judged = options.choice.refit and task.update != "combinatorial"
+            judged = options.refit and task.update != "combinatorial"
             problem, solution = prepared.choose(choice, with_refit=judged)
             if options.choice.bound is not None:
                 solution = self._certified(task, problem, solution)
             self._chosen = mask, problem, solution
         _, problem, solution = self._chosen
-        result = prepared.one_shot(choice, (problem, solution), judge=options.choice.refit)
+        result = prepared.one_shot(choice, (problem, solution), judge=options.refit)
         if result.solution is not None:
             # The refit is known from the update now; the next update of this mask need not find out again.
             self._chosen = mask, problem, result.solution

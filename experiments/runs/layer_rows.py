@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import cbs_opt
 from cbs_opt.engine.choice import BEST, MEASURED
 from cbs_opt.engine.distil_pruned import distil_pruned
+from cbs_opt.engine.layer_network import Judging
 from cbs_opt.engine.layerwise import find_shares, prune_layerwise
 from cbs_opt.engine.shares import Shares
 from cbs_opt.measure.costs import Split
@@ -83,7 +84,8 @@ class LayerRows:
         what = str(task)
         shares, figures = self._shares(task, keys, choice, f"{what}, shares")
         progress = self.working(f"{what}, layers")
-        result = prune_layerwise(model, self.data(task.seed), loss, setup, choice, progress, shares)
+        judging = Judging(self.options.refit, self.options.choice.bound)
+        result = prune_layerwise(model, self.data(task.seed), loss, setup, choice, progress, shares, judging)
         return {**self.figures(result), **figures}, result
 
     def _shares(

@@ -147,8 +147,10 @@ class ChoiceOptions:
     ] = None
     sparsity_rounding: Annotated[Rounding, "exact, or as many weights as the published code keeps."] = Rounding.EXACT
     refit: Annotated[
-        bool, "Judge every mask by the joint objective too, whatever the update; costs as much as one."
-    ] = True
+        bool | None,
+        "Judge every mask by the joint objective too, whatever the update; costs as much as one. Default: yes, but not "
+        "layer by layer.",
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,8 @@ class RunOptions:
             )
         if curvature.sensitivity and not self.layerwise:
             raise OptionError("--sensitivity prunes layer by layer; give --curvature layer_inputs or kfac with it")
-        if self.layerwise and (self.staged or sweep.masks or choice.bound or curvature.gradients):
-            raise OptionError(
-                f"--curvature {self.measured} knows no --stages, --masks, --bound and --gradients; leave them out"
-            )
+        if self.layerwise and (self.staged or sweep.masks or curvature.gradients):
+            raise OptionError(f"--curvature {self.measured} knows no --stages, --masks and --gradients; leave them out")
         if self.save_networks and not self.layerwise:
             raise OptionError("--save-networks keeps what was pruned layer by layer; leave it out")
         if choice.stages < 1:
@@ -241,6 +241,11 @@ class RunOptions:
     def layerwise(self) -> bool:
         """Whether the curvature is measured layer by layer."""
         return self.measured in LAYERWISE
+
+    @property
+    def refit(self) -> bool:
+        """Whether masks are judged by the joint objective whatever the update."""
+        return not self.layerwise if self.choice.refit is None else self.choice.refit
 
     @property
     def staged(self) -> bool:
@@ -317,7 +322,7 @@ class RunOptions:
     @cached_property
     def need(self) -> Extent:
         """What the rows need together."""
-        if self.choice.refit or self.choice.bound or self.curvature.gradients or self.staged:
+        if self.refit or self.choice.bound or self.curvature.gradients or self.staged:
             return Extent.CURVATURE
         return max(self.choice_of(task).needs for task in self.tasks)
 

@@ -190,9 +190,7 @@ class Sweep:
     def _found(self, task: Task) -> dict[str, Any] | None:
         """The row of a task, if it is there with everything that is asked for."""
         row = None if self.overwrite else self.results.find(key_of(self.settings(task)))
-        # Layer by layer a mask is refitted by the update that asks for it, and by nothing else.
-        refit = self.options.choice.refit and not self.options.layerwise
-        asked = {"refit_objective": refit, "bound": self.options.choice.bound is not None}
+        asked = {"refit_objective": self.options.refit, "bound": self.options.choice.bound is not None}
         return None if row is None or any(row[name] is None for name, wanted in asked.items() if wanted) else row
 
     def _told(self, row: dict[str, Any], *, new: bool) -> dict[str, Any]:

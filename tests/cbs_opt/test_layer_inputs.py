@@ -17,6 +17,8 @@ import cbs_opt
 from cbs_opt import CalibrationOptions, DataError, LayerInputOptions, OptionError
 from cbs_opt.data.forward import Forward
 from cbs_opt.data.stream import BatchStream
+from cbs_opt.engine.layer_network import Judging
+from cbs_opt.engine.layerwise import prune_layerwise
 from cbs_opt.measure.layer_inputs import Accumulator, InputMoment, Recorded, Streamed
 from cbs_opt.measure.row_scales import row_scales
 from cbs_opt.measure.segment_passes import SegmentPasses
@@ -667,3 +669,27 @@ def test_samples_are_drawn_from_batches() -> None:
     wanted = np.sort(np.random.default_rng(5).permutation(30)[:12])
     torch.testing.assert_close(drawn, x[wanted])
     assert stream.n == 12
+
+
+@pytest.mark.parametrize("update", ["none", "own", "combinatorial"])
+def test_layers_are_refitted_and_bounded_where_that_is_asked_for(update: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3, bias=False)).eval(), torch.randn(50, 6) @ torch.randn(6, 6)
+    setup = cbs_opt.Setup(curvature="layer_inputs", device="cpu")
+    choice = cbs_opt.Choice(sparsity=0.5, solver="sweep", update=update)
+    plain = prune_layerwise(model, x, None, setup, choice).report
+    report = prune_layerwise(model, x, None, setup, choice, judging=Judging(refit=True, bound="auto")).report
+    block = QuadraticBlock(model[0].weight.detach().double().reshape(-1).numpy(), curvature=moments_of(x))
+    problem = SelectionProblem(block, 9, "joint")
+    best = solve(problem, "brute_force").objective
+    assert report.bound <= best * (1 + 1e-9) <= report.refit_objective * (1 + 2e-9)
+    assert report.refit_objective <= report.objective * (1 + 1e-9)
+    assert report.layers[0].gap == pytest.approx((report.objective - report.bound) / report.objective)
+    assert math.isnan(plain.layers[0].gap)
+    assert "gap" in str(report) and report.objective == pytest.approx(plain.objective)
+
+
+def moments_of(x: Tensor) -> Kronecker:
+    """The curvature of a layer of three rows that sees x."""
+    c = x.double().T @ x.double() / len(x)
+    return Kronecker(torch.ones(3, dtype=torch.float64), c, 0.01 * float(c.diagonal().mean()))
