@@ -44,6 +44,9 @@ from cbs_opt.measure.fisher import build_blocks as build_blocks
 from cbs_opt.measure.gradient_methods import GradientMethod as GradientMethod
 from cbs_opt.measure.gradients import GradientSample as GradientSample
 from cbs_opt.measure.gradients import sample_gradients as sample_gradients
+from cbs_opt.measure.latency import Latency as Latency
+from cbs_opt.measure.latency import LatencyTable as LatencyTable
+from cbs_opt.measure.latency import latency_table as latency_table
 from cbs_opt.measure.layer_inputs import LayerInputOptions as LayerInputOptions
 from cbs_opt.network.adapters import LayerAdapter as LayerAdapter
 from cbs_opt.network.adapters import MatrixView as MatrixView

@@ -63,6 +63,10 @@ class CostBudget(ABC):
         if self.groups is not None and self.groups != "channels":
             raise OptionError(f"groups of a budget of {self.name} are 'channels', or left out, not {self.groups!r}")
 
+    def fixed(self, layers: PrunableLayers) -> float:
+        """What stays whatever is removed."""
+        return 0.0
+
     @property
     def kept(self) -> float:
         """About which share of the weights stays: as if all cost the same."""
@@ -156,17 +160,20 @@ class Costs:
         What may remain.
     labels : int64 (n,), optional
         What goes whole.
+    fixed : float
+        Of the whole network, beside the weights.
     """
 
     budget: CostBudget
     each: Array
     limit: float
     labels: Index | None = None
+    fixed: float = 0.0
 
     @property
     def total(self) -> float:
-        """Of all prunable weights."""
-        return float(self.each.sum())
+        """Of all prunable weights, with what stays in any case."""
+        return float(self.each.sum()) + self.fixed
 
     def by_layer(self, layers: PrunableLayers) -> Costs:
         """All weights of a layer as dear as its dearest: numbers of weights then say what layers cost at most."""
@@ -183,7 +190,7 @@ class Costs:
 
     def kept(self, pruned: Mask) -> float:
         """The share that a mask (n,) keeps."""
-        return float(self.each @ ~pruned) / self.total
+        return (float(self.each @ ~pruned) + self.fixed) / self.total
 
     def summary(self, pruned: Mask, split: Split | None = None) -> dict[str, float]:
         """For a report."""
@@ -202,9 +209,14 @@ class Costs:
         """
         uses = count_uses(network, batch) if budget.counts else {}
         each = budget.per_weight(network.layers, network.model, uses)
-        return cls(
-            budget, each, budget.share * float(each.sum()), channels_of(network.layers) if budget.groups else None
-        )
+        fixed = budget.fixed(network.layers)
+        limit = budget.share * (float(each.sum()) + fixed) - fixed
+        if limit < 0.0:
+            least = fixed / (float(each.sum()) + fixed)
+            raise OptionError(
+                f"{least:.4g} of the {budget.name} stay whatever is removed; the share is {budget.share!r}"
+            )
+        return cls(budget, each, limit, channels_of(network.layers) if budget.groups else None, fixed)
 
 
 def channels_of(layers: PrunableLayers) -> Index:

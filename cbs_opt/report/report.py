@@ -247,9 +247,10 @@ class PruneReport:
             yield f"budget {self.budget} kept exactly; zeros alone make nothing smaller or faster"
         for name in (key.removesuffix("_dense") for key in self.costs if key.endswith("_dense")):
             dense, kept, limit = (self.costs[f"{name}_{part}"] for part in ("dense", "kept", "limit"))
+            whole = f"{dense:,.0f}" if dense >= 100 else _number(dense)
             yield (
-                f"budget {self.budget}: {kept:.4%} of {dense:,.0f} {name} kept, where {limit:.4%} may be; zeros alone "
-                "make nothing faster"
+                f"budget {self.budget}: {kept:.4%} of {whole} {name} kept, where {limit:.4%} may be; zeros alone make "
+                "nothing faster"
             )
         if "split" in self.costs:
             value, bound = self.costs["split"], self.costs["split_bound"]

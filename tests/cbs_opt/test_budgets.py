@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from cbs_opt import Bytes, Flops
 from cbs_opt.data.forward import Forward
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.measure.costs import Costs, budget_of
+from cbs_opt.measure.latency import LayerTimes
 from cbs_opt.measure.layer_inputs import Streamed
 from solvers import NM, Tiles
-from solvers.errors import CapabilityError, ModelError, OptionError, ProblemError
+from solvers.errors import CapabilityError, DataError, ModelError, OptionError, ProblemError
 
 
 def costs_of(model: nn.Module, x: torch.Tensor, budget: cbs_opt.CostBudget, **which: Any) -> Costs:
@@ -293,3 +296,52 @@ def test_the_bound_of_a_knapsack_is_that_of_its_best_multiplier() -> None:
     costs = result.report.costs
     assert costs["split_bound"] == pytest.approx(best, rel=1e-9)
     assert costs["split_bound"] <= costs["split"] <= 1.01 * costs["split_bound"]
+
+
+def test_milliseconds_are_measured_once_and_buy_channels(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table = cbs_opt.latency_table(net(), data(), exclude="5", repeats=3, path=path)
+    assert [(row.name, row.rows) for row in table.layers] == [("0", (2, 4, 6, 8)), ("2", (2, 4, 6, 8))]
+    assert all(ms > 0.0 for row in table.layers for ms in row.milliseconds) and table.error >= 0.0
+    assert cbs_opt.latency_table(net(), data(), exclude="5", path=path) == table == cbs_opt.LatencyTable.load(path)
+    # A table that is known, so that the test does not hang on the machine's mood.
+    times = (LayerTimes("0", (4, 8), (3.0, 5.0), (0.1, 0.1)), LayerTimes("2", (4, 8), (1.0, 2.0), (0.1, 0.1)))
+    table = replace(table, layers=times)
+    assert [row.line for row in times] == [(1.0, 0.5), (0.0, 0.25)] and table.error == pytest.approx(0.2 / 7.0)
+    budget = cbs_opt.Latency(0.6, table=table)
+    result = cbs_opt.prune(net(), data(), F.cross_entropy, budget=budget, solver="obd", exclude="5", **ONE_SHOT)
+    kept = [int(mask.flatten(1).any(1).sum()) for mask in result.masks.values()]
+    spent = 1.0 + 0.5 * kept[0] + 0.25 * kept[1]
+    assert 0.6 * 7.0 - 0.5 < spent <= 0.6 * 7.0
+    assert result.report.costs["milliseconds_kept"] == pytest.approx(spent / 7.0)
+    assert "of 7 milliseconds kept" in " ".join(str(result.report).split())
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table = cbs_opt.latency_table(net(), data(), repeats=1, path=path)
+    path.write_text(path.read_text().replace(table.machine, "another"))
+    with pytest.raises(DataError, match="of another machine"):
+        cbs_opt.latency_table(net(), data(), path=path)
+    with pytest.raises(DataError, match="of another machine"):
+        cbs_opt.Latency(0.5, table=replace(table, machine="another"))
+    path.write_text("{}")
+    with pytest.raises(DataError, match="is no latency table"):
+        cbs_opt.LatencyTable.load(path)
+    with pytest.raises(OptionError, match="zeros make nothing faster"):
+        cbs_opt.Latency(0.5, groups=None, table=table)
+    with pytest.raises(OptionError, match="table"):
+        cbs_opt.Latency(0.5)
+    some = replace(table, layers=table.layers[:1])
+    how: dict[str, Any] = {"solver": "obd", **ONE_SHOT}
+    with pytest.raises(DataError, match="no times of layer '2'"):
+        cbs_opt.prune(net(), data(), F.cross_entropy, budget=cbs_opt.Latency(0.5, table=some), **how)
+    whole = replace(
+        table, layers=tuple(LayerTimes(r.name, (1, r.rows[-1]), (1.0, 1.0), (0.0, 0.0)) for r in table.layers)
+    )
+    with pytest.raises(OptionError, match="stay whatever is removed"):
+        cbs_opt.prune(
+            net(), data(), F.cross_entropy, budget=cbs_opt.Latency(0.5, table=whole), solver="obd", **ONE_SHOT
+        )
+    with pytest.raises(ModelError, match="cannot be timed with fewer rows"):
+        cbs_opt.latency_table(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), data())
