@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from cbs_opt.cli import main
-from experiments.commands import compare, run, tables, train
+from experiments.commands import compare, rules, run, scaling, tables, train
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,7 +18,7 @@ FILES = [
     for top in ("solvers", "cbs_opt", "experiments", "tests")
     for path in (ROOT / top).rglob("*")
 ]
-COMMANDS = {"run": run, "compare": compare, "tables": tables, "train": train}
+COMMANDS = {"run": run, "compare": compare, "tables": tables, "rules": rules, "scaling": scaling, "train": train}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
