@@ -42,7 +42,7 @@ def load_network(folder: Path) -> nn.Module:
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
         kind = getattr(transformers, named[0], transformers.AutoModelForCausalLM)
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()
         model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except Exception as error:
         raise CheckpointError(f"--hf {folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
