@@ -5,7 +5,8 @@ Samples are read once, stacked in memory and numbered, so that everything later 
 * a pair ``(x, y)``: the network is called as ``model(x)``, or ``model(**x)`` where x is a dict, and the loss as
   ``loss_fn(output, y)``;
 * a dict: the network is called as ``model(**inputs)`` with the entries that its ``forward`` names (all of them if it
-  takes ``**kwargs``), and the loss as ``loss_fn(output, batch)`` with the whole dict.
+  takes ``**kwargs``), and the loss as ``loss_fn(output, batch)`` with the whole dict. A named tuple of three and more,
+  or with an entry ``input_ids`` or ``attention_mask``, is one too, without what of it is None.
 
 Each tensor of a batch has the samples along its first dimension. ``loss_fn`` must return the mean over the batch.
 """
@@ -32,6 +33,8 @@ Index = npt.NDArray[np.int64]
 
 #: Samples per batch where a data set comes without batches.
 _DEFAULT_BATCH = 256
+#: Entries that are no targets.
+_INPUT_NAMES = frozenset({"input_ids", "inputs_embeds", "attention_mask", "pixel_values"})
 #: Samples, and bytes to be kept, after which data that do not say how long they are count as endless.
 _MOST_UNSIZED, _MOST_BYTES = 200_000, 8 << 30
 
@@ -155,6 +158,7 @@ Batch = tuple[Tree, Tree | None, int]
 
 def as_batch(batch: Any, number: int = 0, *, alone: bool = False) -> Batch:
     """(inputs, targets or None, samples) of one raw batch, checked; `alone` also takes inputs without targets."""
+    batch = _by_name(batch)
     if alone and isinstance(batch, (tuple, list)) and len(batch) == 1:
         batch = batch[0]
     if isinstance(batch, Mapping):
@@ -182,6 +186,14 @@ def as_batch(batch: Any, number: int = 0, *, alone: bool = False) -> Batch:
     if size is None:
         raise DataError(f"batch {number} holds no tensor")
     return inputs, targets, size
+
+
+def _by_name(batch: Any) -> Any:
+    """Named tuples of more than a pair, or with one of the names that transformers use, as dicts."""
+    names = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
+    if len(names) <= 2 and not _INPUT_NAMES.intersection(names):
+        return batch
+    return {name: value for name, value in zip(names, batch, strict=True) if value is not None}
 
 
 def _to_tensors(value: Any, where: str) -> Any:

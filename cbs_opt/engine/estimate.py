@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cbs_opt.engine.choice import Extent
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.fisher import DEFAULT_ROWS
-from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.network.layers import Layer, PrunableLayers
 from solvers.errors import OptionError
 
 #: Vectors of n float64 values that choosing and updating hold at once.
@@ -89,13 +90,47 @@ def estimate_memory(
         memory["vectors"] = _VECTORS * n * 8
         # Above three quarters of all columns, products go through the whole factor.
         memory["the kept columns"] = rows * n_columns * width if 4 * n_columns <= 3 * n else 0
-    found = Estimate(memory, available_memory(setup.place))
+    remedy = (
+        "use fewer rows (FisherOptions(n_rows=...)), fewer layers (include, exclude), float32, or a solver and update "
+        "that need no curvature (magnitude and none)"
+    )
+    return _enough(memory, setup.place, remedy)
+
+
+def estimate_layerwise(model: nn.Module, segments: Iterable[Sequence[Layer]], setup: Setup) -> Estimate:
+    """Bytes that pruning a network layer by layer takes; raises OptionError if there are not as many.
+
+    Beside the network there are the input moments of one segment, summed up and once as means, in float64; with
+    ``towards_dense`` those with the dense network too. Kept outputs and activations come on top.
+    """
+    options = setup.layer_inputs
+    copies = 3 if options is not None and options.towards_dense else 2
+
+    def moments(segment: Sequence[Layer]) -> int:
+        sums = [layer.view.groups * layer.view.inputs**2 for layer in segment]
+        # Means are made of one layer after the other.
+        return 8 * ((copies - 1) * sum(sums) + max(sums, default=0))
+
+    largest = max(segments, key=moments)
+    widest = max(largest, key=lambda layer: layer.view.groups * layer.view.inputs**2)
+    memory = {f"the input moments of the {len(largest)} layers of a segment": moments(largest)}
+    if setup.place.type == "cpu":
+        # On another device there is only what runs.
+        network = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        memory["the pruned network"] = network
+    remedy = f"exclude the widest layers ({widest.name!r} has {widest.view.inputs:,} inputs)"
+    if options is not None and not options.segments:
+        remedy += ", or measure segment by segment (LayerInputOptions(segments=True))"
+    return _enough(memory, setup.place, remedy)
+
+
+def _enough(memory: dict[str, int], place: torch.device, remedy: str) -> Estimate:
+    found = Estimate(memory, available_memory(place))
     if found.total > found.available:
         parts = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in memory.items())
         raise OptionError(
-            f"this takes at least {found.total / 1e9:.2f} GB of memory on {setup.place}, and there are "
-            f"{found.available / 1e9:.2f} GB: {parts}; use fewer rows (FisherOptions(n_rows=...)), fewer layers "
-            "(include, exclude), float32, or a solver and update that need no curvature (magnitude and none)"
+            f"this takes at least {found.total / 1e9:.2f} GB of memory on {place}, and there are "
+            f"{found.available / 1e9:.2f} GB: {parts}; {remedy}"
         )
     return found
 

@@ -15,6 +15,7 @@ from cbs_opt.data.forward import Forward, LossFunction
 from cbs_opt.data.losses import StreamMeter
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice
+from cbs_opt.engine.estimate import estimate_layerwise
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
@@ -144,7 +145,18 @@ class LayerwiseNetwork(OpenNetwork):
         return moment.blocks(weights, options.damping, scale)
 
     def chain(self) -> tuple[Chain, str]:
-        """Its segments, and what is to be said of them."""
+        """Its segments, and what is to be said of them; raises OptionError where their moments do not fit."""
+        chain, note = self._found_chain()
+        estimate_layerwise(self.model, chain.segments, self.setup)
+        return chain, note
+
+    def whole(self) -> Chain:
+        """All layers in one pass; raises OptionError where their moments do not fit."""
+        chain = whole(self.streamed())
+        estimate_layerwise(self.model, chain.segments, self.setup)
+        return chain
+
+    def _found_chain(self) -> tuple[Chain, str]:
         streamed = self.streamed()
         if not self.options.segments:
             return whole(streamed), ""

@@ -35,7 +35,7 @@ from cbs_opt.engine.workspace import own_copy
 from cbs_opt.measure.costs import Costs
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import InputMoment
-from cbs_opt.measure.segments import Chain, PathError, whole
+from cbs_opt.measure.segments import Chain, PathError
 from cbs_opt.network.layers import Layer, PrunableLayers
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.result import PruneResult
@@ -98,7 +98,7 @@ def find_shares(
         return run.sharing(chain).shares()
     except PathError:
         run.network.restore()
-        return run.sharing(whole(run.network.streamed())).shares()
+        return run.sharing(run.network.whole()).shares()
 
 
 def sensitivity(
@@ -155,7 +155,7 @@ def sensitivity(
         return measured_curves(network, choice, chain, parts, levels, progress, measure)
     except PathError:
         network.restore()
-        return measured_curves(network, choice, whole(network.streamed()), parts, levels, progress, measure)
+        return measured_curves(network, choice, network.whole(), parts, levels, progress, measure)
 
 
 def open_layerwise(
@@ -238,7 +238,7 @@ class _Run:
         except PathError as error:
             self.notes = [f"segments depend on the data ({error}): {ONE_PASS}"]
             self.network.restore()
-            solved = self._prune(whole(self.network.streamed()))
+            solved = self._prune(self.network.whole())
         seconds = time.perf_counter() - started
         found = [solved[layer.name] for layer in self.layers]
         pruned = np.concatenate([layer.pruned for layer in found])

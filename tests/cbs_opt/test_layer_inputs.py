@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -621,6 +622,57 @@ def test_a_layer_that_is_never_called_goes_by_magnitude() -> None:
     size, kept = model.idle.weight.detach().abs(), result.masks["idle"]
     assert size[kept].min() > size[~kept].max()
     torch.testing.assert_close(result.model.idle.weight[kept], model.idle.weight[kept])
+
+
+def test_experts_that_no_token_reaches_go_by_magnitude_and_are_said() -> None:
+    torch.manual_seed(0)
+    model, x = Routed().eval(), torch.randn(100, 6)
+    with torch.no_grad():
+        model.first.bias[0] = 100.0
+    for options in (LayerInputOptions(), LayerInputOptions(towards_dense=1.0, in_order=True)):
+        result = cbs_opt.prune(
+            model, x, sparsity=0.5, curvature="layer_inputs", solver="admm", min_kept=0, layer_inputs=options
+        )
+        weight, kept = model.two.weight.detach().abs(), result.masks["two"]
+        assert float(weight[kept].min()) >= float(weight[~kept].max()) and int(kept.sum()) == 18
+        assert any("'two'" in repair and "magnitude" in repair for repair in result.report.repairs)
+
+
+class Tokens(NamedTuple):
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None = None
+
+
+def test_named_tuples_are_dicts_where_they_are_no_pairs() -> None:
+    torch.manual_seed(0)
+    model, ids = Decoder().eval(), tokens()
+    mask = (torch.arange(5) < torch.arange(24).remainder(4).unsqueeze(1) + 2).long()
+    named = prune(model, [Tokens(ids, mask)])
+    plain = prune(model, [{"input_ids": ids, "attention_mask": mask}])
+    np.testing.assert_array_equal(named.weights, plain.weights)
+    assert not np.array_equal(named.weights, prune(model, [{"input_ids": ids}]).weights)
+    pair = NamedTuple("pair", [("image", Tensor), ("label", Tensor)])(ids, mask)
+    inputs, targets, _ = BatchStream([pair]).first()
+    assert isinstance(inputs, Tensor) and torch.equal(inputs, ids)
+    assert isinstance(targets, Tensor) and torch.equal(targets, mask)
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_moments_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch, segments: bool) -> None:
+    model, x = Cnn().eval(), images(20)
+    network = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    sizes = {layer.name: 8 * layer.view.groups * layer.view.inputs**2 for layer in cbs_opt.find_layers(model)}
+    last = [sizes[f"stages.1.{name}"] for name in ("c1", "c2", "short")]
+    parts = list(sizes.values()) if not segments else last
+    needed = network + sum(parts) + max(parts)
+    options = LayerInputOptions(segments=segments)
+    monkeypatch.setattr("cbs_opt.engine.estimate.available_memory", lambda _: needed)
+    prune(model, x, layer_inputs=options)
+    monkeypatch.setattr("cbs_opt.engine.estimate.available_memory", lambda _: needed - 1)
+    with pytest.raises(OptionError, match="widest layers") as caught:
+        prune(model, x, layer_inputs=options)
+    assert ("segment by segment" in str(caught.value)) is not segments
 
 
 def endless() -> Iterator[Tensor]:
