@@ -350,14 +350,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-#: What None stands for in JSON, by field.
-_MISSING = {"bound": -math.inf, "gap": math.inf}
+#: What None stands for in JSON, by field; nan elsewhere.
+_MISSING: dict[type, dict[str, float]] = {PruneReport: {"bound": -math.inf, "gap": math.inf}}
 
 
 def _floats(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of float fields with None turned back into what it was."""
     numeric = {f.name for f in fields(cls) if f.type == "float"}
-    return {k: _MISSING.get(k, math.nan) if v is None and k in numeric else v for k, v in values.items()}
+    missing = _MISSING.get(cls, {})
+    return {k: missing.get(k, math.nan) if v is None and k in numeric else v for k, v in values.items()}
 
 
 def _number(value: float) -> str:
