@@ -76,10 +76,10 @@ def aggregate(problem: SelectionProblem) -> Aggregate:
         parts = _parts(problem, labels, total)
     single = [part for part in parts if part.size == 1]
     several = [part for part in parts if part.size > 1]
-    norms = np.sqrt(np.bincount(labels, weights=_weights(problem) ** 2, minlength=total))
+    norms = np.sqrt(np.bincount(labels, weights=problem.weights**2, minlength=total))
     slopes = None
     if problem.gradient is not None:
-        raw = np.bincount(labels, weights=problem.gradient * _weights(problem), minlength=total)
+        raw = np.bincount(labels, weights=problem.gradient * problem.weights, minlength=total)
         slopes = np.divide(raw, norms, out=np.zeros(total), where=norms > 0.0)
     order: list[Index] = []
     curvatures: list[Curvature] = []
@@ -109,10 +109,6 @@ def aggregate(problem: SelectionProblem) -> Aggregate:
         place[labels],
         _rounding(problem, labels, given.k if isinstance(given, Groups) else total) if problem.measured else 0.0,
     )
-
-
-def _weights(problem: SelectionProblem) -> Array:
-    return problem.weights.astype(np.float64)
 
 
 def _rounding(problem: SelectionProblem, labels: Index, most: int) -> float:

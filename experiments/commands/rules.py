@@ -6,8 +6,6 @@ again, and the same command goes on where it was interrupted.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +18,7 @@ from experiments.networks import DEFAULT, get_experiment
 from experiments.networks.load import Source, open_network
 from experiments.reports.display import RunDisplay
 from experiments.reports.rule_table import rule_table
-from experiments.reports.staged_table import write_text
+from experiments.reports.staged_table import command, write_text
 from experiments.runs.bench import Listener
 from experiments.runs.rows import ResultsFile
 from experiments.runs.rules import RULES, chosen_rules, rule_rows
@@ -55,13 +53,12 @@ def main(
         raise OptionError(f"{experiment} has no layer {alone!r}; give one of {', '.join(layers.names)}")
     scopes = (alone,) if layer_only else (alone, "")
     title = f"{experiment}, {sparsity:.0%} removed: published rules, one combination each"
-    command = "python -m experiments.rules " + " ".join(shlex.quote(part) for part in sys.argv[1:])
     path, rows, text = results.folder / "table.md", [], ""
     with RunDisplay(console, len(scopes) * len(rules)) as display:
         listener = Listener(display.say, display.working, display.finished)
         for found in rule_rows(network, scopes, rules, sparsity, seed, samples, source, results, listener):
             rows.append(found)
-            text = rule_table(title, chosen.criterion.metric, network.dense, rows, command)
+            text = rule_table(title, chosen.criterion.metric, network.dense, rows, command("rules"))
             write_text(path, text)
     say(text)
     say(f"rows: {results.path}\ntable: {path}")

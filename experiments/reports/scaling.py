@@ -30,8 +30,7 @@ def write_scaling(folder: Path, rows: list[dict[str, Any]]) -> str:
         lines.append(f"| `{solver}` | " + " | ".join(f"{powers[name]:.2f}" for name in scaling.VARIED) + " |")
         for axis, name in zip(axes, scaling.VARIED, strict=True):
             others = {other: value for other, value in middle.items() if other != name}
-            line = [row for row in rows if row["solver"] == solver and all(row[o] == v for o, v in others.items())]
-            line.sort(key=lambda row: int(row[name]))
+            line = scaling.line_of(rows, solver, name)
             sizes = [row[name] for row in line]
             axis.loglog(sizes, [row["seconds"] for row in line], "o-", label=f"{solver} (power {powers[name]:.2f})")
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes])

@@ -78,9 +78,9 @@ def _distilled(options: StageOptions) -> str:
     )
 
 
-def command() -> str:
+def command(module: str = "tables") -> str:
     """The command line that is running, with the interpreter's and the script's place left out."""
-    return "python -m experiments.tables " + " ".join(shlex.quote(part) for part in sys.argv[1:])
+    return f"python -m experiments.{module} " + " ".join(shlex.quote(part) for part in sys.argv[1:])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

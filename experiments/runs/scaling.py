@@ -95,13 +95,18 @@ def _seconds(size: Size, solver: str, update: str, sparsity: float) -> dict[str,
     return {"seconds_measure": max(whole - chosen, 0.0), "seconds_choose": chosen}
 
 
+def line_of(rows: list[dict[str, Any]], solver: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a solver in which only one size is not the middle one, by that size."""
+    others = {other: value for other, value in asdict(MIDDLE).items() if other != name}
+    line = [row for row in rows if row["solver"] == solver and all(row[o] == v for o, v in others.items())]
+    return sorted(line, key=lambda row: int(row[name]))
+
+
 def exponents(rows: list[dict[str, Any]], solver: str) -> dict[str, float]:
     """Slopes of seconds in double logarithms over the upper half of each size, by least squares."""
     found = {}
     for name in VARIED:
-        others = {other: value for other, value in asdict(MIDDLE).items() if other != name}
-        line = [row for row in rows if row["solver"] == solver and all(row[o] == v for o, v in others.items())]
-        line = sorted(line, key=lambda row: int(row[name]))[-3:]
+        line = line_of(rows, solver, name)[-3:]
         x, y = (np.log([row[key] for row in line]) for key in (name, "seconds"))
         found[name] = float(np.polyfit(x, y, 1)[0])
     return found

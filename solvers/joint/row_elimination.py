@@ -101,7 +101,7 @@ def _paths(rows: list[LayerRow], inverses: list[Array], quota: int, deadline: De
 
 
 def _merged(paths: list[_Path], quota: int) -> list[int]:
-    """How many go of each row when always the cheapest next one goes; raises nothing for paths that are too short."""
+    """How many go of each row when always the cheapest next one goes; no more than their paths have."""
     if len(paths) == 1:
         return [quota]
     # A removal waits for those before it in its row, however cheap it is.
