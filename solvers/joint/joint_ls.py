@@ -17,6 +17,8 @@ Regression*); swaps for pruning: Yu et al. (*The Combinatorial Brain Surgeon*, I
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +39,17 @@ from solvers.running import run_backend, with_remaining_time
 from solvers.solution import Proposal, Reason
 from solvers.solver import ANYTIME, JOINT_PROBLEM, RANKED, Capability, Context, Solver, option
 from solvers.tensors import ProblemTensors
+
+
+@contextmanager
+def _invertible() -> Iterator[None]:
+    """A singular H_SS is an error of ours."""
+    try:
+        yield
+    except np.linalg.LinAlgError as error:
+        raise SingularHessianError(
+            f"joint_ls: H of the kept weights is singular ({error}); use a larger damping"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,7 @@ class JointLocalSearchSolver(Solver):
         return Proposal(result.pruned, reason=result.reason, repairs=tuple(notes), statistics=statistics)
 
     def _rows(self, layers: LayerRows, context: Context, first: Mask, repairs: tuple[str, ...]) -> Proposal:
-        try:
+        with _invertible():
             found = settle(
                 layers,
                 first,
@@ -97,10 +110,6 @@ class JointLocalSearchSolver(Solver):
                 deadline=context.deadline,
                 record=context.record,
             )
-        except np.linalg.LinAlgError as error:
-            raise SingularHessianError(
-                f"joint_ls: H of the kept weights is singular ({error}); use a larger damping"
-            ) from error
         statistics = {"rounds": found.rounds, "swaps": found.swaps, "moves": found.moves}
         return Proposal(
             found.pruned,
@@ -147,11 +156,7 @@ class JointLocalSearchSolver(Solver):
             starts.append(~run_backend(AdmmSolver(), problem, with_remaining_time(context)).pruned)
         iterations = int(self.iterations * min(1.0, (200 / problem.n) ** 2))
         dense = DenseJoint(hessian, linear, constant, as_partition(problem.budget, problem.n).groups)
-        try:
+        with _invertible():
             found = search(dense, starts, iterations, context.rng(), context.deadline, record=context.record)
-        except np.linalg.LinAlgError as error:
-            raise SingularHessianError(
-                f"joint_ls: H of the kept weights is singular ({error}); use a larger damping"
-            ) from error
         reason = Reason.TIME_LIMIT if context.deadline.expired() else Reason.COMPLETED
         return Proposal(~found.kept, reason=reason, repairs=repairs, statistics={"swaps": float(found.swaps)})
