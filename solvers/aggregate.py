@@ -16,9 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from solvers.arrays import Array, Index, Mask
 from solvers.block import QuadraticBlock
@@ -137,8 +136,10 @@ def _parts(problem: SelectionProblem, labels: Index, total: int) -> list[Index]:
     """Groups that interact, directly or through others, together."""
     component = _components(problem)
     size = total + int(component[-1]) + 1
-    graph = coo_matrix((np.ones(labels.size, dtype=np.int8), (labels, total + component)), shape=(size, size))
-    _, part = connected_components(graph.tocsr(), directed=False)
+    graph = scipy.sparse.coo_matrix(
+        (np.ones(labels.size, dtype=np.int8), (labels, total + component)), shape=(size, size)
+    )
+    _, part = scipy.sparse.csgraph.connected_components(graph.tocsr(), directed=False)
     order = np.argsort(part[:total], kind="stable")
     cuts = np.flatnonzero(np.diff(part[:total][order])) + 1
     return [np.sort(piece) for piece in np.split(order, cuts)]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import isotonic_regression
+import scipy
 
 from solvers.arguments import one_of
 from solvers.baselines.obd import diagonal_saliency
@@ -76,7 +76,7 @@ def _marginal_costs(alone: SelectionProblem, count: int) -> Array:
 
 def convex_slopes(increments: Array) -> Array:
     """Slopes of the lower convex hull of a curve given by its increments, non-decreasing, same shape."""
-    return np.asarray(isotonic_regression(increments).x) if increments.size else increments
+    return np.asarray(scipy.optimize.isotonic_regression(increments).x) if increments.size else increments
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class CostCurve:
     def slopes(self) -> Array:
         """Cost per weight on the lower convex hull, between each point and the next, non-decreasing."""
         steps = np.diff(self.removed).astype(np.float64)
-        return np.asarray(isotonic_regression(np.diff(self.costs) / steps, weights=steps).x)
+        return np.asarray(scipy.optimize.isotonic_regression(np.diff(self.costs) / steps, weights=steps).x)
 
 
 def split_curves(curves: Sequence[CostCurve], n_prune: int) -> Counts:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 import torch
-from scipy.linalg import block_diag
 
 from solvers.arguments import instance, number, real_tensor
 from solvers.arrays import ProblemArrays
@@ -164,7 +164,7 @@ class QuadraticBlock:
         parts = [columns[:, start : start + width] for start in range(0, self.n, width)]
         return ProblemArrays(
             weights=self.weights.cpu().numpy(),
-            factor=block_diag(*parts),
+            factor=scipy.linalg.block_diag(*parts),
             damping=curvature.ridge.cpu().numpy(),
             gradient=np.zeros(self.n) if self.gradient is None else self.gradient.cpu().numpy(),
         )

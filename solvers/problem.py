@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 import torch
-from scipy.linalg import block_diag
 
 from solvers.arrays import Array as Array
 from solvers.arrays import Mask as Mask
@@ -191,7 +191,7 @@ class SelectionProblem:
         parts = [block.arrays() for block in self.blocks]
         return ProblemArrays(
             weights=self.weights,
-            factor=block_diag(*[part.factor for part in parts]),
+            factor=scipy.linalg.block_diag(*[part.factor for part in parts]),
             damping=np.concatenate([part.damping for part in parts]),
             gradient=np.concatenate([part.gradient for part in parts]),
         )

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import isotonic_regression
 
 from cbs_opt.data.divergence import divergence, logits_of
 from cbs_opt.data.loss_checks import typed_failures
@@ -281,7 +281,7 @@ def cost_curves(found: Sensitivity) -> list[CostCurve]:
 
 def _curve(levels: np.ndarray, excess: np.ndarray, n: int, least: float) -> CostCurve:
     """Powers between the levels; see the module's docstring."""
-    rising = np.maximum(np.asarray(isotonic_regression(excess).x), least)
+    rising = np.maximum(np.asarray(scipy.optimize.isotonic_regression(excess).x), least)
     points = np.unique(np.concatenate([np.linspace(0, 1, _POINTS + 1), 1 - np.geomspace(1, 1e-3, _POINTS), levels]))
     removed = np.unique(np.round(points * n).astype(np.int64))
     x, y = np.log(levels), np.log(rising)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -248,6 +247,8 @@ def _components(scaled: _Scaled, threshold: float) -> list[Order]:
 
 def _clusters(scaled: _Scaled, size: int, seed: int) -> list[Order]:
     """Louvain communities of the strongest interactions, cut and packed into groups of at most `size` weights."""
+    import networkx as nx
+
     graph = nx.Graph()
     graph.add_nodes_from(range(scaled.n))
     count = min(_NEIGHBOURS, scaled.n - 1)

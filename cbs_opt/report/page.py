@@ -11,7 +11,6 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from cbs_opt.report.records import StageRecord
@@ -230,6 +229,8 @@ def _plot(lines: Iterable[tuple[str, Sequence[float], Sequence[float]]], across:
 
 def _pictures(masks: Mapping[str, Tensor]) -> str:
     """Each mask as outputs × inputs, a pixel being the share kept of what falls into it."""
+    from PIL import Image
+
     shown = list(masks.items())[:_PICTURES]
     figures = []
     for name, mask in shown:

@@ -29,8 +29,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import scipy.linalg
-import scipy.optimize
+import scipy
 
 from solvers.arrays import Array, Index
 from solvers.bounds.certificate import EPS, Bound, ImageCertificate, smallest_sum

@@ -32,8 +32,23 @@ def test_both_orders_work(parts: tuple[str, str]) -> None:
     assert result.returncode == 0 and result.stdout.strip().endswith("done"), result.stderr[-2000:]
 
 
+def _loaded(code: str) -> set[str]:
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys, {code}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.split())
+
+
 def test_neither_is_imported_with_the_package() -> None:
-    code = "import sys, solvers, solvers.exact.ortools_miqp, solvers.exact.cvxpy_miqp; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in result.stdout.split()}
+    loaded = _loaded("solvers, solvers.exact.ortools_miqp, solvers.exact.cvxpy_miqp")
     assert not loaded & {"ortools", "cvxpy", "highspy", "pyscipopt"}
+
+
+@pytest.mark.parametrize("package", ["solvers", "cbs_opt", "cbs_opt.cli.main"])
+def test_what_only_some_calls_need_is_not_imported_with_the_package(package: str) -> None:
+    """An import costs what torch costs, and little more."""
+    loaded = _loaded(package)
+    on_use = {"ortools", "cvxpy", "highspy", "pyscipopt", "numba", "networkx", "scipy.linalg", "scipy.optimize"}
+    on_use |= {"scipy.sparse", "matplotlib", "datasets", "pandas", "pyarrow", "sklearn", "joblib", "PIL", "sympy"}
+    on_use |= {"onnx", "onnxruntime", "torch_pruning", "transformers", "torch._dynamo", "torch._inductor"}
+    assert package in loaded and not loaded & on_use
