@@ -30,6 +30,7 @@ from cbs_opt.report.warnings import (
     curvature_warnings,
     gradient_warnings,
 )
+from cbs_opt.structured.coupled import CoupledCosts, settled
 from solvers import Budget, Capability, Knapsack, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
 from solvers.baselines.obd import diagonal_saliency
@@ -145,24 +146,31 @@ class Measured:
                 f"solver {choice.solver.name!r} needs the {choice.selects}, of which no more than the {self.has} was "
                 "measured; prepare the network with curvature='fisher', or choose by magnitude"
             )
-        problem = self.problem(n_kept=choice.kept(self.n), objective=choice.goal())
-        problem = problem.with_budget(self._budget(choice, problem.n_prune))
+        plain = self.problem(n_kept=choice.kept(self.n), objective=choice.goal())
         start = None if choice.start is None else self.blocks.partition.to_groups(np.asarray(choice.start))
         judge = Capability.CALIBRATION in choice.solver.capabilities
-        solution = solve(
-            problem,
-            choice.solver,
-            time_limit=choice.time_limit,
-            seed=self.workspace.setup.seed if choice.seed is None else choice.seed,
-            start=start,
-            calibration_loss=self.calibration_loss if judge else None,
-            allocation=choice.shared,
-            with_refit=with_refit,
-        )
-        return problem, solution
 
-    def _budget(self, choice: Choice, n_prune: int) -> Budget:
-        floors, costs, order = Floors.of(choice, self.layers), self.costs(choice), self.blocks.partition.order
+        def chosen(costs: Costs | None) -> tuple[SelectionProblem, Solution]:
+            problem = plain.with_budget(self._budget(choice, plain.n_prune, costs))
+            solution = solve(
+                problem,
+                choice.solver,
+                time_limit=choice.time_limit,
+                seed=self.workspace.setup.seed if choice.seed is None else choice.seed,
+                start=start,
+                calibration_loss=self.calibration_loss if judge else None,
+                allocation=choice.shared,
+                with_refit=with_refit,
+            )
+            return problem, solution
+
+        costs = self.costs(choice)
+        if costs is None:
+            return chosen(None)
+        return settled(costs, chosen, lambda found: self.blocks.partition.to_network(found[1].pruned))
+
+    def _budget(self, choice: Choice, n_prune: int, costs: Costs | None) -> Budget:
+        floors, order = Floors.of(choice, self.layers), self.blocks.partition.order
         if choice.budget is not None and order is not None:
             raise OptionError(
                 f"budget={str(choice.budget)!r} takes blocks of consecutive weights, not {self.fisher.spec}"
@@ -181,7 +189,10 @@ class Measured:
             inputs, targets = workspace.data.batch(slice(0, size), place)
             stream = BatchStream(workspace.data)
             streamed = Streamed(workspace.model.to(place), self.layers, stream, workspace.forward, place)
-            self._costs[choice.costs] = Costs.of(choice.costs, streamed, (inputs, targets, size))
+            batch = (inputs, targets, size)
+            costs = Costs.of(choice.costs, streamed, batch)
+            coupled = choice.costs.groups == "coupled"
+            self._costs[choice.costs] = CoupledCosts.priced(costs, streamed, batch) if coupled else costs
         return self._costs[choice.costs]
 
     @in_plain_state
@@ -266,7 +277,14 @@ class Measured:
         model = ModelFigures.of(self.has, self.fisher, workspace.data, len(problem.blocks))
         pruned, costs = to_network(solution.pruned), self.costs(choice)
         spent = {} if costs is None else costs.summary(pruned, _split(problem, choice))
-        outcome = Outcome(pruned, weights, (record,), model, terms=terms, solution=solution, costs=spent)
+        coupling = costs.coupling if isinstance(costs, CoupledCosts) else None
+        if coupling is not None:
+            # They see zeros from now on.
+            pruned = coupling.whole(pruned, self.layers)
+            weights = None if weights is None else np.where(pruned, 0.0, weights)
+        outcome = Outcome(
+            pruned, weights, (record,), model, terms=terms, solution=solution, costs=spent, coupling=coupling
+        )
         if own:
             # Its blocks may be views of the weights, which would keep them alive beside the masked ones.
             del problem, chosen, self.blocks

@@ -35,6 +35,7 @@ from cbs_opt.report.warnings import (
     repruning_warnings,
     skipped_warnings,
 )
+from cbs_opt.structured.coupled import Coupling
 from solvers import Solution
 from solvers.arrays import Array, Mask
 from solvers.errors import ModelError
@@ -85,6 +86,8 @@ class Outcome:
         None in stages.
     costs : mapping of str to float
         Under a budget of costs.
+    coupling : Coupling, optional
+        Where channels go whole, with what is added to them.
     """
 
     pruned: Mask
@@ -95,6 +98,7 @@ class Outcome:
     terms: Array | None = None
     solution: Solution | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
+    coupling: Coupling | None = None
 
 
 def conclude(
@@ -111,6 +115,9 @@ def conclude(
     loss_dense = workspace.dense_loss
     teacher = None if choice.distill is None else workspace.dense_copy()
     model, loss = workspace.network(outcome.weights, pruned, own=own)
+    if outcome.coupling is not None:
+        outcome.coupling.silence(model, outcome.coupling.gone(pruned, layers))
+        loss = workspace.meter.of_network(model)
     _check_finite(loss_dense, loss, choice)
     renewed = _Norms(loss) if choice.batch_norm == "keep" else _reestimated(workspace, model, loss)
     distilled, loss = None, renewed.loss

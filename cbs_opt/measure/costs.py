@@ -41,8 +41,10 @@ class CostBudget(ABC):
     Attributes
     ----------
     share : float in (0, 1)
-    groups : {"channels"}, optional
-        What goes whole: rows of layers (neurons, filters), which are what a smaller network is made of. In one shot.
+    groups : {"channels", "coupled"}, optional
+        What goes whole: rows of layers (neurons, filters), each at its own cost; or channels of the network, with all
+        rows that give one and at the cost of all that a smaller network lacks without it, the columns that take it
+        included (extra ``[structured]``). In one shot.
 
     Raises
     ------
@@ -54,14 +56,17 @@ class CostBudget(ABC):
     name: ClassVar[str]
     #: Whether the network has to be called to know.
     counts: ClassVar[bool] = True
+    #: Of groups.
+    kinds: ClassVar[tuple[str, ...]] = ("channels", "coupled")
 
     def __post_init__(self) -> None:
         share = number(f"the share of {self.name}", self.share, remedy="what may remain, in (0, 1)")
         if not 0.0 < share < 1.0:
             raise OptionError(f"the share of {self.name} that may remain lies in (0, 1), not {share!r}")
         object.__setattr__(self, "share", share)
-        if self.groups is not None and self.groups != "channels":
-            raise OptionError(f"groups of a budget of {self.name} are 'channels', or left out, not {self.groups!r}")
+        if self.groups is not None and self.groups not in self.kinds:
+            known = ", ".join(map(repr, self.kinds))
+            raise OptionError(f"groups of a budget of {self.name} are {known}, or left out, not {self.groups!r}")
 
     def fixed(self, layers: PrunableLayers) -> float:
         """What stays whatever is removed."""
@@ -216,7 +221,7 @@ class Costs:
             raise OptionError(
                 f"{least:.4g} of the {budget.name} stay whatever is removed; the share is {budget.share!r}"
             )
-        return cls(budget, each, limit, channels_of(network.layers) if budget.groups else None, fixed)
+        return cls(budget, each, limit, channels_of(network.layers) if budget.groups == "channels" else None, fixed)
 
 
 def channels_of(layers: PrunableLayers) -> Index:

@@ -249,6 +249,7 @@ class Latency(CostBudget):
     table: LatencyTable | None = None
     name = "milliseconds"
     counts = False
+    kinds = ("channels",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

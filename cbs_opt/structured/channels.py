@@ -23,11 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from cbs_opt.formats.record import Example
-from cbs_opt.structured.observe import LAYERS, Dead
-from solvers.errors import ModelError, OptionError
+from cbs_opt.structured.dependencies import ChannelGroup, Use, dependencies
+from cbs_opt.structured.observe import Dead
 
-#: Modules whose channels are independent of one another, beside `LAYERS`.
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU)
 _TOLERANCE = 1e-6
 
 
@@ -52,20 +50,6 @@ class GroupRecord:
     why: str = ""
 
 
-@dataclass(eq=False)
-class _Use:
-    """A layer that takes the channels of a group: which of its inputs are which channel."""
-
-    module: nn.Module
-    inputs: Mapping[int, list[int]]
-
-    def weight(self, channel: int) -> Tensor:
-        """(R, inputs, ...) of one channel."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight[:, self.inputs[channel]]
-
-
 def remove_channels(
     model: nn.Module, example: Example, dead: Mapping[nn.Module, Dead], leave: Sequence[nn.Module]
 ) -> tuple[GroupRecord, ...]:
@@ -78,70 +62,29 @@ def remove_channels(
     ModelError
         If it cannot follow the network.
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise OptionError("removing channels needs torch-pruning; pip install 'cbs-opt[structured]'") from error
-    inputs: Any = example.kwargs or (example.args[0] if len(example.args) == 1 else example.args)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    try:
-        # It follows gradients.
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=inputs, verbose=False)
-        groups = list(graph.get_all_groups(ignored_layers=list(leave), root_module_types=LAYERS))
-    except Exception as error:
-        raise ModelError(
-            f"torch-pruning cannot follow {type(model).__name__}: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    names = {module: name for name, module in model.named_modules()}
+    graph = dependencies(model, example, leave)
     records, cuts = [], []
-    for group in groups:
-        record, removed = _settled(group, names, dead)
+    for group in graph.groups:
+        record, removed = _settled(group, dead)
         if record is not None:
             records.append(record)
         if removed:
-            root = group[0].dep
-            cuts.append((root.target.module, root.handler, removed))
-    for module, handler, removed in cuts:
-        graph.get_pruning_group(module, handler, removed).prune()
+            cuts.append((group, removed))
+    for group, removed in cuts:
+        graph.cut(group, removed)
     return tuple(records)
 
 
-def _settled(
-    group: Any, names: Mapping[nn.Module, str], dead: Mapping[nn.Module, Dead]
-) -> tuple[GroupRecord | None, list[int]]:
+def _settled(group: ChannelGroup, dead: Mapping[nn.Module, Dead]) -> tuple[GroupRecord | None, list[int]]:
     """Which channels of a group go, what they bring about being put elsewhere; None where none is dead."""
-    n, sources, uses, odd = len(group[0].idxs), [], [], ""
-    for item in group:
-        module = item.dep.target.module
-        takes = item.dep.handler.__name__ == "prune_in_channels"
-        if isinstance(module, LAYERS):
-            if getattr(module, "groups", 1) > 1 and module.groups != module.out_channels:
-                odd = odd or f"{names.get(module)} is a grouped convolution"
-            if takes and getattr(module, "groups", 1) == 1:
-                where: dict[int, list[int]] = {}
-                for entry, channel in zip(item.idxs, item.root_idxs, strict=True):
-                    where.setdefault(channel, []).append(entry)
-                uses.append(_Use(module, where))
-            elif not takes:
-                sources.append(names.get(module, ""))
-        elif isinstance(module, nn.Parameter):
-            odd = odd or "a parameter of the network itself is added to them"
-        elif module in names and not isinstance(module, _PLAIN) and any(True for _ in module.parameters()):
-            odd = odd or f"{names[module]} ({type(module).__name__}) mixes them"
-    sources = list(dict.fromkeys(sources))
-    name = sources[0] + (f" and {len(sources) - 1} others" if len(sources) > 1 else "")
+    n, uses = group.n, group.uses
     seen = [use for use in uses if use.module in dead]
     fit = [c for c in range(n) if seen and all(_is_dead(use, c, dead[use.module]) for use in seen)]
     some = [c for c in range(n) if any(_is_dead(use, c, dead[use.module]) for use in seen)]
     if not some:
         return None, []
-    if odd or len(seen) < len(uses):
-        return GroupRecord(name, n, 0, len(some), odd or "a layer that takes them was not called"), []
+    if group.odd or len(seen) < len(uses):
+        return GroupRecord(group.name, n, 0, len(some), group.odd or "a layer that takes them was not called"), []
     removed = _put_elsewhere(seen, fit, dead, n)
     why = ""
     if len(fit) < len(some):
@@ -149,17 +92,17 @@ def _settled(
     if len(removed) < len(fit):
         kept = len(fit) - len(removed)
         why = "; ".join(filter(None, (why, f"{kept} stand for the constants of those removed, or are the last ones")))
-    return GroupRecord(name, n, len(removed), len(some), why), removed
+    return GroupRecord(group.name, n, len(removed), len(some), why), removed
 
 
-def _is_dead(use: _Use, channel: int, dead: Dead) -> bool:
+def _is_dead(use: Use, channel: int, dead: Dead) -> bool:
     if channel not in use.inputs:
         return False
     inputs = use.inputs[channel]
     return bool(dead.channels[inputs].all()) or not bool((use.weight(channel) != 0).any())
 
 
-def _put_elsewhere(uses: Sequence[_Use], fit: Sequence[int], dead: Mapping[nn.Module, Dead], n: int) -> list[int]:
+def _put_elsewhere(uses: Sequence[Use], fit: Sequence[int], dead: Mapping[nn.Module, Dead], n: int) -> list[int]:
     """Channels that can go once their constants are in a bias or in another channel's weights."""
     folds = {c: [_way(use, c, dead[use.module]) for use in uses] for c in fit}
     free = [c for c in fit if "merge" not in folds[c]]
@@ -189,7 +132,7 @@ def _put_elsewhere(uses: Sequence[_Use], fit: Sequence[int], dead: Mapping[nn.Mo
     return sorted((*free, *merged))
 
 
-def _way(use: _Use, channel: int, dead: Dead) -> str:
+def _way(use: Use, channel: int, dead: Dead) -> str:
     """How a constant is put elsewhere at one layer."""
     maps = dead.maps[use.inputs[channel]]
     if not bool((use.weight(channel) != 0).any()) or not bool((maps != 0).any()):
@@ -207,7 +150,7 @@ def _way(use: _Use, channel: int, dead: Dead) -> str:
 
 
 @torch.no_grad()
-def _fold(use: _Use, channel: int, dead: Dead) -> None:
+def _fold(use: Use, channel: int, dead: Dead) -> None:
     if _way(use, channel, dead) != "bias":
         return
     weight, maps = use.weight(channel), dead.maps[use.inputs[channel]]
@@ -219,7 +162,7 @@ def _fold(use: _Use, channel: int, dead: Dead) -> None:
     module.bias += added
 
 
-def _ratio(use: _Use, c: int, d: int, dead: Dead) -> float | None:
+def _ratio(use: Use, c: int, d: int, dead: Dead) -> float | None:
     """r with m_c = r m_d at one layer; None where there is none."""
     one, other = dead.maps[use.inputs[c]], dead.maps[use.inputs[d]]
     if not bool((use.weight(c) != 0).any()) or not bool((one != 0).any()):

@@ -27,13 +27,15 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "objective": lambda row: _number(row["objective"]),
     "refit": lambda row: _number(row["refit_objective"]),
     "split gap": lambda row: _split_gap(row),
+    "operations": lambda row: _of_dense(row, "operations", ".1%"),
+    "ms": lambda row: _of_dense(row, "milliseconds", ""),
     "gap": lambda row: "" if row["gap"] is None else f"{100 * row['gap']:.1f} %",
     "solve s": lambda row: f"{row['seconds_solve']:.2f}",
     "update s": lambda row: f"{row['seconds_update']:.2f}",
     "distill s": lambda row: f"{row['seconds_distill']:.2f}" if "seconds_distill" in row else "",
 }
 #: Columns which move into the title where all rows agree; without a value in any row they vanish.
-_SHARED = ("update", "sparsity", "budget", "seed", "split gap", "gap", "distill s", "old norms")
+_SHARED = ("update", "sparsity", "budget", "seed", "split gap", "operations", "ms", "gap", "distill s", "old norms")
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -125,6 +127,14 @@ def _split_gap(row: Mapping[str, Any]) -> str:
         return ""
     value, bound = row["split"], row["split_bound"]
     return "0 %" if value <= bound else f"{100 * (value - bound) / abs(bound):.2g} %" if bound else "∞"
+
+
+def _of_dense(row: Mapping[str, Any], what: str, form: str) -> str:
+    """What a call of the smaller network takes, as a share of or beside what the dense one does."""
+    if row.get(f"{what}_small") is None:
+        return ""
+    small, dense = row[f"{what}_small"], row[f"{what}_dense"]
+    return f"{small / dense:{form}}" if form else f"{small:.3g} of {dense:.3g}"
 
 
 def _two_places(value: float | None) -> str:

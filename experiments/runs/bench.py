@@ -28,6 +28,7 @@ from experiments.networks.load import Network, open_network
 from experiments.runs.layer_rows import LayerRows, distil_figures
 from experiments.runs.options import RunOptions, Task
 from experiments.runs.rows import RowKeys
+from experiments.runs.shrunk import shrunk_figures
 from solvers import SelectionProblem, Solution
 from solvers.verify import certify
 
@@ -115,6 +116,7 @@ class Bench:
             **report.costs,
             **self._norms(report, model),
             **_distilled(report),
+            **(shrunk_figures(self.network, model) if self.options.choice.shrink else {}),
         }
 
     def prune(self, task: Task, key: str) -> cbs_opt.PruneResult:

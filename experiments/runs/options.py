@@ -103,7 +103,8 @@ class SweepOptions:
     sparsity: Annotated[tuple[float, ...], "Shares of the weights removed; default: those of the paper's table."] = ()
     budget: Annotated[
         tuple[str, ...],
-        "Instead of sparsities, or besides: flops:0.5, bytes:0.5 (what may stay), 2:4, channels:0.5, 4x4:0.5.",
+        "Instead of sparsities, or besides: flops:0.5, bytes:0.5 (what may stay), flops:0.5:coupled (of the smaller "
+        "network), 2:4, channels:0.5, 4x4:0.5.",
     ] = ()
     masks: Annotated[tuple[Path, ...], "Saved masks which are updated, instead of solvers and sparsities."] = ()
     seed: Annotated[tuple[int, ...], "Of the calibration sample and the solver."] = (0,)
@@ -146,6 +147,10 @@ class ChoiceOptions:
         str | None, "kl or mse towards the dense network's outputs (default: kl), or given: the loss itself."
     ] = None
     sparsity_rounding: Annotated[Rounding, "exact, or as many weights as the published code keeps."] = Rounding.EXACT
+    shrink: Annotated[
+        bool,
+        "Of images: count and time a call of the network without the channels that went whole, beside the dense one.",
+    ] = False
     refit: Annotated[
         bool | None,
         "Judge every mask by the joint objective too, whatever the update; costs as much as one. Default: yes, but not "
@@ -212,6 +217,8 @@ class RunOptions:
             raise OptionError(f"--curvature {self.measured} knows no --stages, --masks and --gradients; leave them out")
         if self.save_networks and not self.layerwise:
             raise OptionError("--save-networks keeps what was pruned layer by layer; leave it out")
+        if choice.shrink and not isinstance(self.experiment, ImageExperiment):
+            raise OptionError(f"--shrink runs networks on images, and {self.experiment.name} has none; leave it out")
         if choice.stages < 1:
             raise OptionError(f"--stages must be at least 1, got {choice.stages}")
         if self.staged and not isinstance(self.experiment, ImageExperiment):

@@ -190,8 +190,13 @@ class Sweep:
     def _found(self, task: Task) -> dict[str, Any] | None:
         """The row of a task, if it is there with everything that is asked for."""
         row = None if self.overwrite else self.results.find(key_of(self.settings(task)))
-        asked = {"refit_objective": self.options.refit, "bound": self.options.choice.bound is not None}
-        return None if row is None or any(row[name] is None for name, wanted in asked.items() if wanted) else row
+        choice = self.options.choice
+        asked = {
+            "refit_objective": self.options.refit,
+            "bound": choice.bound is not None,
+            "operations_small": choice.shrink,
+        }
+        return None if row is None or any(row.get(name) is None for name, wanted in asked.items() if wanted) else row
 
     def _told(self, row: dict[str, Any], *, new: bool) -> dict[str, Any]:
         self.rows.append(row)
