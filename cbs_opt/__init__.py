@@ -92,3 +92,12 @@ from solvers.errors import OutputError as OutputError
 from solvers.errors import ProblemError as ProblemError
 from solvers.errors import SingularHessianError as SingularHessianError
 from solvers.errors import UnknownNameError as UnknownNameError
+
+
+def __getattr__(name: str) -> str:
+    """``cbs_opt.__version__``, looked up when it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("cbs-opt")
+    raise AttributeError(f"module 'cbs_opt' has no attribute {name!r}")

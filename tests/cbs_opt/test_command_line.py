@@ -270,6 +270,13 @@ def test_help_and_completion_without_running_anything() -> None:
     assert done.stdout.split() == ["describe"]
 
 
+def test_the_version_is_the_one_that_is_installed(capsys) -> None:
+    from importlib.metadata import version
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out.split() == ["cbs-opt", version("cbs-opt")] == ["cbs-opt", cbs_opt.__version__]
+
+
 def test_a_language_model_from_a_folder_and_a_text(folder, capsys) -> None:
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     words = [f"w{i}" for i in range(28)]

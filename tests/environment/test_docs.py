@@ -12,7 +12,7 @@ from cbs_opt.cli import main
 from experiments.commands import compare, rules, run, scaling, tables, train
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FILES = [
     path.relative_to(ROOT).as_posix()
     for top in ("solvers", "cbs_opt", "experiments", "tests")
