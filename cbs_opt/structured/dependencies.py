@@ -157,6 +157,11 @@ def _try_out(
         if isinstance(module, LAYERS):
             noise = torch.randn(module.weight.shape, generator=generator) * module.weight[0].numel() ** -0.5
             module.weight.copy_(noise)
+        elif isinstance(module, _NORMS):
+            # Statistics of other weights would silence some channels.
+            module.reset_running_stats()
+            if module.affine:
+                module.reset_parameters()
     before = _by_name(copied, example)
     claimed = {name: torch.zeros_like(quiet) for name, quiet in before.items()}
     for group in groups:

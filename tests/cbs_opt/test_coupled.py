@@ -162,3 +162,14 @@ def test_the_numbers_of_columns_follow_the_channels_through_flattening() -> None
     assert np.array_equal(coupling.columns[1], np.repeat(coupling.rows[0], 36))
     assert (coupling.columns[0] == -1).all()
     assert (coupling.rows[1] == -1).all()
+
+
+def test_channels_that_a_batch_norm_silences_for_now_can_go_as_others_can() -> None:
+    model = network(4)
+    layers, example = cbs_opt.find_layers(model), Example.of(data(4)[0][0])
+    before = Coupling.of(model, layers, example)
+    for norm in (model.bn_a, model.bn_b, model.bn_stem):
+        norm.running_mean[::2] = 1e6
+    after = Coupling.of(model, layers, example)
+    assert after.n == before.n
+    assert all(np.array_equal(a, b) for a, b in zip(after.columns, before.columns, strict=True))
