@@ -84,8 +84,11 @@ def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
     budget, groups, notes = given.budget, None, []
     costed = problem = given
     check_budget(solver, given)
-    if not _takes(solver, budget):
-        if getattr(budget, "labels", None) is not None:
+    grouped = getattr(budget, "labels", None) is not None
+    # Of more weights than a solver takes there may be few groups.
+    many = grouped and solver.max_weights is not None and given.n > solver.max_weights and _finds(solver, given)
+    if many or not _takes(solver, budget):
+        if grouped:
             groups = aggregate(given)
             costed = problem = groups.problem
             start = None if start is None else groups.narrow(start)

@@ -7,6 +7,7 @@ from solvers.budget.bounded import Bounded
 from solvers.budget.cardinality import Cardinality
 from solvers.budget.groups import Groups, Tiles
 from solvers.budget.knapsack import Knapsack
+from solvers.budget.linear import LinearRows
 from solvers.budget.nm import NM
 from solvers.budget.partitioned import GroupReach, Partitioned, as_partition, places
 from solvers.budget.pattern import Pattern, Sparsity
@@ -20,6 +21,7 @@ __all__ = [
     "GroupReach",
     "Groups",
     "Knapsack",
+    "LinearRows",
     "Partitioned",
     "Pattern",
     "Sparsity",

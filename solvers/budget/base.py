@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from solvers.arrays import Array, Mask
+from solvers.budget.linear import LinearRows
 
 
 class Budget(ABC):
@@ -44,6 +45,21 @@ class Budget(ABC):
             By a kind for which this is not easy; solvers that rank do not take it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not rank single weights")
+
+    def linear(self, n: int) -> LinearRows:
+        """The same for `n` weights as linear rows over items.
+
+        Raises
+        ------
+        NotImplementedError
+            By a kind that has no such form; exact solvers do not take it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not a matter of linear rows")
+
+    @property
+    def over_items(self) -> Budget:
+        """The same over the items of `linear`, each a weight of its own."""
+        return self
 
     def cheapest_of(self, scores: Array) -> Mask:
         """The same for a numpy array."""

@@ -22,6 +22,7 @@ from solvers.arguments import integer
 from solvers.arrays import Array, Index, Mask
 from solvers.budget.base import Budget
 from solvers.budget.cardinality import Cardinality
+from solvers.budget.linear import LinearRows
 from solvers.errors import ProblemError
 from solvers.ranking import prune_smallest, smallest
 
@@ -127,6 +128,16 @@ class Bounded(Budget):
             f"it keeps {kept[at]} weights of group {at}, where {limit} are to stay ({wrong.size} of {kept.size} groups "
             "are wrong)"
         )
+
+    def linear(self, n: int) -> LinearRows:
+        place = np.arange(n) if self.order is None else self.order
+        group = np.searchsorted(self.starts[1:], place, side="right")
+        sizes = np.diff(self.starts)
+        bound = np.flatnonzero((self.least > 0) | (self.most < sizes))
+        matrix = np.concatenate([np.ones((1, n)), (group == bound[:, None]).astype(np.float64)])
+        low = np.concatenate([[self.k], np.maximum(sizes - self.most, 0)[bound]]).astype(np.float64)
+        high = np.concatenate([[self.k], (sizes - self.least)[bound]]).astype(np.float64)
+        return LinearRows.single(matrix, low, high)
 
     def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
         pruned = smallest(scores, self.k)

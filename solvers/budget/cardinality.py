@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from solvers.arguments import integer
 from solvers.arrays import Mask
 from solvers.budget.base import Budget
+from solvers.budget.linear import LinearRows
 from solvers.errors import ProblemError
 from solvers.ranking import smallest
 
@@ -46,3 +48,7 @@ class Cardinality(Budget):
 
     def cheapest(self, scores: torch.Tensor) -> torch.Tensor:
         return smallest(scores, self.k)
+
+    def linear(self, n: int) -> LinearRows:
+        count = np.array([float(self.k)])
+        return LinearRows.single(np.ones((1, n)), count, count)

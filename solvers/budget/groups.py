@@ -20,6 +20,8 @@ import numpy.typing as npt
 from solvers.arguments import integer, number
 from solvers.arrays import Index, Mask
 from solvers.budget.base import Budget
+from solvers.budget.cardinality import Cardinality
+from solvers.budget.linear import LinearRows
 from solvers.budget.pattern import Pattern
 from solvers.errors import ProblemError
 
@@ -101,6 +103,14 @@ class Groups(Budget):
 
     def only_mask(self, n: int) -> Mask | None:
         return np.full(n, self.k > 0) if self.k in (0, self.n_groups) else None
+
+    def linear(self, n: int) -> LinearRows:
+        count = np.array([float(self.k)])
+        return LinearRows(np.asarray(self.labels), np.ones((1, self.n_groups)), count, count)
+
+    @property
+    def over_items(self) -> Cardinality:
+        return Cardinality(self.k)
 
     def widen(self, gone: Mask) -> Mask:
         """The mask (n,) of the weights that removing some groups (groups,) removes."""

@@ -31,6 +31,7 @@ import torch
 from solvers.arrays import Array, Index, Mask
 from solvers.budget.base import Budget
 from solvers.budget.groups import labels_of
+from solvers.budget.linear import LinearRows
 from solvers.errors import ProblemError
 
 #: Of all costs together: what rounding of their sum may exceed a limit by.
@@ -164,6 +165,23 @@ class Knapsack(Budget):
         first = int(over[0])
         return f"what stays costs {cost[first]:.10g}, where {self.limits[first]:.10g} is the limit"
 
+    def linear(self, n: int) -> LinearRows:
+        items = self.table.shape[1]
+        matrix, low = self.table, self.table.sum(1) - self.limits
+        high = np.full(low.size, np.inf)
+        if self.min_kept is not None:
+            part = np.repeat(np.arange(self.starts.size - 1), np.diff(self.starts))
+            floors = np.flatnonzero(np.asarray(self.min_kept) > 0)
+            matrix = np.concatenate([matrix, (part == floors[:, None]).astype(np.float64)])
+            low = np.concatenate([low, np.full(floors.size, -np.inf)])
+            high = np.concatenate([high, (np.diff(self.starts) - np.asarray(self.min_kept))[floors].astype(np.float64)])
+        labels = np.arange(items) if self.labels is None else np.asarray(self.labels)
+        return LinearRows(labels, matrix, low, high)
+
+    @property
+    def over_items(self) -> Knapsack:
+        return Knapsack(self.table, np.asarray(self.limit), None, self.sizes, self.min_kept)
+
     def only_mask(self, n: int) -> Mask | None:
         everything = (self.table > self.limits[:, None]).any(0).all()
         return np.ones(n, dtype=bool) if everything and self.min_kept is None else None
@@ -184,12 +202,27 @@ class Knapsack(Budget):
         if self.labels is not None:
             return super().cheapest(scores)
         values = scores.detach().cpu().numpy().astype(np.float64)
-        if self.min_kept is not None:
-            group = np.repeat(np.arange(self.starts.size - 1), np.diff(self.starts))
-            order = np.lexsort((values, group))
-            # In this order each range ends at its start's successor, so that the distance to it is the rank from above.
-            values[order[self.starts[1:][group] - np.arange(group.size) <= np.asarray(self.min_kept)[group]]] = np.inf
-        return torch.from_numpy(self._solve(values)[0]).to(scores.device)
+        if self.min_kept is None:
+            return torch.from_numpy(self._solve(values)[0]).to(scores.device)
+        # Where the most valuable of each range cost too much to stay, the cheapest of it do.
+        mixes = [0.0] if len(self.table) == 1 else [0.5, 0.0, 1.0, *np.linspace(0.05, 0.95, 19)]
+        price = self.table / np.maximum(self.limits, 1e-300)[:, None]
+        orders = (values, *(-(1.0 - mix) * price[0] - mix * price[-1] for mix in mixes))
+        for last, order in enumerate(orders, start=1):
+            try:
+                return torch.from_numpy(self._solve(self._floored(values, order))[0]).to(scores.device)
+            except ProblemError:
+                if last == len(orders):
+                    raise
+        raise AssertionError
+
+    def _floored(self, values: Array, order: Array) -> Array:
+        """`values`, inf for as many of each range as its floor asks for, the last in an order (n,)."""
+        group = np.repeat(np.arange(self.starts.size - 1), np.diff(self.starts))
+        found, places = values.copy(), np.lexsort((order, group))
+        # In this order each range ends at its start's successor, so that the distance to it is the rank from above.
+        found[places[self.starts[1:][group] - np.arange(group.size) <= np.asarray(self.min_kept)[group]]] = np.inf
+        return found
 
     def least_sum(self, scores: Array) -> float:
         """No feasible mask has a smaller sum of scores (n,): the value of the linear relaxation."""

@@ -14,6 +14,7 @@ import torch
 from solvers.arrays import Index, Mask
 from solvers.budget.base import Budget
 from solvers.budget.cardinality import Cardinality
+from solvers.budget.linear import LinearRows
 from solvers.errors import ProblemError
 from solvers.ranking import smallest_of_rows
 
@@ -149,6 +150,12 @@ class Partitioned(Budget):
         """Ranges of groups of one size, which are handled together."""
         edges = [0, *(np.flatnonzero(np.diff(self.lengths)) + 1).tolist(), self.lengths.size]
         return list(pairwise(edges))
+
+    def linear(self, n: int) -> LinearRows:
+        counts = self.quotas.astype(np.float64)
+        return LinearRows.single(
+            (self.group_of == np.arange(self.lengths.size)[:, None]).astype(np.float64), counts, counts
+        )
 
     def part(self, start: int, stop: int) -> Budget | None:
         """The budget of the weights from `start` to before `stop`; None where this range cuts a group in two."""

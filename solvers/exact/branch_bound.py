@@ -2,21 +2,24 @@
 
 Selection: quadratic relaxations with an optimal diagonal shift, searched by compiled active-set kernels; see
 `solvers.exact.selection_tree`. Joint: perspective relaxations with an optimal diagonal; see `solvers.exact.joint_tree`.
-Both are anytime: on a limit the incumbent comes back with the lowest bound of the open nodes.
+Any other budget is linear rows over weights or groups of them, for both objectives; see `solvers.exact.linear_tree`.
+All are anytime: on a limit the incumbent comes back with the lowest bound of the open nodes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from solvers.arrays import ProblemArrays
-from solvers.budget import Partitioned, as_partition
+from solvers.budget import Bounded, Groups, Knapsack, Partitioned, as_partition
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
+from solvers.exact.linear_roots import solve_with_rows
 from solvers.problem import Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import ANY_PROBLEM, ANYTIME, PROVING, RANKED, Context, Solver, option
+from solvers.solver import ANY_PROBLEM, ANYTIME, PROVING, RANKED, Context, Deadline, Solver, option
 
 #: A bound this close to its mask's value, relative to it, proves it.
 _PROVEN = 5e-7
@@ -33,7 +36,7 @@ class BranchBoundSolver(Solver):
         "scale, 2022"
     )
     capabilities = ANY_PROBLEM | ANYTIME | PROVING
-    budgets = RANKED
+    budgets = (*RANKED, Bounded, Groups, Knapsack)
     apart = True
     max_weights = 2000
 
@@ -43,8 +46,7 @@ class BranchBoundSolver(Solver):
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """The best mask found and the bound proven; few weights are enumerated where float64 proves nothing."""
         arrays = problem.arrays()
-        grow = _joint if problem.objective is Objective.JOINT else _selection
-        result = grow(self, arrays, as_partition(problem.budget, problem.n), context)
+        result = self._grow(problem, arrays, context)
         value = problem.value(result.pruned)
         proven = result.bound >= value - _PROVEN * abs(value)
         if problem.n <= MOST_WEIGHTS and not proven and result.reason is Reason.COMPLETED:
@@ -53,6 +55,24 @@ class BranchBoundSolver(Solver):
             result = Proposal(best.pruned, best.bound, statistics={**result.statistics, "rational": float(best.exact)})
         context.record(problem.value(result.pruned), result.bound)
         return result
+
+    def _grow(self, problem: SelectionProblem, arrays: ProblemArrays, context: Context) -> Proposal:
+        if isinstance(problem.budget, Bounded):
+            return self._floored(problem, problem.budget, arrays, context)
+        if not isinstance(problem.budget, RANKED):
+            return solve_with_rows(problem, arrays, context, self.threads, self.node_limit)
+        grow = _joint if problem.objective is Objective.JOINT else _selection
+        return grow(self, arrays, as_partition(problem.budget, problem.n), context)
+
+    def _floored(self, problem: SelectionProblem, budget: Bounded, arrays: ProblemArrays, context: Context) -> Proposal:
+        """The tree of numbers, which is the stronger one, where its mask keeps the floors; else the tree of rows."""
+        remaining = context.deadline.remaining()
+        half = replace(context, deadline=Deadline(None if math.isinf(remaining) else 0.5 * remaining))
+        free = self._grow(problem.with_budget(budget.relaxed), arrays, half)
+        if not budget.violation(free.pruned):
+            return free
+        found = solve_with_rows(problem, arrays, context, self.threads, self.node_limit)
+        return replace(found, bound=max(found.bound, free.bound))
 
 
 def _joint(solver: BranchBoundSolver, arrays: ProblemArrays, partition: Partitioned, context: Context) -> Proposal:

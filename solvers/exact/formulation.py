@@ -255,7 +255,7 @@ def build(problem: SelectionProblem, context: Context) -> Model:
     value = problem.value(incumbent)
     context.record(value)
     root = hessian_root(arrays)
-    inverse = _inverse_diagonal(root)
+    inverse = inverse_diagonal(root)
     constant = 0.0 if scaled is None else scaled.constant
     free = np.arange(problem.n)
     if square is not None:
@@ -322,7 +322,7 @@ def _unit(height: float, gains: Array, costs: Array, n_prune: int) -> float:
     return max(size, 1e-10 * float(costs.sum()), 1e-290)
 
 
-def _inverse_diagonal(root: Array) -> Array:
+def inverse_diagonal(root: Array) -> Array:
     """An upper estimate of diag(H⁻¹), float64 (n,); inf where H is singular, and for columns that are zero."""
     n = root.shape[1]
     inverse = np.full(n, np.inf)
