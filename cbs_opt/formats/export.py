@@ -120,7 +120,7 @@ def semi_structured(model: nn.Module, example: object = None) -> tuple[nn.Module
         given = Example.of(example)
         expected = output_of(plain, given)
         difference = compared("the 2:4 network", expected, output_of(sparse, given), _TOLERANCE["2:4"])
-        before, after = (timed(lambda net=net: output_of(net, given)) for net in (plain, sparse))  # type: ignore[misc]
+        before, after = timed(lambda: output_of(plain, given), lambda: output_of(sparse, given))
     return sparse, ExportReport("2:4", "", size, size - saved, difference, before, after, notes)
 
 
@@ -170,7 +170,7 @@ def _program(model: nn.Module, path: Path, format: str, example: Example, dynami
         part = example.first(n - 1)
         other = compared(f"the {format} file", output_of(plain, part), output_of(call, part), _TOLERANCE[format])
         difference = max(difference, other)
-    before, after = (timed(lambda net=net: output_of(net, example)) for net in (plain, call))  # type: ignore[misc]
+    before, after = timed(lambda: output_of(plain, example), lambda: output_of(call, example))
     return ExportReport(format, str(path), size_of(plain), size_on_disk(path), difference, before, after, notes)
 
 

@@ -17,8 +17,8 @@ from cbs_opt.network.identity import copy_network
 from cbs_opt.network.masks import remove_masks
 from solvers.errors import BackendError, DataError
 
-#: Calls that are timed, the first not counted.
-_CALLS = 7
+#: Calls that are timed, after a first one.
+_CALLS = 9
 
 
 @dataclass(frozen=True)
@@ -158,17 +158,18 @@ def compared(what: str, expected: Sequence[Tensor], found: Sequence[Tensor], tol
     return worst
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds of a call: the median of several after a first one."""
-    call()
-    seconds = []
-    for _ in range(_CALLS):
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds)
+def timed(*calls: Callable[[], Any]) -> tuple[float, ...]:
+    """Seconds of each call: the median of several after a first one, in turns, which a busy machine slows alike."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(_CALLS + 1):
+        for call, taken in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                taken.append(time.perf_counter() - started)
+    return tuple(map(median, seconds))
 
 
 def size_on_disk(path: Path) -> int:

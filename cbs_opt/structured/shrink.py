@@ -109,14 +109,15 @@ def shrink(model: nn.Module, example: object) -> tuple[nn.Module, ShrinkReport]:
     leave = [layer for attention in known for layer in attention.layers]
     records += remove_channels(small, given, dead, leave)
     difference = compared("the smaller network", expected, output_of(small, given), TOLERANCE)
+    before, after = timed(lambda: output_of(plain, given), lambda: output_of(small, given))
     report = ShrinkReport(
         groups=tuple(records),
         parameters_before=sum(p.numel() for p in plain.parameters()),
         parameters_after=sum(p.numel() for p in small.parameters()),
         flops_before=_flops(plain, given),
         flops_after=_flops(small, given),
-        seconds_before=timed(lambda: output_of(plain, given)),
-        seconds_after=timed(lambda: output_of(small, given)),
+        seconds_before=before,
+        seconds_after=after,
         difference=difference,
     )
     if masked:
