@@ -21,6 +21,8 @@ from solvers.errors import (
     SingularHessianError,
     UnknownNameError,
 )
+from solvers.formats import export_problem
+from solvers.instances import Instance, available_instances, load_instance
 from solvers.problem import Objective, ProblemArrays, SelectionProblem
 from solvers.refit import Refit
 from solvers.registry import available_solvers, describe, make_solver
@@ -45,6 +47,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Groups",
+    "Instance",
     "Knapsack",
     "Kronecker",
     "LowRank",
@@ -66,10 +69,13 @@ __all__ = [
     "Tiles",
     "TracePoint",
     "UnknownNameError",
+    "available_instances",
     "available_solvers",
     "bound",
     "describe",
+    "export_problem",
     "load_block",
+    "load_instance",
     "load_problem",
     "make_solver",
     "option",

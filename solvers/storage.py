@@ -6,6 +6,7 @@ and ``input_moment``.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,16 @@ def load_problem(
     return SelectionProblem([load_block(path, use_gradient=use_gradient)], n_prune, objective)
 
 
-def save_block(path: str | Path, block: QuadraticBlock) -> None:
+def block_digest(block: QuadraticBlock) -> str:
+    """A digest of the numbers of a block, whatever it is called."""
+    digest = hashlib.sha256()
+    for tensor in (block.weights, *block.curvature.digest_arrays(), block.gradient):
+        digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
+    digest.update(repr(block.damping).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_block(path: str | Path, block: QuadraticBlock, *, compress: bool = False) -> None:
     """Write one block, so that `load_block` reads back the same values; raises OutputError, or ProblemError."""
     if type(block.curvature) not in _ARRAYS:
         raise ProblemError(f"block {block.name!r}: a {type(block.curvature).__name__} curvature cannot be saved")
@@ -87,6 +97,6 @@ def save_block(path: str | Path, block: QuadraticBlock) -> None:
         arrays["gradient"] = block.gradient.cpu().numpy()
     try:
         with replacing(path) as part, part.open("wb") as handle:
-            np.savez(handle, **arrays)  # type: ignore[arg-type]
+            (np.savez_compressed if compress else np.savez)(handle, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}") from error

@@ -1,12 +1,14 @@
 """``python -m experiments.compare``: how good is a solver, really, beside the best value known.
 
 Solvers × blocks × budgets × objectives, each in a child process with a time limit; a row per solve, a table with
-the gap to the best known value, and plots. The blocks are .npz files, or cut from a network with ``--from``.
+the gap to the best known value, and plots. The blocks are those of the package (docs/instances.md), .npz files of a
+folder with ``--blocks``, or cut from a network with ``--from``.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +29,12 @@ from experiments.reports.gaps import (
     write_plots,
 )
 from experiments.runs.cutting import CutOptions, cut_blocks
+from experiments.runs.instances import matching
 from experiments.runs.rows import ResultsFile
 from experiments.runs.solves import Comparison, SolveOptions, find_blocks, plan, stored_optima
+from solvers import Instance, load_instance
 from solvers.errors import OptionError
+from solvers.instances import FOLDER
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,15 +43,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class CompareOptions:
     """Instances, and where they are solved."""
 
-    blocks: Annotated[Path | None, "Folder of .npz blocks, perhaps with an optima.json."] = None
+    instances: Annotated[
+        tuple[str, ...],
+        "Of the package, as patterns of their names: 'resnet20-*-joint-*'; default: those of at most 100 weights that "
+        "were proven within two seconds.",
+    ] = ()
+    blocks: Annotated[Path | None, "Instead: a folder of .npz blocks, perhaps with an optima.json."] = None
     from_network: Annotated[str | None, "Or: cut the blocks from this experiment's network.", "--from"] = None
     workers: Annotated[int, "Solves at a time, each on one thread; -1: as many as cores."] = 1
     backend: Annotated[str | None, "Of joblib: dask or ray solve on a cluster."] = None
     output_dir: Annotated[Path, "Gets results.jsonl, table.md and plots."] = Path("results")
 
     def __post_init__(self) -> None:
-        if (self.blocks is None) == (self.from_network is None):
-            raise OptionError("give either --blocks DIR or --from EXPERIMENT")
+        given = [bool(self.instances), self.blocks is not None, self.from_network is not None]
+        if sum(given) > 1:
+            raise OptionError("give one of --instances PATTERN, --blocks DIR and --from EXPERIMENT")
         if self.workers == 0:
             raise OptionError("--workers must be at least 1, or -1 for as many as there are cores, not 0")
 
@@ -56,17 +67,21 @@ def main(instances: CompareOptions, solves: SolveOptions, cut: CutOptions, sourc
     """Compare solvers on small problems against the best value known, proven where some solver can."""
     console = wide_console()
     results = ResultsFile(instances.output_dir)
-    folder = instances.blocks or cut_blocks(
-        str(instances.from_network),
-        results.folder / "blocks",
-        cut,
-        seed=solves.seed[0],
-        source=source,
-        say=lambda message: console.print(message, soft_wrap=True, highlight=False, markup=False),
-    )
-    found = find_blocks(folder)
+    folder, chosen = instances.blocks or FOLDER, None
+    if instances.from_network is not None:
+        folder = cut_blocks(
+            instances.from_network,
+            results.folder / "blocks",
+            cut,
+            seed=solves.seed[0],
+            source=source,
+            say=lambda message: console.print(message, soft_wrap=True, highlight=False, markup=False),
+        )
+    elif instances.blocks is None:
+        chosen = {name: load_instance(name) for name in matching(instances.instances)}
+    found = find_blocks(folder, None if chosen is None else {one.block for one in chosen.values()})
     stored = stored_optima(folder, found)
-    tasks, left_out = plan(found, solves)
+    tasks, left_out = plan(found, solves, chosen)
     for reason in left_out:
         console.print(f"left out: {reason}", soft_wrap=True, highlight=False, markup=False)
     if not tasks:
@@ -106,9 +121,18 @@ def main(instances: CompareOptions, solves: SolveOptions, cut: CutOptions, sourc
     plots = write_plots(results.folder, comparison.finished, best)
     console.print(
         f"{len({task.instance for task in tasks})} instances, {proven} of them proven here; {failed} failed\n"
+        f"{_known(chosen)}"
         f"rows: {results.path}\n"
         f"table: {results.folder / 'table.md'}\nplots: {', '.join(str(path) for path in plots)}\n"
         f"{time.perf_counter() - began:.1f} s in all",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _known(chosen: Mapping[str, Instance] | None) -> str:
+    """How good the best known values are."""
+    if chosen is None:
+        return ""
+    proven = sum(one.proven for one in chosen.values())
+    return f"instances of the package: best values of {proven} of these {len(chosen)} are proven optima\n"

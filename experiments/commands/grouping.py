@@ -15,8 +15,8 @@ import typer
 Parameter = inspect.Parameter
 
 
-def grouped(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as the command of an app, its groups of options spread out; returns it unchanged.
+def grouped(app: typer.Typer, called: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command of an app, its groups of options spread out; returns it unchanged.
 
     A field is annotated with its help, ``Annotated[int, "Rows of the factor."]``, and with its name where that is not
     its own; a field of type ``tuple[T, ...]`` takes several values. Other parameters are what typer makes of them.
@@ -42,7 +42,7 @@ def grouped(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
         command.__doc__ = function.__doc__
         command.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
-        app.command(help=function.__doc__)(command)
+        app.command(called, help=function.__doc__)(command)
         return function
 
     return register

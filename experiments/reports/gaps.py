@@ -90,10 +90,10 @@ _COLUMNS = {
     "budget": lambda e: e["budget"],
     "solver": lambda e: e["solver"],
     "rows": lambda e: str(e["rows"]),
-    "gap to best": lambda e: _percent(e["gap"]),
+    "gap to best": lambda e: percent(e["gap"]),
     "best found": lambda e: f"{100 * e['found']:.0f} %",
     "proven": lambda e: f"{100 * e['proven']:.0f} %",
-    "certified gap": lambda e: "" if e["certified"] is None else _percent(e["certified"]),
+    "certified gap": lambda e: "" if e["certified"] is None else percent(e["certified"]),
     "refit": lambda e: "" if e["refit"] is None else f"{e['refit']:.3g}",
     "seconds": lambda e: f"{e['seconds']:.2f}",
 }
@@ -124,7 +124,8 @@ def write_markdown(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
         raise OutputError(f"cannot write {path} ({error.strerror or error})") from error
 
 
-def _percent(gap: float) -> str:
+def percent(gap: float) -> str:
+    """A gap in words."""
     if not math.isfinite(gap):
         return "∞"
     if gap < FOUND:

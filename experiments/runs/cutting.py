@@ -22,6 +22,7 @@ from cbs_opt.engine.setup import LAYERWISE
 from cbs_opt.measure.fisher import DEFAULT_ROWS
 from cbs_opt.measure.layer_inputs import Accumulator, InputMoment, Streamed, quiet
 from experiments.networks import get_experiment
+from experiments.networks.experiment import Experiment
 from experiments.networks.load import Network, Say, Source, open_network
 from solvers import Groups, QuadraticBlock, SelectionProblem, save_block
 from solvers.aggregate import aggregate
@@ -33,7 +34,17 @@ _ALIVE = 0.9
 _MOST_MOMENTS = 8
 _MEASURED = ("fisher", "layer_inputs")
 
-Draw = Callable[[np.random.Generator, str], QuadraticBlock]
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A block, and in words where it was in its network."""
+
+    block: QuadraticBlock
+    place: str
+
+
+#: A block of so many weights, under a name.
+Draw = Callable[[np.random.Generator, int, str], Cut]
 
 
 @dataclass(frozen=True)
@@ -89,12 +100,7 @@ def cut_blocks(
         Data or checkpoint are missing or bad.
     """
     chosen, size = get_experiment(experiment), options.block_size
-    kind = options.curvature or ("layer_inputs" if chosen.curvature in LAYERWISE else "fisher")
-    if kind == "layer_inputs":
-        rows, damping = options.fisher_samples or chosen.fisher.n_rows or DEFAULT_ROWS, options.damping or 0.01
-    else:
-        rows = options.fisher_samples or chosen.fisher.n_rows or DEFAULT_ROWS
-        damping = chosen.fisher.ridge if options.damping is None else options.damping
+    kind, rows, damping = measured_as(chosen, options)
     what = ("-channels" if options.channels else "") + ("-inputs" if kind == "layer_inputs" else "")
     target = folder.expanduser() / (
         f"{chosen.name}{what}-{size}x{options.count}-seed{seed}-rows{rows}-damping{damping:g}"
@@ -102,15 +108,28 @@ def cut_blocks(
     wanted = [target / f"{chosen.name}{what}-{size}-{index:03d}.npz" for index in range(options.count)]
     if all(path.is_file() for path in wanted):
         return target
-    network = open_network(chosen, source, say)
-    drawn = _drawn_from_inputs if kind == "layer_inputs" else _drawn_from_gradients
-    draw = drawn(network, options, rows, damping, seed, say)
+    draw = drawing(open_network(chosen, source, say), options, seed=seed, say=say)
     target.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for path in wanted:
-        save_block(path, draw(rng, path.stem))
+        save_block(path, draw(rng, size, path.stem).block)
     say(f"blocks: {target}")
     return target
+
+
+def measured_as(chosen: Experiment, options: CutOptions) -> tuple[str, int, float]:
+    """What is measured of a network, on how many samples, and the damping."""
+    kind = options.curvature or ("layer_inputs" if chosen.curvature in LAYERWISE else "fisher")
+    usual = 0.01 if kind == "layer_inputs" else chosen.fisher.ridge
+    rows = options.fisher_samples or chosen.fisher.n_rows or DEFAULT_ROWS
+    return kind, rows, usual if options.damping is None else options.damping
+
+
+def drawing(network: Network, options: CutOptions, *, seed: int, say: Say = lambda message: None) -> Draw:
+    """Measure a network once; what comes back draws blocks from it, of the size of the options or of others."""
+    kind, rows, damping = measured_as(network.experiment, options)
+    drawn = _drawn_from_inputs if kind == "layer_inputs" else _drawn_from_gradients
+    return drawn(network, options, rows, damping, seed, say)
 
 
 def _drawn_from_gradients(
@@ -132,11 +151,11 @@ def _drawn_from_gradients(
     )
     blocks = list(zip(prepared.layers, prepared.blocks.blocks, strict=True))
     if options.channels:
-        return _channels([(block, layer.n_rows) for layer, block in blocks], options)
-    layers = [block for _, block in blocks if block.n >= size]
-    if not layers:
+        return _channels([(block, layer.n_rows, layer.name) for layer, block in blocks], options)
+    if not any(block.n >= size for _, block in blocks):
         raise OptionError(f"--block-size {size}: no layer of {chosen.name} has that many weights; use a smaller one")
-    return lambda rng, name: _draw(layers, size, rng, damping, name)
+    layers = [(layer.name, block) for layer, block in blocks]
+    return lambda rng, size, name: _draw(layers, size, rng, damping, name)
 
 
 def _drawn_from_inputs(network: Network, options: CutOptions, rows: int, damping: float, seed: int, say: Say) -> Draw:
@@ -161,17 +180,17 @@ def _drawn_from_inputs(network: Network, options: CutOptions, rows: int, damping
     weights = [layer.view.flatten(getattr(*layer.held(network.model)).detach()).double().cpu() for layer in layers]
     if options.channels:
         blocks = [
-            (block, layer.n_rows // layer.view.groups)
+            (block, layer.n_rows // layer.view.groups, layer.name)
             for layer, moment, w in zip(layers, moments, weights, strict=True)
             for block in moment.blocks(w, damping)
         ]
         return _channels(blocks, options)
-    return lambda rng, name: _draw_row(moments, weights, size, rng, damping, name)
+    return lambda rng, size, name: _draw_row(moments, weights, size, rng, damping, name)
 
 
-def _channels(layers: Sequence[tuple[QuadraticBlock, int]], options: CutOptions) -> Draw:
+def _channels(layers: Sequence[tuple[QuadraticBlock, int, str]], options: CutOptions) -> Draw:
     """Gives layer after layer as a block of its rows; raises OptionError where there are not as many."""
-    some = [(block, rows) for block, rows in layers if 2 < rows <= options.block_size]
+    some = [layer for layer in layers if 2 < layer[1] <= options.block_size]
     if len(some) < options.count:
         raise OptionError(
             f"--channels: {len(some)} layers have 3 to {options.block_size} channels, not {options.count}; change "
@@ -179,12 +198,13 @@ def _channels(layers: Sequence[tuple[QuadraticBlock, int]], options: CutOptions)
         )
     turns = iter(some)
 
-    def draw(_: np.random.Generator, name: str) -> QuadraticBlock:
-        block, rows = next(turns)
+    def draw(_: np.random.Generator, __: int, name: str) -> Cut:
+        block, rows, layer = next(turns)
         whole = aggregate(SelectionProblem([block], Groups(np.repeat(np.arange(rows), block.n // rows), 1)))
         (found,) = whole.problem.blocks
         gradient = None if found.gradient is None else found.gradient.cpu()
-        return QuadraticBlock(found.weights.cpu(), _folded(found.factor.double().cpu()), found.damping, gradient, name)
+        factor = _folded(found.factor.double().cpu())
+        return Cut(QuadraticBlock(found.weights.cpu(), factor, found.damping, gradient, name), f"channels of {layer}")
 
     return draw
 
@@ -195,18 +215,20 @@ def _folded(factor: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(
-    layers: list[QuadraticBlock], size: int, rng: np.random.Generator, damping: float, name: str
-) -> QuadraticBlock:
+    layers: Sequence[tuple[str, QuadraticBlock]], size: int, rng: np.random.Generator, damping: float, name: str
+) -> Cut:
     """One block at a random position of a random layer."""
-    for _ in range(1000):
-        layer = layers[int(rng.integers(len(layers)))]
+    large = [layer for layer in layers if layer[1].n >= size]
+    for _ in range(1000 if large else 0):
+        place, layer = large[int(rng.integers(len(large)))]
         start = int(rng.integers(layer.n - size + 1))
         columns = layer.factor[:, start : start + size].double()
         alive = float((columns.abs().sum(0) > 0).double().mean())
         if alive >= _ALIVE:
             gradient = None if layer.gradient is None else layer.gradient[start : start + size]
             columns = _folded(columns).cpu()
-            return QuadraticBlock(layer.weights[start : start + size], columns, damping, gradient, name)
+            block = QuadraticBlock(layer.weights[start : start + size], columns, damping, gradient, name)
+            return Cut(block, f"weights {start} to {start + size - 1} of {place}")
     raise OptionError(f"--block-size {size}: found no run of weights with gradients; use a smaller block")
 
 
@@ -217,10 +239,11 @@ def _draw_row(
     rng: np.random.Generator,
     damping: float,
     name: str,
-) -> QuadraticBlock:
+) -> Cut:
     """Some consecutive inputs of a random row of a random layer."""
-    for _ in range(1000):
-        at = int(rng.integers(len(moments)))
+    wide = [at for at, moment in enumerate(moments) if moment.layer.view.inputs >= size]
+    for _ in range(1000 if wide else 0):
+        at = wide[int(rng.integers(len(wide)))]
         view = moments[at].layer.view
         row, start = int(rng.integers(view.rows)), int(rng.integers(view.inputs - size + 1))
         moment = moments[at].matrices[row * view.groups // view.rows].cpu()
@@ -230,5 +253,7 @@ def _draw_row(
             factor = values.clamp_min(0.0).sqrt().unsqueeze(1) * vectors.T
             first = row * view.inputs + start
             ridge = damping * float(moment.diagonal().mean())
-            return QuadraticBlock(weights[at][first : first + size], _folded(factor), ridge, None, name)
+            block = QuadraticBlock(weights[at][first : first + size], _folded(factor), ridge, None, name)
+            place = f"inputs {start} to {start + size - 1} of row {row} of {moments[at].layer.name}"
+            return Cut(block, place)
     raise OptionError(f"--block-size {size}: found no run of inputs that are not zero; use a smaller block")

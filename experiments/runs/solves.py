@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,6 +21,7 @@ from solvers.budget import parse
 from solvers.errors import BackendError, CapabilityError, CBSError, OptionError, ProblemError
 from solvers.routes import route
 from solvers.running import check_capabilities
+from solvers.storage import block_digest
 from solvers.testing import random_problem
 
 #: Most points of a trace that a row keeps.
@@ -78,25 +78,21 @@ class BlockFile:
     has_gradient: bool
 
 
-def find_blocks(folder: Path) -> list[BlockFile]:
-    """All blocks of a folder, smallest first.
+def find_blocks(folder: Path, names: Collection[str] | None = None) -> list[BlockFile]:
+    """The blocks of a folder, all or those of some names, smallest first.
 
     Raises
     ------
     ProblemError
         If the folder holds none, or one that cannot be read.
     """
-    paths = sorted(folder.expanduser().glob("*.npz"))
+    paths = sorted(p for p in folder.expanduser().glob("*.npz") if names is None or p.stem in names)
     if not paths:
         raise ProblemError(f"no .npz blocks in {folder}; give another --blocks, or cut some with --from EXPERIMENT")
     found = []
     for path in paths:
         block = load_block(path)
-        digest = hashlib.sha256()
-        for tensor in (block.weights, block.factor, block.gradient):
-            digest.update(b"-" if tensor is None else tensor.numpy().tobytes())
-        digest.update(repr(block.damping).encode())
-        found.append(BlockFile(path, path.stem, block.n, digest.hexdigest()[:16], block.gradient is not None))
+        found.append(BlockFile(path, path.stem, block.n, block_digest(block), block.gradient is not None))
     return sorted(found, key=lambda b: (b.n, b.name))
 
 
@@ -107,7 +103,9 @@ class SolveOptions:
     solver: Annotated[tuple[str, ...], "Solvers, e.g. greedy_ls 'branch_bound[node_limit=1000]'."]
     fraction: Annotated[tuple[float, ...], "Shares of the weights removed; default: 0.5 0.8 0.9."] = ()
     n_prune: Annotated[tuple[int, ...], "Numbers of weights removed, besides."] = ()
-    objective: Annotated[tuple[str, ...], "selection, joint."] = ("selection",)
+    objective: Annotated[
+        tuple[str, ...], "selection, joint; default: selection, of instances of the package both."
+    ] = ()
     seed: Annotated[tuple[int, ...], "Of randomised solvers; the first also cuts blocks."] = (0,)
     time_limit: Annotated[float | None, "Seconds per solve, for solvers that keep a limit."] = 60.0
     gradient: Annotated[bool, "Keep the linear term of the blocks."] = False
@@ -127,10 +125,17 @@ class SolveOptions:
                 raise OptionError(f"--fraction must lie between 0 and 1, not {share!r}")
 
 
-def plan(blocks: Sequence[BlockFile], options: SolveOptions) -> tuple[list[Task], list[str]]:
+def plan(
+    blocks: Sequence[BlockFile], options: SolveOptions, chosen: Collection[str] | None = None
+) -> tuple[list[Task], list[str]]:
     """The tasks, and in words what was left out because a solver does not declare it.
 
     A fraction f of n weights is round(f·n) of them. Solvers that ignore the seed run with the first one only.
+
+    Parameters
+    ----------
+    chosen
+        Names of instances of the package, if it is these that are solved and no others.
 
     Raises
     ------
@@ -146,13 +151,15 @@ def plan(blocks: Sequence[BlockFile], options: SolveOptions) -> tuple[list[Task]
         for block in blocks:
             loaded = load_block(block.path, use_gradient=options.gradient)
             for n_prune, budget in _limits(block, loaded, options, left_out):
-                for objective in options.objective:
+                for objective in _objectives(options, chosen):
+                    if chosen is not None and f"{block.name}-{objective}-k{n_prune}" not in chosen:
+                        continue
                     task = Task(
                         block=block.name,
                         digest=block.digest,
                         n=block.n,
                         n_prune=n_prune,
-                        objective_kind=Objective.parse(objective).value,
+                        objective_kind=objective.value,
                         solver=solver.spec,
                         seed=0,
                         time_limit=limit,
@@ -169,6 +176,11 @@ def plan(blocks: Sequence[BlockFile], options: SolveOptions) -> tuple[list[Task]
     order = {task.instance: at for at, task in reversed(list(enumerate(tasks)))}
     tasks.sort(key=lambda task: (task.n, order[task.instance]))
     return list(dict.fromkeys(tasks)), list(left_out)
+
+
+def _objectives(options: SolveOptions, chosen: Collection[str] | None) -> list[Objective]:
+    usual = [Objective.SELECTION] if chosen is None else list(Objective)
+    return [Objective.parse(name) for name in options.objective] or usual
 
 
 def _limits(
@@ -287,7 +299,7 @@ def _loaded(path: Path, gradient: bool) -> QuadraticBlock:
 
 
 @lru_cache(maxsize=256)
-def _warm_up(solver: str, objective: str, gradient: bool) -> None:
+def warm_up(solver: str, objective: str, gradient: bool) -> None:
     """Solve something small first: imports and compilation, half a minute at worst, are no solver's merit or fault."""
     chosen = make_solver(solver)
     limit = 5.0 if Capability.TIME_LIMIT in chosen.capabilities else None
@@ -304,7 +316,7 @@ def measure(task: Task, path: Path) -> dict[str, Any]:
     """Solve one task, in a child process; the figures of its row."""
     torch.set_num_threads(1)
     problem = task.problem(_loaded(path, task.gradient))
-    _warm_up(task.solver, task.objective_kind, task.gradient)
+    warm_up(task.solver, task.objective_kind, task.gradient)
     cpu = time.process_time()
     solution = solve(problem, task.solver, time_limit=task.time_limit, seed=task.seed)
     cpu = time.process_time() - cpu

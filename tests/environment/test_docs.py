@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from cbs_opt.cli import main
-from experiments.commands import compare, rules, run, scaling, tables, train
+from experiments.commands import compare, instances, rules, run, scaling, tables, train
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,7 +18,15 @@ FILES = [
     for top in ("solvers", "cbs_opt", "experiments", "tests")
     for path in (ROOT / top).rglob("*")
 ]
-COMMANDS = {"run": run, "compare": compare, "tables": tables, "rules": rules, "scaling": scaling, "train": train}
+COMMANDS = {
+    "run": run,
+    "compare": compare,
+    "instances": instances,
+    "tables": tables,
+    "rules": rules,
+    "scaling": scaling,
+    "train": train,
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -34,7 +42,9 @@ def test_files_and_folders_that_are_named_exist(document: Path) -> None:
 def test_options_in_commands_exist(document: Path) -> None:
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL)).replace("\\\n", " ")
     for name, arguments in re.findall(r"python -m experiments\.(\w+)(.*)", blocks):
-        known = {opt for p in typer.main.get_command(COMMANDS[name].app).params for opt in (*p.opts, *p.secondary_opts)}
+        command = typer.main.get_command(COMMANDS[name].app)
+        command = getattr(command, "commands", {}).get(arguments.split()[0], command)
+        known = {opt for p in command.params for opt in (*p.opts, *p.secondary_opts)}
         assert set(re.findall(r"(?<= )--[\w-]+", arguments)) <= known
     for name, arguments in re.findall(r"cbs-opt (\w+)(.*)", blocks):
         command = typer.main.get_command(main.app).commands[name]

@@ -13,6 +13,7 @@ from cbs_opt.cli.shell import run_app
 from experiments.commands.compare import app
 from experiments.reports.gaps import best_values, gap_over_time, summary
 from experiments.runs.cutting import CutOptions, cut_blocks
+from experiments.runs.instances import matching
 from experiments.runs.rows import ResultsFile
 from experiments.runs.solves import (
     Comparison,
@@ -24,8 +25,9 @@ from experiments.runs.solves import (
     plan,
     stored_optima,
 )
-from solvers import OptionError, ProblemError, load_block, save_block
+from solvers import OptionError, ProblemError, available_instances, load_block, load_instance, save_block
 from solvers.exact.isolation import Worker
+from solvers.instances import FOLDER
 from tests.conftest import random_block
 
 
@@ -92,7 +94,7 @@ def test_the_command_writes_rows_table_and_plots_and_goes_on(
 def test_bad_input_is_refused_with_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = str(tmp_path / "out")
     for arguments, message in (
-        (["--solver", "magnitude"], "--blocks DIR or --from"),
+        (["--solver", "magnitude", "--blocks", str(folder), "--from", "digits-mlp"], "--blocks DIR and --from"),
         (["--solver", "magnitud", "--blocks", str(folder)], "Did you mean 'magnitude'"),
         (["--solver", "magnitude", "--blocks", str(tmp_path / "nowhere")], "no .npz blocks"),
         (["--solver", "magnitude", "--blocks", str(folder), "--fraction", "1.5"], "between 0 and 1"),
@@ -266,3 +268,29 @@ def test_blocks_of_what_layers_see_and_of_channels_are_cut(tmp_path: Path) -> No
         cut_blocks("digits-mlp", tmp_path, CutOptions(100, 1, 40, curvature="layer_inputs"), seed=1)
     with pytest.raises(OptionError, match="one of fisher, layer_inputs, not 'kfac'"):
         CutOptions(curvature="kfac")
+
+
+def test_instances_of_the_package_need_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    command = ["--solver", "obd", "obs", "--output-dir", str(output)]
+    assert run(*command, "--instances", "*-20-selection-*", "mlpnet-20-joint-k10") == 0
+    rows, said = rows_of(output), capsys.readouterr().out
+    names = {f"{row['block']}-{row['objective_kind']}-k{row['n_prune']}" for row in rows}
+    assert names == {*available_instances("*-20-selection-*"), "mlpnet-20-joint-k10"}
+    assert "are proven optima" in said
+    for row in rows:
+        known = load_instance(f"{row['block']}-{row['objective_kind']}-k{row['n_prune']}")
+        assert row["best_known"] == pytest.approx(known.best, rel=1e-9)
+        assert row["gap_to_best"] == pytest.approx(row["objective"] / known.best - 1.0, rel=1e-6, abs=1e-9)
+    assert run(*command, "--instances", "nothing-*") == 2
+    assert "no instance is called so" in capsys.readouterr().err
+    assert run(*command, "--instances", "*", "--from", "digits-mlp") == 2
+    assert "give one of --instances" in capsys.readouterr().err
+
+
+def test_without_a_pattern_quickly_proven_instances_are_taken() -> None:
+    chosen = {name: load_instance(name) for name in matching(())}
+    assert chosen and all(one.n <= 100 and one.proven for one in chosen.values())
+    assert {one.objective for one in chosen.values()} == {"selection", "joint"}
+    tasks, _ = plan(find_blocks(FOLDER, {one.block for one in chosen.values()}), SolveOptions(("obd",)), chosen)
+    assert {f"{t.block}-{t.objective_kind}-k{t.n_prune}" for t in tasks} <= set(chosen)

@@ -1,0 +1,54 @@
+"""``python -m experiments.instances``: the instances of the package: listed, cut anew, proven."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cbs_opt.cli.shell import wide_console
+from experiments.commands.grouping import grouped
+from experiments.networks.load import Source
+from experiments.reports.instances import instances_table
+from experiments.runs.instances import FAMILIES, ProofOptions, cut_instances, improve
+from solvers.instances import FOLDER, read_instances
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+console = wide_console()
+
+Folder = Annotated[Path, typer.Option(help="Where the blocks and their records lie; default: in the package.")]
+
+
+def _say(message: str) -> None:
+    console.print(message, soft_wrap=True, highlight=False, markup=False)
+
+
+@grouped(app, "cut")
+def cut(
+    source: Source,
+    family: Annotated[list[str], typer.Option(help=f"Networks: {', '.join(FAMILIES)}.")] = list(FAMILIES),
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples and places.")] = 5,
+    folder: Folder = FOLDER,
+) -> None:
+    """Cut the blocks again, in place of those that are there; what was proven of others is no longer true."""
+    cut_instances(family, folder, source=source, seed=seed, say=_say)
+
+
+@grouped(app, "prove")
+def prove(proof: ProofOptions, folder: Folder = FOLDER) -> None:
+    """Try to improve what is known of instances: better masks, higher bounds."""
+    found = {one.name: one for one in improve(folder, proof, _say)}
+    _say(f"{len(found)} instances, {sum(one.proven for one in found.values())} of them proven now")
+
+
+@app.command("list")
+def listing(
+    pattern: Annotated[str, typer.Argument(help="Names, as file names match: 'mlpnet-*-joint-*'.")] = "*",
+    folder: Folder = FOLDER,
+) -> None:
+    """Show instances with the best value known, the gap, and who proved it."""
+    some = [one for one in read_instances(folder).values() if fnmatchcase(one.name, pattern)]
+    console.print(instances_table(some))
+    _say(f"{len(some)} instances, {sum(one.proven for one in some)} of them proven")
