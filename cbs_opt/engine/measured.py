@@ -31,6 +31,7 @@ from cbs_opt.report.warnings import (
     gradient_warnings,
 )
 from cbs_opt.structured.coupled import CoupledCosts, settled
+from cbs_opt.structured.head_costs import HeadCosts
 from solvers import Budget, Capability, Knapsack, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
 from solvers.baselines.obd import diagonal_saliency
@@ -191,8 +192,11 @@ class Measured:
             streamed = Streamed(workspace.model.to(place), self.layers, stream, workspace.forward, place)
             batch = (inputs, targets, size)
             costs = Costs.of(choice.costs, streamed, batch)
-            coupled = choice.costs.groups == "coupled"
-            self._costs[choice.costs] = CoupledCosts.priced(costs, streamed, batch) if coupled else costs
+            if choice.costs.groups == "coupled":
+                costs = CoupledCosts.priced(costs, streamed, batch)
+            elif choice.costs.groups == "heads":
+                costs = HeadCosts.priced(costs, streamed.model, self.layers)
+            self._costs[choice.costs] = costs
         return self._costs[choice.costs]
 
     @in_plain_state

@@ -41,10 +41,10 @@ class CostBudget(ABC):
     Attributes
     ----------
     share : float in (0, 1)
-    groups : {"channels", "coupled"}, optional
+    groups : {"channels", "coupled", "heads"}, optional
         What goes whole: rows of layers (neurons, filters), each at its own cost; or channels of the network, with all
         rows that give one and at the cost of all that a smaller network lacks without it, the columns that take it
-        included (extra ``[structured]``). In one shot.
+        included (extra ``[structured]``); or heads of attention. In one shot.
 
     Raises
     ------
@@ -57,7 +57,7 @@ class CostBudget(ABC):
     #: Whether the network has to be called to know.
     counts: ClassVar[bool] = True
     #: Of groups.
-    kinds: ClassVar[tuple[str, ...]] = ("channels", "coupled")
+    kinds: ClassVar[tuple[str, ...]] = ("channels", "coupled", "heads")
 
     def __post_init__(self) -> None:
         share = number(f"the share of {self.name}", self.share, remedy="what may remain, in (0, 1)")

@@ -216,7 +216,7 @@ class Unused(nn.Module):
         ({"budget": "flops:nan"}, OptionError, "share of flops"),
         ({"budget": "bytes:half"}, OptionError, "'half' is no share; write e.g. 'bytes:0.5'"),
         ({"budget": "watts:0.5"}, OptionError, "known forms.*'flops:0.5', 'bytes:0.5'"),
-        ({"budget": "flops:0.5:heads"}, OptionError, "are 'channels', 'coupled', or left out, not 'heads'"),
+        ({"budget": "flops:0.5:layers"}, OptionError, "are 'channels', 'coupled', 'heads', or left out, not 'layers'"),
         ({"budget": "flops:0.5:channels", "min_kept": 2}, OptionError, "floors are of single weights"),
         ({"budget": "flops:0.5:channels", "curvature": "kfac"}, OptionError, "takes curvature='fisher'"),
         ({"budget": "flops:0.5:channels", "solver": "admm"}, CapabilityError, "these do: .*obd"),
