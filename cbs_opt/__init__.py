@@ -15,6 +15,7 @@ from cbs_opt.data.forward import Forward as Forward
 from cbs_opt.engine.choice import Choice as Choice
 from cbs_opt.engine.distill import Distill as Distill
 from cbs_opt.engine.estimate import Estimate as Estimate
+from cbs_opt.engine.fine_tune import FineTune as FineTune
 from cbs_opt.engine.layerwise import sensitivity as sensitivity
 from cbs_opt.engine.plan import Plan as Plan
 from cbs_opt.engine.plan import Polish as Polish
@@ -71,6 +72,7 @@ from cbs_opt.prepared import load_prepared as load_prepared
 from cbs_opt.prepared import prepare as prepare
 from cbs_opt.prune import prune as prune
 from cbs_opt.report.records import DistillRecord as DistillRecord
+from cbs_opt.report.records import FineTuneRecord as FineTuneRecord
 from cbs_opt.report.records import StageRecord as StageRecord
 from cbs_opt.report.report import LayerReport as LayerReport
 from cbs_opt.report.report import PruneReport as PruneReport

@@ -32,6 +32,7 @@ from cbs_opt.engine import gradient_files
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.distill import Distill
 from cbs_opt.engine.estimate import announce, estimate_memory
+from cbs_opt.engine.fine_tune import FineTune
 from cbs_opt.engine.measured import Measured, take_gradients
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.update import Update
@@ -70,6 +71,7 @@ class Prepared(Measured):
         min_kept_per_row: int = 0,
         batch_norm: str = "keep",
         distill: Distill | None = None,
+        finetune: FineTune | float | None = None,
     ) -> PruneResult:
         """Choose, update, and put into a copy of the network, as a `Choice` or its fields say; raises CBSError."""
         made = choice or Choice(
@@ -88,6 +90,7 @@ class Prepared(Measured):
             min_kept_per_row=min_kept_per_row,
             batch_norm=batch_norm,
             distill=distill,
+            finetune=finetune,
         )
         return self.one_shot(made)
 
@@ -102,6 +105,7 @@ class Prepared(Measured):
         judge: bool = True,
         batch_norm: str = "keep",
         distill: Distill | None = None,
+        finetune: FineTune | float | None = None,
     ) -> PruneResult:
         """Update the kept weights of masks of any origin; a sweep of the scale solves once.
 
@@ -117,7 +121,7 @@ class Prepared(Measured):
             By which the masks are judged in the report.
         judge : bool
             As in `one_shot`.
-        batch_norm, distill
+        batch_norm, distill, finetune
             As for `prune`.
 
         Raises
@@ -136,6 +140,7 @@ class Prepared(Measured):
             objective=objective,
             batch_norm=batch_norm,
             distill=distill,
+            finetune=finetune,
         )
         problem = self.problem(n_kept=choice.n_kept, objective=objective)
         mask = self.blocks.partition.to_groups(pruned)

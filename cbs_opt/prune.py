@@ -20,6 +20,7 @@ from cbs_opt.data.forward import LossFunction
 from cbs_opt.data.losses import MOST_SAMPLES
 from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.distill import Distill
+from cbs_opt.engine.fine_tune import FineTune
 from cbs_opt.engine.layerwise import prune_layerwise
 from cbs_opt.engine.run import run
 from cbs_opt.engine.setup import Setup
@@ -63,6 +64,7 @@ def prune(
     stages: int | StageOptions = 1,
     batch_norm: str = "keep",
     distill: Distill | None = None,
+    finetune: FineTune | float | None = None,
     journal: Path | str | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -93,11 +95,15 @@ def prune(
         data; the report has the calibration loss with and without.
     distill : Distill, optional
         Afterwards the kept weights are moved towards the dense network's outputs, by so many steps on the same data.
+    finetune : FineTune or float, optional
+        Instead the network is trained, its masks held, on the same data: afterwards, or in stages a part after each. A
+        number is one of epochs.
     journal : path, optional
-        Folder that gets the state after each stage; a killed run that is started again goes on from there.
+        Folder that gets the state after each stage, and of fine-tuning on the way; a killed run that is started again
+        goes on from there.
     progress : callable, optional
         Called with (rows done, rows in all) while gradients are computed, or with (stages done, stages in all), or
-        with (layers done, layers in all); then with (steps done, steps in all) of the distillation.
+        with (layers done, layers in all); then with (steps done, steps in all) of the training.
 
     Returns
     -------
@@ -133,12 +139,15 @@ def prune(
             "stages": stages,
             "batch_norm": batch_norm,
             "distill": distill,
+            "finetune": finetune,
         }
     )
     if setup.layerwise:
-        if staged is not None or journal is not None:
-            raise OptionError(f"curvature={curvature!r} knows no stages and no journal; leave them out")
-        return prune_layerwise(model, data, loss_fn, setup, choice, progress)
+        if staged is not None or (journal is not None and choice.finetune is None):
+            raise OptionError(
+                f"curvature={curvature!r} knows no stages, and a journal of fine-tuning only; leave them out"
+            )
+        return prune_layerwise(model, data, loss_fn, setup, choice, progress, journal=journal)
     if loss_fn is None:
         raise OptionError(f"curvature={curvature!r} takes a loss; pass loss_fn, or curvature='layer_inputs'")
     return run(model, data, loss_fn, setup, choice, staged, journal=journal, progress=progress)
@@ -164,4 +173,4 @@ def arranged(settings: Mapping[str, Any]) -> tuple[Setup, Choice, StageOptions |
     choice = Choice(**chosen)
     setup = Setup(**{name: value for name, value in settings.items() if name in sides})
     single = isinstance(stages, int) and not isinstance(stages, bool) and stages == 1
-    return setup, choice, None if single else StageOptions.of(stages)
+    return setup, choice, None if single else StageOptions.of(stages).settled(trains=choice.finetune is not None)

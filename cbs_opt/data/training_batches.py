@@ -7,11 +7,12 @@ batch is a list of pieces, as batches of several lengths cannot be stacked.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
-from cbs_opt.data.calibration import Batch, CalibrationData, cut
+from cbs_opt.data.calibration import Batch, CalibrationData, Index, cut
 from cbs_opt.data.stream import BatchStream
 from solvers.errors import DataError
 
@@ -38,6 +39,8 @@ class TrainingBatches:
     held_out : list of (inputs, targets or None, samples)
     n_train : int
         Samples that are left for steps.
+    held_index : int64, optional
+        Numbers of the samples that are held out, of data in memory.
 
     Raises
     ------
@@ -47,6 +50,7 @@ class TrainingBatches:
 
     def __init__(self, source: CalibrationData | BatchStream, batch_size: int | None, share: float, seed: int) -> None:
         self._source, self._size, self._seed = source, batch_size, seed
+        self.held_index: Index | None = None
         if batch_size is None and isinstance(source, BatchStream) and source.cut_here:
             self._size = _BATCH
         if isinstance(source, CalibrationData):
@@ -59,26 +63,46 @@ class TrainingBatches:
         """Samples that are held out."""
         return sum(count for _, _, count in self.held_out)
 
+    @property
+    def per_epoch(self) -> float:
+        """Steps of one pass over the samples that are not held out, not rounded."""
+        if isinstance(self._source, CalibrationData):
+            return self.n_train / self._step
+        return self._n_batches if self._size is None else self.n_train / self._size
+
     def __iter__(self) -> Iterator[list[Batch]]:
         """The pieces of one step after the other, without an end."""
-        return self._draws() if isinstance(self._source, CalibrationData) else self._groups()
+        return self.after(0)
+
+    def after(self, steps: int) -> Iterator[list[Batch]]:
+        """The same, once so many steps are done."""
+        if isinstance(self._source, CalibrationData):
+            return self._draws(steps)
+        return itertools.islice(self._groups(), steps, None)
 
     def _stored(self, data: CalibrationData, share: float) -> None:
         order = np.random.default_rng(self._seed).permutation(data.n).astype(np.int64)
         held = order[: _held(data.n, share)]
         self._train = order[len(held) :]
+        self.held_index = held
         pieces = [np.sort(held)[i : i + _PIECE] for i in range(0, len(held), _PIECE)]
         self.held_out: list[Batch] = [(*data.batch(piece, "cpu"), len(piece)) for piece in pieces]
         self.n_train = len(self._train)
 
-    def _draws(self) -> Iterator[list[Batch]]:
+    @property
+    def _step(self) -> int:
+        """Samples of a step, of data in memory."""
+        return min(self._size or _BATCH, self.n_train)
+
+    def _draws(self, skip: int) -> Iterator[list[Batch]]:
         data, generator = self._source, np.random.default_rng([self._seed, 1])
         assert isinstance(data, CalibrationData)
-        size, left = min(self._size or _BATCH, self.n_train), self._train[:0]
-        while True:
+        size, left = self._step, self._train[:0]
+        for number in itertools.count():
             while len(left) < size:
                 left = np.concatenate([left, generator.permutation(self._train)])
-            yield [(*data.batch(left[:size], "cpu"), size)]
+            if number >= skip:
+                yield [(*data.batch(left[:size], "cpu"), size)]
             left = left[size:]
 
     def _streamed(self, stream: BatchStream, share: float) -> None:
@@ -93,6 +117,7 @@ class TrainingBatches:
             if number in self._numbers:
                 self.held_out.append(batch if self._first is None else cut(batch, np.arange(self._first, batch[2])))
         self.n_train = sum(sizes) - self.n_held_out
+        self._n_batches = len(sizes) - len(self._numbers) if self._first is None else 1
 
     def _groups(self) -> Iterator[list[Batch]]:
         group: list[Batch] = []

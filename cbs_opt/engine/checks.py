@@ -15,6 +15,7 @@ from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import StageOptions
+from cbs_opt.engine.tuning import check_fine_tune
 from cbs_opt.engine.update import Update
 from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.measure.costs import channels_of
@@ -46,6 +47,7 @@ def check_plan(
         The message says what to do instead.
     """
     Floors.of(choice, layers)
+    check_fine_tune(choice.finetune, setup.place)
     fisher, stages = setup.options, plan.stages
     need = choice.needs if stages is None else Extent.CURVATURE
     if setup.curvature == "none" and need is not Extent.WEIGHTS:

@@ -9,6 +9,7 @@ from enum import IntEnum
 import numpy as np
 
 from cbs_opt.engine.distill import Distill
+from cbs_opt.engine.fine_tune import FineTune
 from cbs_opt.engine.update import Update, check_scale
 from cbs_opt.measure.costs import CostBudget, budget_of
 from solvers import Capability, Objective, Solver, make_solver
@@ -80,6 +81,8 @@ class Choice:
         calibration data once weights are gone; of stages `StageOptions.batch_norm` says so.
     distill : Distill, optional
         After all else kept weights are moved towards the dense network's outputs.
+    finetune : FineTune or float, optional
+        Or the network is trained, its masks held: afterwards, in stages after each of them. A number is one of epochs.
 
     Raises
     ------
@@ -103,6 +106,7 @@ class Choice:
     min_kept_per_row: int
     distill: Distill | None
     batch_norm: str
+    finetune: FineTune | None
 
     def __init__(
         self,
@@ -121,6 +125,7 @@ class Choice:
         distill: Distill | None = None,
         batch_norm: str = "keep",
         budget: CostBudget | Pattern | str | None = None,
+        finetune: FineTune | float | None = None,
     ) -> None:
         if sum(value is not None for value in (sparsity, n_kept, budget)) != 1:
             raise OptionError(
@@ -153,6 +158,11 @@ class Choice:
                 f"give one of min_kept={min_kept!r} and min_kept_per_row={min_kept_per_row!r}; the second keeps "
                 "weights of every layer too"
             )
+        if distill is not None and finetune is not None:
+            raise OptionError(
+                "distill and finetune are two ways to train afterwards; for both losses use "
+                "finetune=FineTune(..., distill=0.5)"
+            )
         values = {
             "sparsity": None if sparsity is None else sparsity_of(sparsity),
             "n_kept": None if n_kept is None else integer("n_kept", n_kept, 0),
@@ -168,6 +178,7 @@ class Choice:
             "min_kept": None if min_kept is None else _floor_of(min_kept),
             "min_kept_per_row": integer("min_kept_per_row", min_kept_per_row, 0),
             "distill": None if distill is None else instance("distill", distill, Distill),
+            "finetune": None if finetune is None else FineTune.of(finetune),
             "batch_norm": one_of("treatment of batch norm", batch_norm, BATCH_NORMS),
         }
         for name, value in values.items():

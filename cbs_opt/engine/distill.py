@@ -31,7 +31,8 @@ from cbs_opt.data.forward import Forward
 from cbs_opt.data.loss_checks import typed_failures
 from cbs_opt.data.training_batches import TrainingBatches
 from cbs_opt.data.trees import map_tree
-from cbs_opt.engine.masked_training import PARAMETERS, LinearAdamW, TrainedWeights
+from cbs_opt.engine.masked_training import PARAMETERS, TrainedWeights, linear_adamw
+from cbs_opt.engine.training import Descent, looks
 from cbs_opt.network.layers import PrunableLayers
 from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import DistillRecord
@@ -147,7 +148,7 @@ def distill(
         length = options.lr / _SHORTER**number_of_try
         found = run.descend(length, best)
         if found.values is not None:
-            best, lr, taken = found.loss, length, found.step
+            best, lr, taken = found.best, length, found.at
         weights.restore(start if found.values is None else found.values)
         if found.broken:
             notes.append(f"distillation: steps of {length:.3g} led to values that are not finite and were undone")
@@ -171,16 +172,6 @@ def distill(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Descent:
-    """The best weights on the way, None if none were better than those at the start; their loss and step."""
-
-    values: list[Tensor] | None
-    loss: float
-    step: int
-    broken: bool
-
-
 @dataclass(eq=False)
 class _Distilling:
     """The parts of a distillation; see the module's docstring."""
@@ -197,24 +188,21 @@ class _Distilling:
         self.evaluations, self._device = 0, self.weights.tensors[0].device
         self._kept: list[Tensor] | None = None
 
-    def descend(self, lr: float, bar: float) -> _Descent:
+    def descend(self, lr: float, bar: float) -> Descent:
         """Steps from the weights as they are; what of them is below the bar."""
-        steps = self.options.steps
-        looks = {-(-steps * i // self.options.evaluations) for i in range(1, self.options.evaluations + 1)}
-        optimiser = LinearAdamW(self.weights, lr, steps)
-        best, values, at, broken = bar, None, 0, False
-        for number_of_step, group in zip(range(1, steps + 1), self.batches, strict=False):
-            if not self._accumulate(group, optimiser):
-                broken = True
-                break
-            if self.progress is not None:
-                self.progress(number_of_step, steps)
-            if number_of_step in looks:
-                loss = self.held_out()
-                broken = broken or not math.isfinite(loss)
-                if loss < best:
-                    best, values, at = loss, self.weights.kept(), number_of_step
-        return _Descent(values, best, at, broken)
+        steps, optimiser = self.options.steps, linear_adamw(self.weights, lr, self.options.steps)
+        found = Descent(
+            self.weights,
+            optimiser,
+            lambda batch, _: self._divergence(batch),
+            self.held_out,
+            steps,
+            looks(steps, self.options.evaluations),
+            bar,
+        )
+        tell = self.progress
+        found.run(iter(self.batches), lambda now: None if tell is None else tell(now.done, steps))
+        return found
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -225,20 +213,6 @@ class _Distilling:
             part, share = self._divergence(batch, dense)
             total, weight = total + float(part), weight + share
         return total / weight if weight else math.nan
-
-    def _accumulate(self, group: list[Batch], optimiser: LinearAdamW) -> bool:
-        """Gradients over the pieces of a step, and the step."""
-        total, finite = 0.0, True
-        with self.weights.differentiable():
-            for batch in group:
-                part, weight = self._divergence(batch)
-                finite = finite and bool(torch.isfinite(part))
-                if finite and weight:
-                    with typed_failures(*batch[:2]):
-                        part.backward()  # type: ignore[no-untyped-call]
-                total += weight
-            # A batch of padding alone says nothing.
-            return finite and (total == 0.0 or optimiser.step(total))
 
     def _divergence(self, batch: Batch, dense: Tensor | None = None) -> tuple[Tensor, float]:
         """Sum and weight of a batch, whose dense output may be known."""

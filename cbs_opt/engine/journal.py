@@ -113,6 +113,17 @@ class Journal:
                     f"{run.get(key)!r} here; choose another folder or remove this one"
                 )
 
+    def begin(self) -> None:
+        """Write down what is run, where no stage does; raises OutputError."""
+        self._write(self._stages)
+
+    def _write(self, stages: list[dict[str, Any]]) -> None:
+        text = json.dumps({"version": _VERSION, "run": self._run, "stages": stages}, indent=1)
+        try:
+            write_atomically(self.folder / _NAME, text.encode())
+        except OSError as error:
+            raise OutputError(f"cannot write the journal in {self.folder}: {error}") from error
+
     @classmethod
     def open(cls, folder: Path | str) -> Journal:
         """The journal in a folder, whatever run it belongs to; raises OutputError if there is none."""
@@ -171,10 +182,9 @@ class Journal:
         name = f"stage-{state.number:04d}.safetensors"
         entry = {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "record": record.as_json()}
         stages = [*self._stages, entry]
-        text = json.dumps({"version": _VERSION, "run": self._run, "stages": stages}, indent=1)
         try:
             write_atomically(self.folder / name, content)
-            write_atomically(self.folder / _NAME, text.encode())
         except OSError as error:
             raise OutputError(f"cannot write the journal in {self.folder}: {error}") from error
+        self._write(stages)
         self._stages = stages

@@ -16,6 +16,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.sensitivity import MEASURES, Parts, check_levels, levels_around, measured_curves
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.shares import Shares, Sharing, prune_segments
+from cbs_opt.engine.tuned import fine_tuned
+from cbs_opt.engine.tuning import check_fine_tune
 from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import own_copy
 from cbs_opt.measure.costs import Costs
@@ -56,6 +60,7 @@ def prune_layerwise(
     progress: Progress | None = None,
     shares: Shares | None = None,
     judging: Judging | None = None,
+    journal: Path | str | None = None,
 ) -> PruneResult:
     """Prune a network layer by layer; see `cbs_opt.prune` for the arguments and errors.
 
@@ -65,6 +70,18 @@ def prune_layerwise(
     network = open_layerwise(model, data, loss_fn, setup, choice)
     # Asked now, as the network changes.
     _ = network.dense_loss
+    make = partial(_pruned_by_layer, network, progress=progress, shares=shares, judging=judging)
+    return fine_tuned(network, choice, make, journal, progress)
+
+
+def _pruned_by_layer(
+    network: LayerwiseNetwork,
+    choice: Choice,
+    progress: Progress | None,
+    shares: Shares | None,
+    judging: Judging | None,
+) -> PruneResult:
+    """`prune_layerwise` without fine-tuning."""
     run = _Run(network, choice, progress, shares, judging)
     outcome, parts = run.outcome()
     network.gather()
@@ -168,6 +185,7 @@ def open_layerwise(
         raise OptionError(f"loss_fn must be a function of (output, target), not {type(loss_fn).__name__}")
     if loss_fn is None and choice.distill is not None and choice.distill.loss == "given":
         raise OptionError("distill=Distill(loss='given') takes a loss; pass loss_fn, or use loss='kl' or 'mse'")
+    check_fine_tune(choice.finetune, setup.place, has_loss=loss_fn is not None)
     if choice.update is Update.NONE and setup.layer_inputs is not None and setup.layer_inputs.towards_dense:
         raise OptionError(
             "towards_dense moves weights, and update='none' keeps them as they are; use 'own' or 'combinatorial'"
@@ -175,8 +193,9 @@ def open_layerwise(
     own, layers = own_copy(model, setup)
     check_layerwise(layers, choice)
     stream = BatchStream(data, setup.samples, small=setup.place.type == "cpu")
-    if stream.once and (choice.distill is not None or choice.batch_norm != "keep"):
-        what = "batch-norm re-estimation" if choice.distill is None else "distillation"
+    trains = choice.distill is not None or choice.finetune is not None
+    if stream.once and (trains or choice.batch_norm != "keep"):
+        what = ("distillation" if choice.distill else "fine-tuning") if trains else "batch-norm re-estimation"
         raise DataError(
             f"the calibration data are a one-shot {type(data).__name__}, and {what} reads them again; pass a list, a "
             "Dataset or a DataLoader"

@@ -1,27 +1,36 @@
-"""Training under masks: AdamW on what stays of a network, removed weights zero to the bit after every step.
+"""Training under masks: steps on what stays of a network, removed weights zero to the bit after every one.
 
-    g ← mask(g), clipped to norm 1;      w ← mask(AdamW(w, g)),      step length η (1 − t/T) in step t = 0 … T − 1
+    g ← mask(g), clipped to a norm;      w ← mask(step(w, g)),      the length as a function of the number of the step
 
 Gradients are masked before they are clipped, so the optimiser's state is zero, and no norm is taken, where weights are
-gone. 16-bit parameters follow a copy in single precision: steps of 1e-4 are lost in their rounding.
+gone. 16-bit parameters follow a copy in single precision: steps of 1e-4 are lost in their rounding. Where gradients are
+computed in halves, the loss is scaled up before, by a factor that is halved for gradients that overflow, whose step is
+left out, and doubled after many that do not.
 
-Source: Loshchilov and Hutter, *Decoupled weight decay regularization*, 2019 (AdamW; the decay is 0 here).
+Sources: Loshchilov and Hutter, *Decoupled weight decay regularization*, 2019 (AdamW); Micikevicius et al., *Mixed
+precision training*, 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cbs_opt.network.layers import PrunableLayers
 from solvers.arrays import Mask
 
 #: What is trained: the prunable layers' weights, or with them all that is not frozen (biases, norms, embeddings).
 PARAMETERS = ("layers", "all")
-_LARGEST_NORM = 1.0
+#: Norm that gradients are cut to, unless another is given.
+LARGEST_NORM = 1.0
+#: The first factor of a scaled loss, and steps after which it is doubled.
+_SCALE, _GOOD_STEPS = 2.0**16, 2000
 
 
 class TrainedWeights:
@@ -38,7 +47,7 @@ class TrainedWeights:
 
     def __init__(self, model: nn.Module, layers: PrunableLayers, pruned: Mask, parameters: str) -> None:
         held = dict(zip(map(id, layers.parameters(model)), layers, strict=True))
-        self._all = list(model.parameters())
+        self._all, self._buffers = list(model.parameters()), list(model.buffers())
         asked = (p for p in self._all if id(p) in held or (parameters == "all" and p.requires_grad))
         self.tensors = [p for p in asked if p.is_floating_point()]
         self._masks: list[Tensor | None] = []
@@ -65,12 +74,12 @@ class TrainedWeights:
                 parameter.grad = None
 
     @torch.no_grad()
-    def take_gradients(self, weight: float) -> bool:
-        """Move gradients, divided by a weight, to where the optimiser looks; whether they are finite."""
+    def take_gradients(self, weight: float, largest: float | None = LARGEST_NORM) -> bool:
+        """Move gradients, divided by a weight and cut to a norm, to the optimiser; whether they are finite."""
         for tensor, master, gone in zip(self.tensors, self.masters, self._masks, strict=True):
             found = torch.zeros_like(master) if tensor.grad is None else tensor.grad.to(master.dtype).div_(weight)
             master.grad, tensor.grad = found if gone is None else found.masked_fill_(gone, 0.0), None
-        return bool(torch.isfinite(nn.utils.clip_grad_norm_(self.masters, _LARGEST_NORM)))
+        return bool(torch.isfinite(nn.utils.clip_grad_norm_(self.masters, math.inf if largest is None else largest)))
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -81,38 +90,90 @@ class TrainedWeights:
             tensor.copy_(master)
 
     def kept(self) -> list[Tensor]:
-        """A copy of the values as they are."""
-        return [master.clone() for master in self.masters]
+        """A copy of the values as they are, those of buffers too."""
+        return [value.clone() for value in (*self.masters, *self._buffers)]
 
     @torch.no_grad()
     def restore(self, values: list[Tensor]) -> None:
         """Put values back that `kept` has copied."""
-        for master, value in zip(self.masters, values, strict=True):
-            master.copy_(value)
+        for held, value in zip((*self.masters, *self._buffers), values, strict=True):
+            held.copy_(value)
         self.hold()
 
 
-class LinearAdamW:
-    """AdamW whose step length falls linearly to zero.
+class MaskedOptimiser:
+    """An optimiser of trained weights, its step length a function of the number of the step.
 
     Parameters
     ----------
     weights : TrainedWeights
-    lr : float
-        Of the first step.
-    steps : int
+    optimiser : Optimizer
+        Of the weights' masters; the lengths it has are multiplied.
+    rate : callable
+        (steps done) → factor.
+    largest_norm : float, optional
+        That gradients are cut to.
+    scaled : bool
+        Whether gradients are those of a scaled loss.
+
+    Attributes
+    ----------
+    scale : float
+        What a loss is to be multiplied by before its gradient is taken.
     """
 
-    def __init__(self, weights: TrainedWeights, lr: float, steps: int) -> None:
-        self._weights = weights
-        self._optimiser = torch.optim.AdamW(weights.masters, lr=lr, weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda done: max(1.0 - done / steps, 0.0))
+    def __init__(
+        self,
+        weights: TrainedWeights,
+        optimiser: Optimizer,
+        rate: Callable[[int], float],
+        largest_norm: float | None = LARGEST_NORM,
+        scaled: bool = False,
+    ) -> None:
+        self._weights, self.optimiser, self._rate, self._largest = weights, optimiser, rate, largest_norm
+        self._lengths = [group["lr"] for group in optimiser.param_groups]
+        self.scale, self._scaled, self._good, self._done = _SCALE if scaled else 1.0, scaled, 0, 0
 
     def step(self, weight: float) -> bool:
         """A step along the gradients that the network holds, divided by a weight; False, and none, for bad ones."""
-        if not self._weights.take_gradients(weight):
+        finite = self._weights.take_gradients(weight * self.scale, self._largest)
+        if not finite and (not self._scaled or self.scale <= 1.0):
             return False
-        self._optimiser.step()
-        self._schedule.step()
-        self._weights.hold()
+        if finite:
+            factor = self._rate(self._done)
+            for group, length in zip(self.optimiser.param_groups, self._lengths, strict=True):
+                group["lr"] = length * factor
+            self.optimiser.step()
+            self._weights.hold()
+        self._good = self._good + 1 if finite else 0
+        if self._scaled and not finite:
+            self.scale /= 2.0
+        elif self._scaled and self._good % _GOOD_STEPS == 0:
+            self.scale *= 2.0
+        self._done += 1
         return True
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, numbers) of the state, from which `restore` goes on."""
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {"scale": self.scale, "good": self._good, "done": self._done}
+        for index, entries in self.optimiser.state_dict()["state"].items():
+            for name, value in entries.items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"{index}/{name}"] = value
+        return tensors, numbers
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Put a state back."""
+        own = dict(numbers)
+        self.scale, self._good, self._done = own.pop("scale"), own.pop("good"), own.pop("done")
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in {**own, **tensors}.items():
+            index, _, name = key.partition("/")
+            state.setdefault(int(index), {})[name] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+
+
+def linear_adamw(weights: TrainedWeights, lr: float, steps: int) -> MaskedOptimiser:
+    """AdamW without decay, whose step length falls linearly to zero."""
+    optimiser = torch.optim.AdamW(weights.masters, lr=lr, weight_decay=0.0)
+    return MaskedOptimiser(weights, optimiser, lambda done: max(1.0 - done / steps, 0.0))

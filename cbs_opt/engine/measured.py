@@ -16,6 +16,7 @@ from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
+from cbs_opt.engine.tuned import fine_tuned
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.costs import SAMPLES, CostBudget, Costs, Split
@@ -235,8 +236,25 @@ class Measured:
         judge : bool
             Refit the mask for the report where the update does not yield its refit objective; it costs as much as one.
         progress : callable, optional
-            Called with (steps done, steps in all) of a distillation.
+            Called with (steps done, steps in all) of the training afterwards.
         """
+        return fine_tuned(
+            self.workspace,
+            choice,
+            lambda plain: self._one_shot(plain, chosen, own=own, judge=judge, progress=progress),
+            progress=progress,
+        )
+
+    def _one_shot(
+        self,
+        choice: Choice,
+        chosen: tuple[SelectionProblem, Solution] | None,
+        *,
+        own: bool,
+        judge: bool,
+        progress: Progress | None,
+    ) -> PruneResult:
+        """`one_shot` without fine-tuning."""
         workspace, to_network = self.workspace, self.blocks.partition.to_network
         loss_dense = workspace.dense_loss
         calls = workspace.meter.calls

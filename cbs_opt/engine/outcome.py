@@ -24,12 +24,13 @@ from cbs_opt.measure.fisher import FisherOptions
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.batch_norm import reestimate, tracked_norms
 from cbs_opt.report.norms import LayerNorms
-from cbs_opt.report.records import DistillRecord, StageRecord
+from cbs_opt.report.records import DistillRecord, FineTuneRecord, StageRecord
 from cbs_opt.report.report import PruneReport
 from cbs_opt.report.result import PruneResult
 from cbs_opt.report.warnings import (
     collapse_warnings,
     distill_warnings,
+    fine_tune_warnings,
     nonzero,
     norm_warnings,
     repruning_warnings,
@@ -88,6 +89,8 @@ class Outcome:
         Under a budget of costs.
     coupling : Coupling, optional
         Where channels go whole, with what is added to them.
+    finetune : FineTuneRecord, optional
+        In stages that were trained between.
     """
 
     pruned: Mask
@@ -99,6 +102,7 @@ class Outcome:
     solution: Solution | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
     coupling: Coupling | None = None
+    finetune: FineTuneRecord | None = None
 
 
 def conclude(
@@ -147,6 +151,7 @@ def conclude(
             *collapse_warnings(layers, pruned, constant),
             *repruning_warnings(n_kept, before, nonzero(layers.parameters(model)), layers.n),
             *norm_warnings(renewed.loss_old, renewed.loss),
+            *(() if outcome.finetune is None else fine_tune_warnings(outcome.finetune)),
             *(() if distilled is None else distill_warnings(distilled, renewed.loss, loss)),
         ),
         solver=last.solver or choice.solver.spec,
@@ -164,8 +169,8 @@ def conclude(
         loss_samples=workspace.meter.n_samples,
         **asdict(outcome.model),
         first_order=None if staged else last.first_order,
-        gradient_method=", ".join(dict.fromkeys(record.method for record in records)),
-        stages=len(records),
+        gradient_method=", ".join(dict.fromkeys(record.method for record in records if record.method)),
+        stages=sum(record.kind != "train" for record in records),
         seed=setup.seed if choice.seed is None else choice.seed,
         device=str(setup.place),
         seconds_gradients=sum(record.seconds_gradients for record in records),
@@ -180,6 +185,7 @@ def conclude(
         budget="" if choice.budget is None else str(choice.budget),
         costs=dict(outcome.costs),
         distill=distilled,
+        finetune=outcome.finetune,
         loss_undistilled=math.nan if distilled is None else renewed.loss,
         norms_reestimated=renewed.count,
         loss_old_norms=renewed.loss_old,

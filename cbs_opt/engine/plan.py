@@ -13,7 +13,8 @@ With K_0 weights at the start, K at the end, N stages and t = i/N after stage i 
 ``first`` makes the first stage go straight to a sparsity that costs a network nothing, and spreads the others over
 what is left: late stages matter, and early ones are the dear ones.
 
-After the last step, of one shot and of layer by layer too, a `Distill` may follow (`Choice.distill`).
+Where the plan fine-tunes, a `Train` follows each stage: those before the last share what `FineTune.final` leaves of the
+steps in equal parts. After the last step, of one shot and of layer by layer too, a `Distill` may follow.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from cbs_opt.engine.fine_tune import FineTune
 from cbs_opt.engine.stage_options import Schedule, StageOptions
 from solvers.errors import OptionError
 
@@ -37,7 +39,15 @@ class Polish:
     """Refit the weights that stay and swap where it pays; undone if the loss does not fall."""
 
 
-Step: TypeAlias = Prune | Polish
+@dataclass(frozen=True)
+class Train:
+    """Train under the masks, from one share of the steps of a `FineTune` to another."""
+
+    begin: float
+    end: float
+
+
+Step: TypeAlias = Prune | Polish | Train
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Plan:
     steps : tuple of Step
     stages : StageOptions, optional
         How steps are taken, each at gradients of its own; None for one shot, a single `Prune`.
+    finetune : FineTune, optional
+        What is shared out among the `Train` steps.
 
     Raises
     ------
@@ -58,10 +70,18 @@ class Plan:
 
     steps: tuple[Step, ...]
     stages: StageOptions | None = None
+    finetune: FineTune | None = None
 
     def __post_init__(self) -> None:
         if self.stages is None and (len(self.steps) != 1 or not isinstance(self.steps[0], Prune)):
             raise OptionError("one shot is a single Prune; a plan of other steps needs StageOptions")
+        if self.finetune is None and any(isinstance(step, Train) for step in self.steps):
+            raise OptionError("a plan that trains needs a FineTune")
+
+    @property
+    def n_stages(self) -> int:
+        """Steps that take gradients."""
+        return sum(not isinstance(step, Train) for step in self.steps)
 
     @classmethod
     def one_shot(cls, n_kept: int) -> Plan:
@@ -69,7 +89,15 @@ class Plan:
         return cls((Prune(n_kept),))
 
     @classmethod
-    def staged(cls, options: StageOptions, *, n: int, n_kept: int, n_start: int | None = None) -> Plan:
+    def staged(
+        cls,
+        options: StageOptions,
+        *,
+        n: int,
+        n_kept: int,
+        n_start: int | None = None,
+        finetune: FineTune | None = None,
+    ) -> Plan:
         """The steps that `options` ask for.
 
         Parameters
@@ -81,12 +109,15 @@ class Plan:
             Weights that stay at the end.
         n_start : int, optional
             Weights that are still there; None means all.
+        finetune : FineTune, optional
+            Train after each stage.
 
         Raises
         ------
         OptionError
             For numbers that do not fit.
         """
+        options = options.settled(trains=finetune is not None)
         start = n if n_start is None else n_start
         if not 0 <= n_kept <= start:
             raise OptionError(f"n_kept must lie in [0, {start}], the weights still there, not {n_kept}")
@@ -99,13 +130,28 @@ class Plan:
             counts = ()
         else:
             first = None if options.first_sparsity is None else int(n * (1.0 - options.first_sparsity))
+            assert options.schedule is not None
             counts = kept_after_stages(options.schedule, start, n_kept, options.n_stages, n_first=first)
         steps: list[Step] = []
         for count in counts:
             # A level that is listed twice is a step at which nothing is left to remove.
             steps.append(Prune(count) if count < start else Polish())
             start = count
-        return cls((*steps, *(Polish(),) * options.n_polish), options)
+        steps += (Polish(),) * (options.n_polish or 0)
+        if finetune is not None:
+            steps = _with_training(steps, finetune.final)
+        return cls(tuple(steps), options, finetune)
+
+
+def _with_training(stages: list[Step], final: float) -> list[Step]:
+    """Each stage followed by its share of the training."""
+    early = len(stages) - 1
+    bounds = [(1.0 - final) * i / early for i in range(early + 1)] if early > 0 else [0.0]
+    return [
+        step
+        for stage, begin, end in zip(stages, bounds, (*bounds[1:], 1.0), strict=True)
+        for step in (stage, Train(begin, end))
+    ]
 
 
 def kept_after_stages(

@@ -20,6 +20,7 @@ from cbs_opt.engine.plan import Plan
 from cbs_opt.engine.setup import Setup
 from cbs_opt.engine.stage_options import LEAST_BATCH, StageOptions
 from cbs_opt.engine.stages import run_stages
+from cbs_opt.engine.tuned import fine_tuned
 from cbs_opt.engine.workspace import Workspace, open_workspace
 from cbs_opt.measure.blocks import contiguous_partition
 from cbs_opt.measure.fisher import FisherOptions
@@ -55,8 +56,11 @@ def run(
     journal : path, optional
     progress : callable, optional
     """
-    if stages is None and journal is not None:
-        raise OptionError("a journal is kept of several stages; pass stages=N with N > 1, or leave it out")
+    if stages is None and journal is not None and choice.finetune is None:
+        raise OptionError(
+            "a journal is kept of several stages, and of fine-tuning; pass stages=N with N > 1 or "
+            "finetune=FineTune(...), or leave it out"
+        )
     workspace, plan, _ = _open(model, data, loss_fn, setup, choice, stages)
     return carry_out(workspace, choice, plan, journal=journal, progress=progress)
 
@@ -73,7 +77,7 @@ def estimate(
     workspace, plan, found = _open(model, data, loss_fn, setup, choice, stages)
     if choice.needs is Extent.WEIGHTS and plan.stages is None:
         return found
-    return replace(found, seconds=probe_seconds(workspace, len(plan.steps)))
+    return replace(found, seconds=probe_seconds(workspace, plan.n_stages))
 
 
 def _open(
@@ -91,7 +95,7 @@ def _open(
 
     def check(network: nn.Module, layers: PrunableLayers) -> None:
         n_kept = choice.kept(layers.n)
-        plans.append(Plan.one_shot(n_kept) if stages is None else Plan.staged(stages, n=layers.n, n_kept=n_kept))
+        plans.append(Plan.one_shot(n_kept) if stages is None else _staged(stages, choice, layers.n))
         # Of data whose number is not known before they are read, the least there can be.
         n_samples = CalibrationData.count(data, setup.samples) or setup.options.batch_size
         check_plan(network, layers, setup, choice, plans[0], n_samples)
@@ -111,21 +115,17 @@ def carry_out(
 ) -> PruneResult:
     """Carry out a plan that was checked, on the network of a workspace, which is given away as the result."""
     if plan.stages is None:
-        need = choice.needs
-        if need is not Extent.WEIGHTS:
-            announce(workspace)
-        measured = Measured(workspace, workspace.setup.options, take_gradients(workspace, need, progress))
-        return measured.one_shot(choice, own=True, progress=progress)
+        return fine_tuned(workspace, choice, lambda plain: _at_once(workspace, plain, progress), journal, progress)
     # Before the first stage changes them.
     _ = workspace.weights, workspace.dense_loss
     total = len(plan.steps)
-    announce(workspace, total)
+    announce(workspace, plan.n_stages)
 
     def tick(record: StageRecord, _: StageState) -> None:
         if progress is not None:
             progress(record.stage, max(total, record.stage))
 
-    found = run_stages(workspace, choice, plan, journal=journal, progress=tick)
+    found = run_stages(workspace, choice, plan, journal=journal, progress=tick, training=progress)
     fisher, records, state = workspace.setup.options, found.records, found.state
     if found.n_resumed:
         note = f"{found.n_resumed} stages were read from the journal and not run again"
@@ -133,5 +133,18 @@ def carry_out(
     weights = np.where(state.pruned, 0.0, state.weights.cpu().numpy())
     n_blocks = len(contiguous_partition(workspace.layers, fisher.spec).sizes)
     model = ModelFigures.of(Extent.CURVATURE, fisher, workspace.data, n_blocks)
-    outcome = Outcome(state.pruned, weights, records, model, stages=plan.stages)
+    outcome = Outcome(state.pruned, weights, records, model, stages=plan.stages, finetune=found.finetune)
     return conclude(workspace, choice, outcome, own=True, progress=progress)
+
+
+def _staged(stages: StageOptions, choice: Choice, n: int) -> Plan:
+    return Plan.staged(stages, n=n, n_kept=choice.kept(n), finetune=choice.finetune)
+
+
+def _at_once(workspace: Workspace, choice: Choice, progress: Progress | None) -> PruneResult:
+    """One shot, which gives the network away."""
+    need = choice.needs
+    if need is not Extent.WEIGHTS:
+        announce(workspace)
+    measured = Measured(workspace, workspace.setup.options, take_gradients(workspace, need, progress))
+    return measured.one_shot(choice, own=True, progress=progress)

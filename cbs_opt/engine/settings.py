@@ -27,10 +27,10 @@ def effective(setup: Setup, choice: Choice, stages: StageOptions | None) -> dict
         found["objective"] = choice.goal(stages is not None)
     if not setup.layerwise and found["fisher"] is None:
         found["fisher"] = setup.options
-    return {name: _plain(value) for name, value in found.items()}
+    return {name: plain(value) for name, value in found.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers, text, lists and tables; of a function, its name."""
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
         return value
@@ -41,9 +41,9 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and type(value).__str__ is not object.__str__ and "__str__" in type(value).__dict__:
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, Path):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return getattr(value, "__qualname__", None) or str(value)

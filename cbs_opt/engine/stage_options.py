@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from itertools import pairwise
 
@@ -47,10 +47,12 @@ class StageOptions:
     ----------
     n_stages : int
         Stages that remove weights.
-    n_polish : int
-        Stages at the final sparsity that refit, and swap where it pays (`regrow`).
-    schedule : str
-        ``exponential``, ``polynomial`` or ``linear`` (`cbs_opt.engine.plan`).
+    n_polish : int, optional
+        Stages at the final sparsity that refit, and swap where it pays (`regrow`). None is 5, and 0 where the network
+        is trained between stages.
+    schedule : str, optional
+        ``exponential``, ``polynomial`` (cubic) or ``linear`` (`cbs_opt.engine.plan`). None is polynomial where the
+        network is trained between stages, else exponential.
     first_sparsity : float, optional
         Sparsity of the first stage, from which the schedule then goes on.
     levels : tuple of float, optional
@@ -95,8 +97,8 @@ class StageOptions:
     """
 
     n_stages: int = 15
-    n_polish: int = 5
-    schedule: str = "exponential"
+    n_polish: int | None = None
+    schedule: str | None = None
     first_sparsity: float | None = None
     levels: tuple[float, ...] | None = None
     search_damping: bool = True
@@ -123,8 +125,10 @@ class StageOptions:
             ("settle", 0),
             ("batch_norm_samples", 1),
         ):
-            integer(name, getattr(self, name), least)
-        Schedule.parse(self.schedule)
+            if getattr(self, name) is not None or name != "n_polish":
+                integer(name, getattr(self, name), least)
+        if self.schedule is not None:
+            Schedule.parse(self.schedule)
         if self.first_sparsity is not None:
             sparsity_of(self.first_sparsity)
         if self.levels is not None:
@@ -140,6 +144,15 @@ class StageOptions:
             raise OptionError("regrow needs the gradient: weights come back by it; leave first_order=False out")
         if number("momentum", self.momentum, least=0) >= 1.0:
             raise OptionError(f"momentum must lie in [0, 1), not {self.momentum!r}")
+
+    def settled(self, trains: bool = False) -> StageOptions:
+        """With the defaults that depend on whether the network is trained between stages."""
+        schedule = (Schedule.POLYNOMIAL if trains else Schedule.EXPONENTIAL).value
+        return replace(
+            self,
+            n_polish=(0 if trains else 5) if self.n_polish is None else self.n_polish,
+            schedule=schedule if self.schedule is None else self.schedule,
+        )
 
     @classmethod
     def of(cls, stages: int | StageOptions) -> StageOptions:

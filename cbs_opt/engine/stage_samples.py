@@ -52,6 +52,8 @@ class StageSamples:
     options : StageOptions
     teacher : nn.Module, optional
         The dense network, for distillation; None takes a copy of the network as it is given.
+    held : int64, optional
+        Samples that are held out for something else as well; as many of these are the kept ones, and none is fresh.
 
     Raises
     ------
@@ -59,7 +61,9 @@ class StageSamples:
         For fewer than five samples, or data that distillation cannot use.
     """
 
-    def __init__(self, workspace: Workspace, options: StageOptions, teacher: nn.Module | None) -> None:
+    def __init__(
+        self, workspace: Workspace, options: StageOptions, teacher: nn.Module | None, held: Index | None = None
+    ) -> None:
         self.model, self.layers, self.data = workspace.model, workspace.layers, workspace.data
         self.options, self.fisher, self.device = options, workspace.setup.options, workspace.setup.place
         self.seed = self.fisher.seed if self.fisher.seed is not None else workspace.setup.seed
@@ -72,9 +76,16 @@ class StageSamples:
         n = self.data.n
         order = generator(self.seed, 0, HELD_OUT).permutation(n)
         n_held = min(options.held_out, n // 5)
+        first_fit = n_held
+        if held is not None:
+            n_held, first_fit = min(n_held, len(held)), len(held)
+            order = np.concatenate([held, np.setdiff1d(np.arange(n), held)])
         if n_held < 1:
             raise DataError(f"stages keep a fifth of the training samples for their searches; {n} are too few")
-        self._held_index, self._fit_index = np.sort(order[:n_held]), np.sort(order[n_held:])
+        self._held_index, self._fit_index = (
+            np.sort(order[:n_held]),
+            np.sort(order[first_fit:]),
+        )
         self.held_out = self._held_out_batches()
         self._factor: Tensor | None = None
         #: Losses taken since this was set to zero.

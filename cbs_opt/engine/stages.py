@@ -20,6 +20,8 @@ Far from w the quadratic model is wrong, so the way to a high sparsity is cut in
 
 The loss is the one given, or that mixed with the distance from the dense network's outputs (`data.distillation`).
 
+Where the plan says so a stage is followed by training under its mask (`tuning`), which ends in the best state it saw.
+
 A polishing stage is the same at the final sparsity: it refits, and swaps where it pays, and is undone if the loss does
 not fall; then λ is raised instead. Whatever is random is drawn from (seed, number of the stage), so a run taken up
 again from its journal ends in the same bits.
@@ -35,6 +37,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +48,19 @@ from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.journal import Journal, StageState
-from cbs_opt.engine.plan import Plan, Prune
+from cbs_opt.engine.plan import Plan, Prune, Train
 from cbs_opt.engine.stage_model import StageModel
 from cbs_opt.engine.stage_options import LEAST_BATCH
 from cbs_opt.engine.stage_samples import SOLVER, StageSamples, derived_seed
 from cbs_opt.engine.step_search import DAMPING_RATIO, search_step
+from cbs_opt.engine.trained_stage import record_of, rest_of, train_stage
+from cbs_opt.engine.training_file import TrainingFile
+from cbs_opt.engine.tuning import Tuning
 from cbs_opt.engine.workspace import Workspace
 from cbs_opt.measure.blocks import contiguous_partition
+from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
-from cbs_opt.report.records import StageRecord
+from cbs_opt.report.records import FineTuneRecord, StageRecord
 from cbs_opt.report.warnings import gradient_warnings
 from solvers import Capability, Solution, solve
 from solvers.arrays import Array, Mask
@@ -74,11 +81,14 @@ class StagedRun:
         One per stage, including those read from the journal.
     n_resumed : int
         Stages that were read and not run.
+    finetune : FineTuneRecord, optional
+        Of all training between them.
     """
 
     state: StageState
     records: tuple[StageRecord, ...]
     n_resumed: int
+    finetune: FineTuneRecord | None = None
 
 
 def run_stages(
@@ -90,6 +100,7 @@ def run_stages(
     teacher: nn.Module | None = None,
     journal: Path | str | None = None,
     progress: StageProgress | None = None,
+    training: Progress | None = None,
 ) -> StagedRun:
     """Carry out the steps of a plan, each at gradients of its own, on the network of a workspace, in place.
 
@@ -109,6 +120,8 @@ def run_stages(
         Folder that gets the state after each stage; a run that finds its own journal goes on where that ends.
     progress : callable, optional
         Called with the record and state of each stage once it is done.
+    training : callable, optional
+        Called with (steps done, steps in all) of the training between stages.
 
     Returns
     -------
@@ -121,47 +134,42 @@ def run_stages(
     """
     assert plan.stages is not None
     with holding(journal) if journal is not None else nullcontext():
-        return _run_stages(workspace, choice, plan, start, teacher, journal, progress)
-
-
-def _run_stages(
-    workspace: Workspace,
-    choice: Choice,
-    plan: Plan,
-    start: StageState | None,
-    teacher: nn.Module | None,
-    journal: Path | str | None,
-    progress: StageProgress | None,
-) -> StagedRun:
-    """`run_stages`, the journal's folder being this process's own."""
-    assert plan.stages is not None
-    stager = _Stager(workspace, choice, StageSamples(workspace, plan.stages, teacher))
-    state = start if start is not None else stager.initial_state()
-    book = None if journal is None else Journal(journal, stager.fingerprint(plan, state))
-    records: list[StageRecord] = []
-    if book is not None and book.records:
-        records = list(book.records)
-        last = book.last()
-        assert last is not None
-        state = last
-    resumed = len(records)
-    stager.install(state)
-    for position, step in list(enumerate(plan.steps))[resumed:]:
-        n_kept = step.n_kept if isinstance(step, Prune) else state.n_kept
-        left = len(plan.steps) - position - 1
-        state, record = stager.stage(state, n_kept, may_swap=left >= plan.stages.settle)
-        records.append(record)
-        if book is not None:
-            book.append(state, record)
-        if progress is not None:
-            progress(record, state)
-    return StagedRun(state, tuple(records), resumed)
+        tuning = None if plan.finetune is None else Tuning(workspace, plan.finetune)
+        held = None if tuning is None else tuning.batches.held_index
+        stager = _Stager(choice, StageSamples(workspace, plan.stages, teacher, held), tuning is not None)
+        state = start if start is not None else stager.initial_state()
+        book = None if journal is None else Journal(journal, stager.fingerprint(plan, state))
+        records: list[StageRecord] = []
+        if book is not None and book.records:
+            records = list(book.records)
+            last = book.last()
+            assert last is not None
+            state = last
+        resumed = len(records)
+        stager.install(state)
+        for position, step in list(enumerate(plan.steps))[resumed:]:
+            kept = None if book is None else TrainingFile(book.folder, position + 1)
+            if isinstance(step, Train):
+                assert tuning is not None
+                state, record = train_stage(tuning, state, step, kept, training)
+            else:
+                n_kept = step.n_kept if isinstance(step, Prune) else state.n_kept
+                left = sum(not isinstance(other, Train) for other in plan.steps[position + 1 :])
+                state, record = stager.stage(state, n_kept, may_swap=left >= plan.stages.settle)
+            records.append(record)
+            if book is not None:
+                book.append(state, record)
+                TrainingFile(book.folder, position + 1).remove()
+            if progress is not None:
+                progress(record, state)
+        trained = None if tuning is None else record_of(tuning, records)
+        return StagedRun(state, tuple(records), resumed, trained)
 
 
 class _Stager:
     """The parts of a stage; see the module's docstring."""
 
-    def __init__(self, workspace: Workspace, choice: Choice, samples: StageSamples) -> None:
+    def __init__(self, choice: Choice, samples: StageSamples, trains: bool) -> None:
         self.samples, self.choice, self.solver = samples, choice, choice.solver
         self.model, self.layers = samples.model, samples.layers
         self.options, self.fisher = samples.options, samples.fisher
@@ -169,6 +177,8 @@ class _Stager:
         self.objective = choice.goal(staged=True)
         self.floors = Floors.of(choice, self.layers)
         self.partition = contiguous_partition(self.layers, self.fisher.spec)
+        # What of the network changes beside the prunable weights.
+        self._rest = partial(rest_of, self.layers) if trains else statistics_of
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -177,7 +187,7 @@ class _Stager:
         weights = self.layers.read(self.model)
         pruned = np.zeros(self.layers.n, dtype=bool)
         damping = self.fisher.ridge if self.options.step_damping is None else self.options.step_damping
-        return StageState(0, weights, pruned, damping, statistics_of(self.model))
+        return StageState(0, weights, pruned, damping, self._rest(self.model))
 
     def install(self, state: StageState) -> None:
         """Put a state into the network."""
@@ -193,7 +203,9 @@ class _Stager:
             for _, leaf in leaves((batch,) if targets is None else (batch, targets)):
                 inputs.update(leaf.cpu().contiguous().numpy().tobytes())
         counts = [step.n_kept for step in plan.steps if isinstance(step, Prune)]
+        trained = {} if plan.finetune is None else {"finetune": plan.finetune.describe()}
         return {
+            **trained,
             "n_kept": str(counts[-1] if counts else state.n_kept),
             "solver": self.solver.spec,
             "objective": self.objective.value,
@@ -231,7 +243,7 @@ class _Stager:
             reestimate(self.model, self.samples.forward.output, self.samples.norm_batches(number))
         seconds_norms = clock.lap()
         taken = stored - state.weights if self.options.momentum > 0.0 and outcome.length > 0.0 else None
-        new = StageState(number, stored, best.pruned, outcome.damping, statistics_of(self.model), taken)
+        new = StageState(number, stored, best.pruned, outcome.damping, self._rest(self.model), taken)
         record = StageRecord(
             stage=number,
             kind="prune" if pruning else "polish",

@@ -34,10 +34,10 @@ def statistics_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_statistics(model: nn.Module, statistics: dict[str, Tensor]) -> None:
-    """Write running statistics back in place."""
-    buffers = dict(model.named_buffers())
+    """Write running statistics, or whatever else has these names, back in place."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in statistics.items():
-        buffers[name].copy_(value)
+        held[name].copy_(value)
 
 
 @contextmanager

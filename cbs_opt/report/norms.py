@@ -32,7 +32,7 @@ class LayerNorms:
     def __init__(self, layers: PrunableLayers, weights: Iterable[Tensor], pruned: Mask) -> None:
         self._layers, self._pruned = layers, pruned
         flat = ((layer.slice, layer.view.flatten(w.detach())) for layer, w in zip(layers, weights, strict=True))
-        self._before = [(_norm(w), _norm(w, pruned[where])) for where, w in flat]
+        self._before = [(norm_of(w), norm_of(w, pruned[where])) for where, w in flat]
 
     def reports(self, weights: Iterable[Tensor], contributions: Array | None) -> tuple[LayerReport, ...]:
         """Rows from the weights after; `contributions` (n,), in the order of the network, sum to the objective."""
@@ -49,7 +49,7 @@ class LayerNorms:
                     n_kept=kept,
                     sparsity=1.0 - kept / layer.n,
                     norm_before=before,
-                    norm_after=_norm(after),
+                    norm_after=norm_of(after),
                     norm_removed=removed,
                     share=math.nan
                     if contributions is None or not total
@@ -59,7 +59,7 @@ class LayerNorms:
         return tuple(rows)
 
 
-def _norm(weights: Tensor, mask: Mask | None = None) -> float:
+def norm_of(weights: Tensor, mask: Mask | None = None) -> float:
     """Norm of (some of) the weights in float64, without a copy of all of them."""
     flat, total = weights.detach().reshape(-1), 0.0
     for start in range(0, flat.numel(), _CHUNK):

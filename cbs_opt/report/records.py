@@ -49,6 +49,48 @@ class DistillRecord:
 
 
 @dataclass(frozen=True)
+class FineTuneRecord:
+    """What a fine-tuning did; see `cbs_opt.engine.tuning`.
+
+    Attributes
+    ----------
+    optimizer : str
+    lr : float
+        Longest step; nan where the optimiser has its own.
+    steps, steps_taken, steps_kept : int
+        Planned; taken, which may be fewer; and those after which the state was best and is kept, of all parts.
+    epochs : float
+        Passes over the samples that the steps taken are.
+    parts : int
+        1, or one for each stage.
+    loss_before, loss_after : float
+        Mean loss on the held-out samples before the first step and in the state kept; in stages before the first
+        training, at the sparsity of the first stage.
+    n_samples, n_held_out : int
+        Samples that steps were taken on, and those that judged them.
+    evaluations : int
+        How often the held-out loss was taken.
+    seconds : float
+    notes : tuple of str
+    """
+
+    optimizer: str
+    lr: float
+    steps: int
+    steps_taken: int
+    steps_kept: int
+    epochs: float
+    parts: int
+    loss_before: float
+    loss_after: float
+    n_samples: int
+    n_held_out: int
+    evaluations: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What a step of a plan did; nan, or nothing, where a figure does not exist.
 
@@ -56,7 +98,7 @@ class StageRecord:
     ----------
     stage : int
         From 1.
-    kind : {"prune", "polish"}
+    kind : {"prune", "polish", "train"}
     n_kept : int
     sparsity : float
         After the stage.
@@ -86,7 +128,9 @@ class StageRecord:
     objective, refit_objective, bound, gap : float
     status, reason : str
         Of the solver's mask, as in `solvers.Solution`.
-    seconds_gradients, seconds_solve, seconds_update, seconds_batch_norm : float
+    seconds_gradients, seconds_solve, seconds_update, seconds_batch_norm, seconds_train : float
+    steps, steps_taken, steps_kept : int
+        Of a training, as in `FineTuneRecord`.
     repairs : tuple of str
     """
 
@@ -119,6 +163,10 @@ class StageRecord:
     status: str = ""
     reason: str = ""
     method: str = ""
+    seconds_train: float = 0.0
+    steps: int = 0
+    steps_taken: int = 0
+    steps_kept: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

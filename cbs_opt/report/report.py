@@ -17,7 +17,7 @@ from rich.text import Text
 
 from cbs_opt.network.layers import Skipped
 from cbs_opt.report.page import fragment
-from cbs_opt.report.records import DistillRecord
+from cbs_opt.report.records import DistillRecord, FineTuneRecord
 from cbs_opt.report.sensitivity import Candidate, Sensitivity
 from solvers.errors import DataError, OutputError
 from solvers.files import write_atomically
@@ -130,6 +130,10 @@ class PruneReport:
         Allocations that were tried, where there were several.
     distill : DistillRecord or None
         What steps towards the dense network's outputs gained; objectives and seconds above are without them.
+    finetune : FineTuneRecord or None
+        What training afterwards, or between stages, did; objectives and seconds above are without it.
+    loss_untuned : float
+        Mean calibration loss before it, `loss_pruned` being that after; nan where there was none, and in stages.
     loss_undistilled : float
         Mean calibration loss before them, `loss_pruned` being that after; nan where there were none.
     norms_reestimated : int
@@ -183,6 +187,8 @@ class PruneReport:
     candidates: tuple[Candidate, ...] = ()
     distill: DistillRecord | None = None
     loss_undistilled: float = math.nan
+    finetune: FineTuneRecord | None = None
+    loss_untuned: float = math.nan
     norms_reestimated: int = 0
     loss_old_norms: float = math.nan
 
@@ -234,6 +240,7 @@ class PruneReport:
             *self._search(),
             *self._norms(),
             *self._distilled(),
+            *self._tuned(),
             f"zeros alone make nothing faster or smaller; with a bit for each, 32-bit layers take "
             f"{self.n_kept / self.n + 1 / 32:.0%} of their bytes (cbs_opt.export)",
             *(f"repair: {repair}" for repair in self.repairs),
@@ -272,6 +279,7 @@ class PruneReport:
     def _norms(self) -> Iterator[str]:
         if self.norms_reestimated:
             after = self.loss_pruned if self.distill is None else self.loss_undistilled
+            after = after if math.isnan(self.loss_untuned) else self.loss_untuned
             yield (
                 f"statistics of {self.norms_reestimated} batch norms re-estimated: calibration loss "
                 f"{_number(self.loss_old_norms)} -> {_number(after)}"
@@ -291,6 +299,20 @@ class PruneReport:
         if math.isfinite(self.loss_undistilled):
             lines.append(f"calibration loss before it {self.loss_undistilled:.6g}")
         return lines
+
+    def _tuned(self) -> Iterator[str]:
+        done = self.finetune
+        if done is None:
+            return
+        parts = f" in {done.parts} parts" if done.parts > 1 else ""
+        length = f" of at most {done.lr:g}" if math.isfinite(done.lr) else ""
+        yield (
+            f"fine-tuning: held-out loss {done.loss_before:.6g} -> {done.loss_after:.6g} over {done.n_held_out:,} "
+            f"samples; {done.steps_kept} steps kept, {done.steps_taken} taken of {done.steps}{parts} "
+            f"({done.optimizer}{length}, {done.epochs:.3g} passes over {done.n_samples:,} others), {done.seconds:.2f} s"
+        )
+        if math.isfinite(self.loss_untuned):
+            yield f"calibration loss before it {self.loss_untuned:.6g}"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=120, color_system=None)
@@ -326,9 +348,10 @@ class PruneReport:
             values["candidates"] = tuple(Candidate(**row) for row in values["candidates"])
             if values["sensitivity"] is not None:
                 values["sensitivity"] = Sensitivity.from_dict(values["sensitivity"])
-            if values.get("distill") is not None:
-                done = _floats(DistillRecord, values["distill"])
-                values["distill"] = DistillRecord(**{**done, "notes": tuple(done["notes"])})
+            for name, record in (("distill", DistillRecord), ("finetune", FineTuneRecord)):
+                if values.get(name) is not None:
+                    done = _floats(record, values[name])
+                    values[name] = record(**{**done, "notes": tuple(done["notes"])})
             return cls(**_floats(cls, values))
         except OSError as error:
             raise DataError(f"cannot read the report {path}: {error.strerror or error}") from error

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from cbs_opt.network.layers import PrunableLayers
-from cbs_opt.report.records import DistillRecord
+from cbs_opt.report.records import DistillRecord, FineTuneRecord
 from solvers.arrays import Array, Mask
 
 #: Share of the network that may be skipped without being asked, and of a layer whose curvature may lie below λ.
 _SKIPPED_SHARE, _DAMPED_SHARE = 0.1, 0.5
+_COLLAPSED = "the pruned network gives the same output for all calibration samples looked at: it has collapsed"
 
 
 def skipped_warnings(layers: PrunableLayers) -> tuple[str, ...]:
@@ -81,7 +82,7 @@ def collapse_warnings(layers: PrunableLayers, pruned: Mask, constant: bool) -> t
             "around them the network is cut in two: ask for a lower sparsity, min_kept=1, or exclude them"
         )
     if constant:
-        found.append("the pruned network gives the same output for all calibration samples looked at: it has collapsed")
+        found.append(_COLLAPSED)
     return tuple(found)
 
 
@@ -118,6 +119,22 @@ def distill_warnings(done: DistillRecord, before: float, after: float) -> tuple[
         f"distillation gained nothing: no step length tried lowered the {done.loss} on {done.n_held_out} held-out "
         f"samples ({done.loss_before:.4g}), and the weights are as before; try another lr, more steps or more data",
     )
+
+
+def without_collapse(warnings: Iterable[str]) -> tuple[str, ...]:
+    """Warnings of a network that no longer gives the same output for all samples."""
+    return tuple(warning for warning in warnings if warning != _COLLAPSED)
+
+
+def fine_tune_warnings(done: FineTuneRecord) -> tuple[str, ...]:
+    """Warnings where a fine-tuning has diverged or gained nothing."""
+    found = [f"{note}; try a smaller lr" for note in done.notes if "not finite" in note]
+    if not done.steps_kept:
+        found.append(
+            f"fine-tuning gained nothing: no state on the way had a lower loss on {done.n_held_out} held-out samples "
+            f"than {done.loss_before:.4g}, and the network is as before; try another lr, more steps or more data"
+        )
+    return tuple(found)
 
 
 def nonzero(weights: Sequence[Tensor]) -> int:

@@ -19,7 +19,7 @@ from cbs_opt.data.divergence import compared, distance
 from cbs_opt.data.stream import BatchStream
 from cbs_opt.data.training_batches import TrainingBatches
 from cbs_opt.engine.distil_pruned import distil_pruned
-from cbs_opt.engine.masked_training import LinearAdamW, TrainedWeights
+from cbs_opt.engine.masked_training import TrainedWeights, linear_adamw
 from solvers.errors import UnknownNameError
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -211,7 +211,7 @@ def test_halves_move_by_steps_below_their_rounding() -> None:
     model = mlp().bfloat16()
     layers = cbs_opt.find_layers(model)
     weights = TrainedWeights(model, layers, np.zeros(layers.n, dtype=bool), "layers")
-    before, optimiser = model[0].weight.detach().clone(), LinearAdamW(weights, 1e-5, 10**6)
+    before, optimiser = model[0].weight.detach().clone(), linear_adamw(weights, 1e-5, 10**6)
     for _ in range(1000):
         for tensor in weights.tensors:
             tensor.grad = torch.full_like(tensor, 0.01)
