@@ -104,6 +104,7 @@ def _parameter(setting: Setting, keyword: Any) -> inspect.Parameter:
     default = setting.default if setting.kinds and isinstance(setting.default, (bool, int, float, str)) else None
     shown = "" if default is None or default == "" else f" [default: {getattr(default, 'value', default)}]"
     option = typer.Option(
+        *setting.flags,
         help=(setting.help.replace("``", "").replace("`", "") + shown).replace("[", r"\["),
         metavar=metavar,
         rich_help_panel=f"{setting.group}" if setting.group else "Settings of cbs_opt.prune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def command(**given: Any) -> None:
     write_config(folder / CONFIG, own.plain(), asked)
     started = time.perf_counter()
     with _progress(as_json) as tick:
-        journal = folder / JOURNAL if stages is not None else None
+        journal = folder / JOURNAL if stages is not None or choice.finetune is not None else None
         result = prune(model, data, loss, journal=journal, progress=tick, **made)
     _save(folder, result, own, tokenizer)
     _finish(folder, as_json, time.perf_counter() - started)
@@ -86,8 +87,8 @@ def _done(folder: Path, here: Mapping[str, Any], resume: bool, overwrite: bool) 
     """Whether the folder has the result of these settings already; raises OutputError for that of others."""
     if overwrite:
         (folder / folders.HEADER).unlink(missing_ok=True)
-        for stage in (folder / JOURNAL).glob("*"):
-            stage.unlink()
+        if (folder / JOURNAL).exists():
+            shutil.rmtree(folder / JOURNAL)
         return False
     finished, begun = (folder / folders.HEADER).exists(), any((folder / JOURNAL).glob("*"))
     if not finished and not begun:

@@ -7,6 +7,7 @@ a setting         ``time_limit=60``          ``time_limit = 60``             ``-
 one of a group    ``fisher=FisherOptions(    ``[fisher]`` ``n_rows = 500``   ``--fisher-n-rows 500``
                   n_rows=500)``
 a group as it is  ``distill=Distill()``      ``distill = true``              ``--distill``
+or by a number    ``finetune=3``             ``finetune = 3``                ``--fine-tune 3``
 ================  =========================  ==============================  ==========================
 """
 
@@ -66,6 +67,13 @@ class Setting:
         """As the parameter of a command."""
         return f"{self.group}_{self.name}" if self.group else self.name
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As flags; one may be written in two ways."""
+        name = self.key.replace("_", "-")
+        names = (name.replace("finetune", "fine-tune", 1), name) if name.startswith("finetune") else (name,)
+        return tuple(f"--{n}/--no-{n}" if self.kinds == (bool,) else f"--{n}" for n in names)
+
     def parse(self, text: str) -> Any:
         """A value from a flag; raises OptionError."""
         if text.lower() == "none" and str not in self.kinds:
@@ -74,7 +82,7 @@ class Setting:
             with contextlib.suppress(ValueError, KeyError):
                 return _BOOLEANS[text.lower()] if kind is bool else kind(text)
         names = " or ".join(kind.__name__ for kind in self.kinds)
-        raise OptionError(f"--{self.key.replace('_', '-')} takes {names}, not {text!r}")
+        raise OptionError(f"{self.flags[0]} takes {names}, not {text!r}")
 
 
 @cache

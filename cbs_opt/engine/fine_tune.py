@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cbs_opt.data.distillation import Distillation
+from cbs_opt.data.trees import Tree
 from cbs_opt.engine.masked_training import PARAMETERS
-from cbs_opt.engine.stage_options import Augmentation
 from solvers.arguments import flag, integer, number, one_of
 from solvers.errors import OptionError
 
@@ -71,8 +71,8 @@ class FineTune:
         Of sgd and rmsprop.
     weight_decay : float
         Of matrices and filters; biases and norms are left out of it.
-    clip : float, optional
-        Norm to which gradients are cut; None cuts nothing.
+    clip : float
+        Norm to which gradients are cut; 0 cuts nothing.
     distill : float in (0, 1], optional
         Weight of the dense network's outputs in the loss, beside 1 − distill of the loss itself; or a
         `cbs_opt.Distillation`, which has the temperature too. It takes outputs that are logits over the last dimension.
@@ -113,12 +113,12 @@ class FineTune:
     batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float = 0.0
-    clip: float | None = 1.0
+    clip: float = 1.0
     distill: Distillation | float | None = None
     temperature: float = 2.0
     parameters: str = "all"
     train_mode: bool = True
-    augment: Augmentation | None = None
+    augment: Callable[[Tree, torch.Generator], Tree] | None = None
     held_out: float = 0.1
     evaluations: int = 10
     patience: int | None = None
@@ -177,8 +177,7 @@ class FineTune:
             if number(name, getattr(self, name), least=0.0) >= 1.0:
                 raise OptionError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
         made["weight_decay"] = number("weight_decay", self.weight_decay, least=0.0)
-        if self.clip is not None:
-            made["clip"] = number("clip, if not None,", self.clip, positive=True)
+        made["clip"] = number("clip", self.clip, least=0.0)
         return made
 
     def _set(self, values: dict[str, object]) -> None:

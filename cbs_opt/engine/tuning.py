@@ -159,7 +159,7 @@ class Tuning:
             weights,
             options.optimiser(weights.masters),
             lambda done: options.rate(steps.start + done, self.steps),
-            options.clip,
+            options.clip or None,
             scaled=options.mixed_precision == "fp16",
         )
         count = max(round(options.evaluations * len(steps) / self.steps), 1)

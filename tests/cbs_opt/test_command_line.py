@@ -94,6 +94,32 @@ def test_a_file_says_the_same_as_flags_and_flags_go_first(folder, capsys) -> Non
     assert all(torch.equal(masks[name], others[name]) for name in masks)
 
 
+def test_fine_tuning_by_a_number_a_table_and_flags_of_either_spelling(folder, capsys) -> None:
+    flags = ("prune", *BASE, "--sparsity", "0.5", "--solver", "obs", "--output-dir")
+    assert run(*flags, "out", "--fine-tune", "2", "--fine-tune-batch-size", "16", "--finetune-lr", "0.01") == 0
+    assert "fine-tuning: held-out loss" in capsys.readouterr().out
+    found = json.loads(Path("out/settings.json").read_text())["finetune"]
+    assert (found["epochs"], found["batch_size"], found["lr"], found["train_mode"]) == (2.0, 16, 0.01, True)
+    Path("a.toml").write_text("[finetune]\nepochs = 2\nbatch_size = 16\nlr = 0.01\n")
+    assert run(*flags, "again", "--config", "a.toml") == 0
+    assert run(*flags, "same", "--config", "out/prune.toml") == 0
+    weights = [cbs_opt.load(name, __import__("mine").network()).weights for name in ("out", "again", "same")]
+    assert (weights[0] == weights[1]).all() and (weights[0] == weights[2]).all()
+    capsys.readouterr()
+    assert "one of epochs and steps" in refused(capsys, *flags, "no", "--fine-tune", "1", "--fine-tune-steps", "3")
+    assert "takes float" in refused(capsys, *flags, "no", "--fine-tune", "long")
+    assert "Did you mean 'finetune'" in _of_file(capsys, "fine_tune = 3\n")
+    # Both are gone with the folder's journal, and the run starts anew.
+    assert run(*flags, "out", "--overwrite", "--fine-tune", "1", "--no-fine-tune-train-mode") == 0
+    assert json.loads(Path("out/settings.json").read_text())["finetune"]["train_mode"] is False
+
+
+def _of_file(capsys, text: str) -> str:
+    Path("b.toml").write_text(text)
+    capsys.readouterr()
+    return refused(capsys, "prune", *BASE, "--sparsity", "0.5", "--output-dir", "no", "--config", "b.toml")
+
+
 def test_every_setting_has_a_flag_and_its_words() -> None:
     named = {setting.key: setting for setting in settings()}
     assert {"sparsity", "budget", "fisher_n_rows", "layer_inputs_damping", "stages", "stages_schedule"} <= set(named)

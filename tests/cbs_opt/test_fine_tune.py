@@ -118,7 +118,7 @@ def test_zeros_are_zero_after_every_step_and_momentum_holds_none_of_them(optimiz
 def test_sgd_is_that_of_torch_on_the_weights_that_stay() -> None:
     """One pass in one batch per step against a loop of one's own with masks as parametrisations."""
     data = samples(200)
-    options = FineTune(steps=15, lr=0.1, batch_size=1000, clip=None, evaluations=15, weight_decay=0.01)
+    options = FineTune(steps=15, lr=0.1, batch_size=1000, clip=0, evaluations=15, weight_decay=0.01)
     result = tuned(mlp(), options)
     held = result.report.finetune
     assert held is not None and held.steps_kept == 15
@@ -466,7 +466,7 @@ def test_an_optimiser_whose_state_no_file_can_hold_is_refused(tmp_path: Path) ->
         lambda: FineTune(epochs=1, warmup=1.0),
         lambda: FineTune(epochs=1, momentum=1.0),
         lambda: FineTune(epochs=1, weight_decay=-1.0),
-        lambda: FineTune(epochs=1, clip=0.0),
+        lambda: FineTune(epochs=1, clip=-1.0),
         lambda: FineTune(epochs=1, distill=1.5),
         lambda: FineTune(epochs=1, distill="kl"),  # type: ignore[arg-type]
         lambda: FineTune(epochs=1, temperature=0.0),
