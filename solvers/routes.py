@@ -86,7 +86,8 @@ def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
     check_budget(solver, given)
     grouped = getattr(budget, "labels", None) is not None
     # Of more weights than a solver takes there may be few groups.
-    many = grouped and solver.max_weights is not None and given.n > solver.max_weights and _finds(solver, given)
+    many = solver.as_items or (solver.max_weights is not None and given.n > solver.max_weights)
+    many = many and grouped and given.objective is Objective.SELECTION and _finds(solver, given)
     if many or not _takes(solver, budget):
         if grouped:
             groups = aggregate(given)

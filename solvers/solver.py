@@ -192,6 +192,9 @@ class Solver(ABC):
     """Kinds of curvature it runs on; all by default, since problems answer the same questions whatever the kind."""
     budgets: ClassVar[tuple[type[Budget], ...]] = (Cardinality,)
     """Kinds of budget it keeps."""
+    as_items: ClassVar[bool] = False
+    """Whether a selection among groups comes to it as one among the items of a smaller problem, though it takes groups
+    as they are."""
     apart: ClassVar[bool] = False
     """Whether parts of a partitioned problem that share nothing (rows of a layer) are handed to it one by one, even
     though it keeps a partition as a whole."""

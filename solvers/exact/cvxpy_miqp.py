@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from solvers.budget import Bounded, Groups, Knapsack
 from solvers.errors import BackendError, SingularHessianError
 from solvers.exact.formulation import FEASIBILITY, Model, build
 from solvers.problem import SelectionProblem
@@ -41,7 +42,8 @@ class CvxpyMiqpSolver(Solver):
     summary = "mixed-integer conic model through CVXPY: SCIP, or a commercial solver where installed"
     reference = "Diamond and Boyd, CVXPY, JMLR 2016; Guenluek and Linderoth, Math. Program. 2010"
     capabilities = ANY_PROBLEM | ANYTIME | PROVING
-    budgets = RANKED
+    budgets = (*RANKED, Bounded, Groups, Knapsack)
+    as_items = True
     apart = True
     max_weights = 200
     requires = ("cvxpy",)
@@ -104,7 +106,13 @@ def _assemble(cvxpy: Any, model: Model, kept: Any) -> tuple[Any, list[Any]]:
     epigraph = cvxpy.Variable(model.n_rows, bounds=[0.0, model.height])
     removed = 1 - kept
     image = model.columns @ removed
-    constraints = [cvxpy.sum(kept[places]) == places.size - count for places, count in model.rows if places.size]
+    constraints = []
+    for places, coefficients, low, high in model.rows:
+        if places.size:
+            value = coefficients @ removed[places]
+            constraints += [value == low] if low == high else []
+            constraints += [value >= low] if low < high and math.isfinite(low) else []
+            constraints += [value <= high] if low < high and math.isfinite(high) else []
     cost = cvxpy.sum(epigraph)
     if model.linear.any():
         linear = cvxpy.Variable()

@@ -6,9 +6,10 @@ where weight i is removed, and a splitting H = H₀ + D, D = diag(d) ≥ 0, H₀
 * selection   min ½‖z‖² + ½ Σ d_i w_i² x_i − Σ g_i w_i x_i,          z = −B₀ (w∘x)
 * joint       min ½‖z‖² + ½ Σ d_i (s_i + c_i² x_i) − ½ d₀ᵀH d₀,      z = B₀ (p − c∘x),  p_i² ≤ s_i (1 − x_i)
 
-both with Σ x = n_prune, or with one such row for each group of a partition. p = v − c on the kept weights and 0 on the
-removed ones, so the joint model is the selection model plus a change of the kept weights, and every term is
-non-negative. Three things make these models tractable:
+both with Σ x = n_prune, or with the linear rows of any other budget (`solvers.budget.linear`), where weights of one
+group go together: x_i = x_j. p = v − c on the kept weights and 0 on the removed ones, so the joint model
+is the selection model plus a change of the kept weights, and every term is non-negative. Three
+things make these models tractable:
 
 * the factored z instead of xᵀQx: outer approximation then cuts in few dimensions, one term z_j² ≤ t_j each;
 * the diagonal part is exact on binaries (x² = x), and in the joint model a perspective (Günlük & Linderoth, 2010) that
@@ -24,12 +25,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from solvers.budget import as_partition
 from solvers.errors import BackendError
 from solvers.exact.completion import Completed, complete_square, hessian_root
 from solvers.exact.incumbent import local_optimum
@@ -37,7 +38,7 @@ from solvers.exact.joint_square import Square, prepare
 from solvers.exact.splitting import optimal_diagonal
 from solvers.problem import Array, Mask, Objective, SelectionProblem
 from solvers.solution import Proposal, Reason
-from solvers.solver import Context, Deadline
+from solvers.solver import RANKED, Context, Deadline
 
 #: The incumbent's value in the units the solvers see.
 TARGET = 1.0
@@ -47,6 +48,15 @@ FEASIBILITY = 1e-9
 Ints = npt.NDArray[np.int64]
 
 
+class Row(NamedTuple):
+    """low ≤ Σ coefficients · x[places] ≤ high; either limit may be infinite."""
+
+    places: Ints
+    coefficients: Array
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A mixed-integer second-order cone model in solver units, n weights of which `free` may be removed.
@@ -54,7 +64,7 @@ class Model:
     Variables: x (f,) binary, p (f or n,) free, z (m,) free. With `joint` False there is no p.
 
         minimise   Σ_j z_j² + linear·x + Σ_i curvature_i · p_i² / (1 − x_i)
-        subject to Σ x = count over each group,   z = columns @ x + changes @ p,   p_i = 0 where x_i = 1
+        subject to the rows of the budget,   z = columns @ x + changes @ p,   p_i = 0 where x_i = 1
 
     Attributes
     ----------
@@ -99,7 +109,7 @@ class Model:
     @property
     def settled(self) -> bool:
         """Whether fixing left a single mask, or all weights are zero: there is nothing to solve then."""
-        return self.free.size == self.problem.n_prune or self._worthless
+        return self.free.size in (0, self.problem.budget.n_prune) or self._worthless
 
     @property
     def _worthless(self) -> bool:
@@ -118,7 +128,7 @@ class Model:
     @property
     def height(self) -> float:
         """No single non-negative term exceeds this in a mask as good as the incumbent, in solver units."""
-        gain = float(-np.sort(self.linear)[: self.problem.n_prune].clip(max=0.0).sum())
+        gain = float(-np.sort(self.linear)[: self.most].clip(max=0.0).sum())
         return (TARGET + gain) * (1.0 + 1e-4)
 
     @property
@@ -127,11 +137,29 @@ class Model:
         return int(self.columns.shape[0])
 
     @property
-    def rows(self) -> list[tuple[Ints, int]]:
-        """One equality for each group: places within `free`, and how many of them go."""
-        partition = as_partition(self.problem.budget, self.problem.n)
-        group = partition.group_of[self.free]
-        return [(np.flatnonzero(group == g), count) for g, count in enumerate(partition.counts)]
+    def most(self) -> int:
+        """How many weights go at most."""
+        count = self.problem.budget.n_prune
+        return self.free.size if count is None else count
+
+    @property
+    def rows(self) -> list[Row]:
+        """The budget, over places within `free`."""
+        budget = self.problem.budget.linear(self.problem.n)
+        found, items = [], budget.labels[self.free]
+        # The first weight of an item speaks for it, the others follow.
+        order = np.argsort(items, kind="stable")
+        names, first = np.unique(items[order], return_index=True)
+        speaker = order[first]
+        for coefficients, low, high in zip(budget.matrix[:, names], budget.low, budget.high, strict=True):
+            some = np.flatnonzero(coefficients)
+            # What the rounding of a sum of costs may amount to.
+            slack = 0.0 if low == high else 1e-13 * float(np.abs(coefficients).sum())
+            found.append(Row(speaker[some], coefficients[some], float(low) - slack, float(high) + slack))
+        for at, lead in zip(order, speaker[np.searchsorted(names, items[order])], strict=True):
+            if at != lead:
+                found.append(Row(np.array([lead, at]), np.array([1.0, -1.0]), 0.0, 0.0))
+        return found
 
     @property
     def start(self) -> Array:
@@ -139,10 +167,25 @@ class Model:
         return self.incumbent[self.free].astype(np.float64)
 
     def mask(self, x: npt.ArrayLike) -> Mask:
-        """The mask of a solver's x (f,): the largest of each group, so that rounding noise cannot change the count."""
-        values = np.full(self.problem.n, np.inf)
+        """The mask of a solver's x (f,): of a number the largest, so that rounding noise cannot change it.
+
+        Else what is nearer to one, or the incumbent where noise in the costs makes that exceed the limit.
+        """
+        budget, values = self.problem.budget, np.full(self.problem.n, np.inf)
         values[self.free] = -np.asarray(x, dtype=np.float64)
-        return self.problem.budget.cheapest_of(values)
+        if isinstance(budget, RANKED):
+            return budget.cheapest_of(values)
+        found = values < -0.5
+        return self.incumbent if budget.violation(found) else found
+
+    def vertex(self, slope: Array) -> Mask:
+        """About the least slopeᵀx over the masks of the budget, bool (f,)."""
+        budget, free = self.problem.budget, self.free
+        values = np.full(self.problem.n, 1e3 * float(np.abs(slope).max(initial=1e-300)))
+        values[free] = slope
+        if isinstance(budget, RANKED):
+            return budget.cheapest_of(values)[free]
+        return budget.over_items.cheapest_of(values)[free]
 
     def margin(self) -> float:
         """What the tolerances of a solver may hide, in solver units.
@@ -154,7 +197,7 @@ class Model:
         1e-15 of the largest coefficients and is added too. What the LP solver's dual tolerance (asked at τ, too) may
         hide in theory has no useful bound and is not covered; in practice it is orders of magnitude below.
         """
-        gain = float(-np.sort(self.linear)[: self.problem.n_prune].clip(max=0.0).sum())
+        gain = float(-np.sort(self.linear)[: self.most].clip(max=0.0).sum())
         height = math.sqrt(TARGET + gain)
         column_norms = np.linalg.norm(self.columns, axis=0)
         slope = 2.0 * height * (float(column_norms.sum()) + self.n_rows) + TARGET - float(self.linear.clip(max=0).sum())
@@ -263,15 +306,19 @@ def build(problem: SelectionProblem, context: Context) -> Model:
         least = 0.5 * square.centre**2 / inverse
         # No mask worse than the incumbent is of interest; the slack covers the rounding of `least` alone.
         slack = _slack(value) + 1e-12 * (least + abs(square.constant))
-        free = np.flatnonzero((least + square.constant <= value + slack) | incumbent)
+        may_go = (least + square.constant <= value + slack) | incumbent
+        labels = problem.budget.linear(problem.n).labels
+        whole = np.bincount(labels, weights=~may_go) == 0.0
+        free = np.flatnonzero(whole[labels])
     centre = square.centre if joint and square is not None else arrays.weights
     height = value - constant
     gains = np.zeros(0) if joint else (arrays.gradient * arrays.weights)[free]
-    unit = _unit(height, gains, 0.5 * (np.square(root).sum(0) * centre**2)[free], problem.n_prune)
+    gone = int(incumbent.sum())
+    unit = _unit(height, gains, 0.5 * (np.square(root).sum(0) * centre**2)[free], gone)
     # A third of what is left: beyond a few hundred weights the splitting takes a while.
     remaining = context.deadline.remaining()
     share = None if math.isinf(remaining) else Deadline(remaining / 3)
-    base, diagonal = _split(root, square if joint else None, problem.n_kept, unit, share)
+    base, diagonal = _split(root, square if joint else None, max(1, problem.n - gone), unit, share)
     scale = TARGET / unit
     factor = math.sqrt(0.5 * scale)
     linear = 0.5 * diagonal * centre**2

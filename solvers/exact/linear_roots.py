@@ -56,6 +56,22 @@ def solve_with_rows(
     )
 
 
+def local_optimum(problem: SelectionProblem, arrays: ProblemArrays, context: Context) -> Mask:
+    """The mask (n,) that the tree would begin with."""
+    rows = problem.budget.linear(problem.n)
+    start = None if context.start is None else rows.narrow(context.start)
+    items: ItemObjective
+    if problem.objective is Objective.SELECTION:
+        quadratic, linear = item_form(arrays, rows)
+        unit = unit_of(quadratic, linear)
+        items = SelectionItems(quadratic / unit, linear / unit)
+    else:
+        square = prepare(arrays.weights, arrays.factor, arrays.damping, arrays.gradient)
+        items = joint_items(square, rows)
+    budget = problem.budget.over_items
+    return rows.widen(find_incumbent(items, rows, budget, start, context.seed, context.deadline).pruned)
+
+
 def item_form(arrays: ProblemArrays, rows: LinearRows) -> tuple[Array, Array]:
     """(Q, c) over the items."""
     if not rows.grouped:

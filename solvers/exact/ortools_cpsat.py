@@ -5,7 +5,8 @@ With Q = H∘(wwᵀ) and Boolean x_i (removed), y_ij = x_i ∧ x_j,
     minimise  Σ_{i<j} ⟦s Q_ij⟧ y_ij + Σ_i ⟦s (½ Q_ii − g_i w_i)⟧ x_i     subject to Σ x = n_prune,
 
 ⟦·⟧ rounding to the nearest integer, plus the products of the cardinality row with each x_i,
-Σ_j y_ij = (n_prune − 1) x_i (Adams & Sherali, 1986); of a partition, each group has such rows. A mask selects n_prune
+Σ_j y_ij = (n_prune − 1) x_i (Adams & Sherali, 1986); of a partition, each group has such rows, a limit on costs is a
+row in integers that loses no mask. A mask selects n_prune
 single and n_prune (n_prune − 1)/2 paired coefficients, so the integer objective is off by at most E, the sum of that
 many largest rounding errors; the bound is (claimed − E)/s, less the rounding of Q itself. Tangent planes of the convex
 objective are added as rows, without which the root bound is worthless.
@@ -20,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from solvers.budget import Bounded, Knapsack
 from solvers.errors import BackendError
-from solvers.exact.formulation import Model, build
+from solvers.exact.formulation import Model, Row, build
 from solvers.problem import Array, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import ANYTIME, PROVING, RANKED, SELECTION_PROBLEM, Context, Solver, option
@@ -43,7 +45,7 @@ class OrtoolsCpSatSolver(Solver):
     summary = "linearised integer model in CP-SAT (selection objective only)"
     reference = "Perron and Furnon, OR-Tools 9.15; Adams and Sherali, Management Science 1986"
     capabilities = SELECTION_PROBLEM | ANYTIME | PROVING
-    budgets = RANKED
+    budgets = (*RANKED, Bounded, Knapsack)
     apart = True
     max_weights = 300
     requires = ("ortools",)
@@ -72,14 +74,14 @@ class OrtoolsCpSatSolver(Solver):
         single = 0.5 * np.diag(pairs) - (arrays.gradient * arrays.weights)[model.free]
         above = np.triu_indices(model.free.size, 1)
         paired = pairs[above]
-        scale = _scale(single, paired, problem.n_prune, model)
+        scale = _scale(single, paired, model.most, model)
         rounded_single, rounded_paired = np.rint(single * scale), np.rint(paired * scale)
-        error = _worst(single * scale - rounded_single, problem.n_prune)
-        error += _worst(paired * scale - rounded_paired, problem.n_prune * (problem.n_prune - 1) // 2)
+        error = _worst(single * scale - rounded_single, model.most)
+        error += _worst(paired * scale - rounded_paired, model.most * (model.most - 1) // 2)
 
         # An entry of Q is off by a few units in the last place of √Q_ii √Q_jj; what must stay does not count.
-        roots = np.sort(np.sqrt(np.diag(pairs)))[-problem.n_prune :]
-        slopes = np.sort(np.abs((arrays.gradient * arrays.weights)[model.free]))[-problem.n_prune :]
+        roots = np.sort(np.sqrt(np.diag(pairs)))[-model.most :]
+        slopes = np.sort(np.abs((arrays.gradient * arrays.weights)[model.free]))[-model.most :]
         rounding = 16 * float(np.finfo(float).eps) * float(roots.sum() ** 2 + slopes.sum())
         program = cp_model.CpModel()
         x = [program.new_bool_var(f"x{i}") for i in range(model.free.size)]
@@ -92,8 +94,12 @@ class OrtoolsCpSatSolver(Solver):
             program.add_bool_or(y, x[i].negated(), x[j].negated())
             terms[i][j] = terms[j][i] = y
             both.append(y)
-        for places, count in model.rows:
-            members = places.tolist()
+        for row in model.rows:
+            members = row.places.tolist()
+            if not _counts(row):
+                _limit(program, x, row)
+                continue
+            count = int(row.low)
             program.add(sum(x[at] for at in members) == count)
             for at, variable in enumerate(x):
                 own = int(at in members)
@@ -141,6 +147,26 @@ class OrtoolsCpSatSolver(Solver):
         return Proposal(mask, bound=bound, reason=reason, statistics=statistics)
 
 
+def _counts(row: Row) -> bool:
+    """Whether a row says how many of its weights go."""
+    return row.low == row.high and bool((row.coefficients == 1.0).all())
+
+
+def _limit(program: Any, x: list[Any], row: Row) -> None:
+    """A row in integers; costs that are none are rounded so that no mask is lost."""
+    scale = 1.0
+    total = float(np.abs(row.coefficients).sum())
+    if (row.coefficients != np.rint(row.coefficients)).any() or total > 2.0**40:
+        scale = 2.0**40 / max(total, 1e-300)
+    scaled = row.coefficients * scale
+    up, down = np.ceil(scaled), np.floor(scaled)
+    chosen = [x[at] for at in row.places]
+    if math.isfinite(row.low):
+        program.add(sum(int(c) * v for c, v in zip(up, chosen, strict=True)) >= math.ceil(row.low * scale - 1e-3))
+    if math.isfinite(row.high):
+        program.add(sum(int(c) * v for c, v in zip(down, chosen, strict=True)) <= math.floor(row.high * scale + 1e-3))
+
+
 def _tangents(pairs: Array, single: Array, model: Model) -> list[tuple[Array, float]]:
     """(slope (f,), level) with slope·x + level ≤ the objective of every mask x: where convexity is seen by the LP.
 
@@ -163,7 +189,7 @@ def _tangents(pairs: Array, single: Array, model: Model) -> list[tuple[Array, fl
         slope = image + linear
         if step >= _WALK - _TANGENTS:
             found.append((slope, -0.5 * float(x @ image)))
-        vertex = model.mask(-slope)[model.free].astype(np.float64)
+        vertex = model.vertex(slope).astype(np.float64)
         direction = vertex - x
         curvature = float(direction @ convex @ direction)
         gain = -float(slope @ direction)

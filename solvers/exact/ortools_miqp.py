@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from solvers.budget import Bounded, Groups, Knapsack
 from solvers.errors import BackendError
 from solvers.exact.formulation import FEASIBILITY, Model, build
 from solvers.problem import SelectionProblem
@@ -29,7 +30,8 @@ class OrtoolsMiqpSolver(Solver):
     summary = "mixed-integer conic model in OR-Tools' SCIP"
     reference = "Bestuzheva et al., The SCIP Optimization Suite 8.0, 2021; Guenluek and Linderoth, Math. Program. 2010"
     capabilities = ANY_PROBLEM | ANYTIME | PROVING
-    budgets = RANKED
+    budgets = (*RANKED, Bounded, Groups, Knapsack)
+    as_items = True
     apart = True
     max_weights = 1000
     requires = ("ortools",)
@@ -100,10 +102,11 @@ def _assemble(program: Any, model: Model) -> tuple[list[Any], dict[Any, float]]:
     kept = [program.add_binary_variable(name=f"y{i}") for i in range(model.free.size)]
     cost = [(variable, -float(c)) for variable, c in zip(kept, model.linear, strict=True)]
     hint = dict(zip(kept, (1.0 - model.start).tolist(), strict=True))
-    for places, count in model.rows:
-        row = program.add_linear_constraint(lb=places.size - count, ub=places.size - count)
-        for at in places:
-            row.set_coefficient(kept[at], 1.0)
+    for places, coefficients, low, high in model.rows:
+        total = float(coefficients.sum())
+        constraint = program.add_linear_constraint(lb=total - high, ub=total - low)
+        for at, value in zip(places, coefficients, strict=True):
+            constraint.set_coefficient(kept[at], float(value))
     changes = [program.add_variable(lb=-limit, ub=limit, name=f"p{i}") for i, limit in enumerate(model.change_limit)]
     position = {int(weight): at for at, weight in enumerate(model.free)}
     for i, change in enumerate(changes):

@@ -72,6 +72,19 @@ def test_the_tree_proves_what_brute_force_cannot_reach(kind: str, objective: str
     assert start.objective == pytest.approx(found.objective, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["ortools_miqp", "ortools_cpsat", "cvxpy_miqp"])
+def test_backends_take_every_budget(backend: str, kind: str) -> None:
+    about = solvers.describe(backend)
+    if about.missing:
+        pytest.skip(f"{backend} needs {about.missing}")
+    for objective in ("selection", "joint")[: 1 + (backend != "ortools_cpsat")]:
+        for seed in range(2):
+            problem = random_problem(seed, objective, n=7, kinds=("plain",), linear=False)
+            limited = problem.with_budget(drawn_budget(kind, 7, np.random.default_rng(seed)))
+            assert assert_agrees(limited, backend), (objective, seed)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from([*KINDS, "number", "partition"]))
 def test_rows_hold_where_the_budget_does(seed: int, kind: str) -> None:
