@@ -1,4 +1,4 @@
-"""``python -m experiments.instances``: the instances of the package: listed, cut anew, proven."""
+"""``python -m experiments.instances``: the instances of the package: listed, exported, cut anew, proven."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cbs_opt.cli.shell import wide_console
 from experiments.commands.grouping import grouped
 from experiments.networks.load import Source
 from experiments.reports.instances import instances_table
-from experiments.runs.instances import FAMILIES, ProofOptions, cut_instances, improve
+from experiments.runs.instances import FAMILIES, ProofOptions, cut_instances, export_instances, improve, matching
+from solvers import load_instance
 from solvers.instances import FOLDER, read_instances
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -41,6 +42,24 @@ def prove(proof: ProofOptions, folder: Folder = FOLDER) -> None:
     """Try to improve what is known of instances: better masks, higher bounds."""
     found = {one.name: one for one in improve(folder, proof, _say)}
     _say(f"{len(found)} instances, {sum(one.proven for one in found.values())} of them proven now")
+
+
+@app.command("export")
+def export(
+    directory: Annotated[Path, typer.Argument(help="Gets a file for each, and index.csv with their best values.")],
+    pattern: Annotated[list[str], typer.Option("--instances", help="Names, as patterns; default: all.")] = ["*"],
+    format: Annotated[str, typer.Option(help="lp, mps or qplib.")] = "lp",
+    scaled: Annotated[
+        bool,
+        typer.Option(
+            "--scaled", help="Multiply each objective by the power of two that makes its best value 500 to 1,000."
+        ),
+    ] = False,
+) -> None:
+    """Write instances as files for MIQP solvers: see docs/instances.md for what is in them."""
+    chosen = [load_instance(name) for name in matching(pattern)]
+    index = export_instances(chosen, directory, format, scaled=scaled)
+    _say(f"{len(chosen)} files and what is known of them: {index}")
 
 
 @app.command("list")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 import re
 import time
@@ -31,12 +32,13 @@ from solvers import (
     QuadraticBlock,
     Solver,
     available_instances,
+    export_problem,
     load_instance,
     make_solver,
     save_block,
     solve,
 )
-from solvers.errors import OptionError, ProblemError
+from solvers.errors import OptionError, OutputError, ProblemError
 from solvers.files import write_atomically
 from solvers.instances import BLOCKS, OPTIMA, Claim, Instance, read_instances
 from solvers.storage import block_digest
@@ -159,6 +161,41 @@ def improve(folder: Path, options: ProofOptions, say: Say = lambda message: None
             write_atomically(folder / OPTIMA, _as_text(known.values()))
             say(f"{one.name}: {spec}: {known[one.name].best:.9g}, gap {known[one.name].gap:.3g}")
             yield known[one.name]
+
+
+def export_instances(
+    instances: Iterable[Instance], target: Path, suffix: str, *, scaled: bool, say: Say = lambda message: None
+) -> Path:
+    """Write instances for other solvers, and ``index.csv`` with what is known of each; returns that file's path.
+
+    Raises
+    ------
+    UnknownNameError
+        If nothing writes files of that suffix.
+    OutputError
+        If the folder cannot be written.
+    """
+    index = target / "index.csv"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(index, b"")
+    except OSError as error:
+        raise OutputError(f"cannot write {index} ({error.strerror or error}); give another folder") from error
+    lines = ["file,scale,best,bound,proven,best_in_file"]
+    for one in instances:
+        scale = scale_of(one.best) if scaled else 1.0
+        path = target / f"{one.name}.{suffix}"
+        export_problem(one.problem(), path, scale=scale)
+        bound = one.bound if math.isfinite(one.bound) else ""
+        lines.append(f"{path.name},{scale!r},{one.best!r},{bound},{one.proven},{scale * one.best!r}")
+        say(str(path))
+    write_atomically(index, ("\n".join(lines) + "\n").encode())
+    return index
+
+
+def scale_of(value: float) -> float:
+    """The power of two that brings a value to between 500 and 1,000; 1 for zero."""
+    return 2.0 ** (10 - math.frexp(value)[1]) if value else 1.0
 
 
 def possible(folder: Path) -> list[Instance]:

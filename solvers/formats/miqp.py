@@ -100,7 +100,7 @@ def program_of(problem: SelectionProblem, name: str, scale: float = 1.0) -> Prog
     SingularHessianError
         For a joint problem whose H has no inverse: u has no bounds then.
     """
-    number("scale", scale, positive=True)
+    scale = number("scale", scale, positive=True)
     if not isinstance(problem.budget, Cardinality):
         raise CapabilityError(
             "files are written of problems with a number of weights to remove, not of a "
