@@ -60,6 +60,8 @@ def row_label(row: Mapping[str, Any]) -> str:
         label += f", shares {row['allocation']}"
     if distill := (row.get("extra") or {}).get("distill"):
         label += f", {distill['steps']} steps of distillation"
+    if tuned := (row.get("extra") or {}).get("finetune"):
+        label += f", {tuned['epochs']:g} epochs"
     return label
 
 

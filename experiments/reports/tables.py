@@ -32,10 +32,23 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "gap": lambda row: "" if row["gap"] is None else f"{100 * row['gap']:.1f} %",
     "solve s": lambda row: f"{row['seconds_solve']:.2f}",
     "update s": lambda row: f"{row['seconds_update']:.2f}",
+    "fine-tune s": lambda row: f"{row['seconds_fine_tune']:.2f}" if "seconds_fine_tune" in row else "",
     "distill s": lambda row: f"{row['seconds_distill']:.2f}" if "seconds_distill" in row else "",
 }
 #: Columns which move into the title where all rows agree; without a value in any row they vanish.
-_SHARED = ("update", "sparsity", "budget", "seed", "split gap", "operations", "ms", "gap", "distill s", "old norms")
+_SHARED = (
+    "update",
+    "sparsity",
+    "budget",
+    "seed",
+    "split gap",
+    "operations",
+    "ms",
+    "gap",
+    "distill s",
+    "fine-tune s",
+    "old norms",
+)
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:

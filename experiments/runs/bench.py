@@ -24,6 +24,7 @@ from cbs_opt.measure.row_sampling import POOL
 from cbs_opt.network.batch_norm import restore_statistics, statistics_of
 from cbs_opt.prepared import prepare_setup
 from experiments.datasets.augmentation import CropAndFlip
+from experiments.networks import ImageExperiment
 from experiments.networks.load import Network, open_network
 from experiments.runs.layer_rows import LayerRows, distil_figures
 from experiments.runs.options import RunOptions, Task
@@ -116,6 +117,7 @@ class Bench:
             **report.costs,
             **self._norms(report, model),
             **_distilled(report),
+            **_tuned(report),
             **(shrunk_figures(self.network, model) if self.options.choice.shrink else {}),
         }
 
@@ -128,14 +130,14 @@ class Bench:
                 self._data(task.seed),
                 self.loss,
                 options.setup(task.seed),
-                options.choice_of(task, self.layers.n),
+                self.choice_of(task, self.layers.n),
                 self._stages(),
                 journal=self.journal(key),
                 progress=self._progress(f"{what}, stages"),
             )
         prepared = self.prepared(task.seed)
         self.listener.working(what, 0, 0)
-        choice, mask = options.choice_of(task, prepared.n), replace(task, update="", update_scale=1.0)
+        choice, mask = self.choice_of(task, prepared.n), replace(task, update="", update_scale=1.0)
         if options.sweep.masks:
             masks = cbs_opt.load_masks(task.solver)
             return prepared.update_masks(
@@ -146,6 +148,7 @@ class Bench:
                 judge=options.refit,
                 batch_norm=choice.batch_norm,
                 distill=options.distill,
+                finetune=choice.finetune,
             )
         if self._chosen is None or self._chosen[0] != mask:
             judged = options.refit and task.update != "combinatorial"
@@ -159,6 +162,20 @@ class Bench:
             # The refit is known from the update now; the next update of this mask need not find out again.
             self._chosen = mask, problem, result.solution
         return result
+
+    def choice_of(self, task: Task, n: int) -> cbs_opt.Choice:
+        """The choice of a row; what is trained afterwards sees images as those the network was trained on."""
+        choice, augment = self.options.choice_of(task, n), self._augmentation()
+        if choice.finetune is None or augment is None:
+            return choice
+        return replace(choice, finetune=replace(choice.finetune, augment=augment))
+
+    def _augmentation(self) -> CropAndFlip | None:
+        """On images as they are, the gradients of a network trained on cropped and flipped ones vanish."""
+        experiment = self.options.experiment
+        if not isinstance(experiment, ImageExperiment) or not experiment.recipe.augment:
+            return None
+        return CropAndFlip.of(self.network.dataset.train)
 
     @cached_property
     def layer_rows(self) -> LayerRows:
@@ -227,7 +244,7 @@ class Bench:
         n, n_kept = self.layers.n, choice.kept(self.layers.n)
         if not self.options.staged:
             return cbs_opt.Plan.one_shot(n_kept)
-        return cbs_opt.Plan.staged(self._stages(), n=n, n_kept=n_kept)
+        return cbs_opt.Plan.staged(self._stages(), n=n, n_kept=n_kept, finetune=choice.finetune)
 
     def _stages(self) -> cbs_opt.StageOptions:
         """The experiment's, as many as asked for."""
@@ -236,8 +253,7 @@ class Bench:
         return replace(
             usual,
             n_stages=self.options.choice.stages,
-            # On images as they are, the gradients of a network trained on cropped and flipped ones vanish.
-            augment=CropAndFlip.of(train) if experiment.recipe.augment else None,
+            augment=self._augmentation(),
             held_out=min(usual.held_out, len(train) // 5),
         )
 
@@ -249,6 +265,8 @@ class Bench:
             count = max(count, POOL * (fisher.n_rows or 0))
         if self.options.layerwise:
             count = fisher.n_rows or least
+        if self.options.finetune is not None and isinstance(self.options.experiment, ImageExperiment):
+            count = count if self.options.layerwise else len(self.network.dataset.train)
         if self.options.staged:
             # Every stage draws rows of its own.
             count = max(count, STAGE_SAMPLES)
@@ -278,6 +296,16 @@ class Bench:
     def _progress(self, what: str) -> Callable[[int, int], None]:
         self.listener.working(what, 0, 0)
         return lambda done, total: self.listener.working(what, done, total)
+
+
+def _tuned(report: cbs_opt.PruneReport) -> dict[str, Any]:
+    """What fine-tuning did, where there was some."""
+    done = report.finetune
+    if done is None:
+        return {}
+    names = ("loss_before", "loss_after", "steps_kept", "steps_taken", "n_samples", "n_held_out")
+    figures = {f"fine_tune_{name}": getattr(done, name) for name in names}
+    return {"seconds_fine_tune": done.seconds, **figures, "train_loss_untuned": report.loss_untuned}
 
 
 def _distilled(report: cbs_opt.PruneReport) -> dict[str, Any]:

@@ -146,6 +146,13 @@ class ChoiceOptions:
     distill_loss: Annotated[
         str | None, "kl or mse towards the dense network's outputs (default: kl), or given: the loss itself."
     ] = None
+    fine_tune: Annotated[float | None, "Train so many epochs of training images, masks held, after each stage."] = None
+    fine_tune_optimizer: Annotated[str | None, "sgd (default), adamw, adam or rmsprop."] = None
+    fine_tune_lr: Annotated[float | None, "Its longest step; default: 0.05 for sgd, else 1e-3."] = None
+    fine_tune_schedule: Annotated[str | None, "How it falls: cosine (default), linear or constant."] = None
+    fine_tune_batch: Annotated[int | None, "Samples of each step; default: 128."] = None
+    fine_tune_distill: Annotated[float | None, "Weight of the dense network's outputs in the loss, up to 1."] = None
+    fine_tune_precision: Annotated[str | None, "bf16 or, on a GPU, fp16: multiply in 16 bits."] = None
     sparsity_rounding: Annotated[Rounding, "exact, or as many weights as the published code keeps."] = Rounding.EXACT
     shrink: Annotated[
         bool,
@@ -291,6 +298,23 @@ class RunOptions:
             raise OptionError("--distill-lr, -batch, -parameters and -loss are of --distill STEPS; add it")
         return None if choice.distill is None else cbs_opt.Distill(choice.distill, **given)
 
+    @cached_property
+    def finetune(self) -> cbs_opt.FineTune | None:
+        """The training; raises OptionError for details of what was not asked for."""
+        choice = self.choice
+        asked: dict[str, Any] = {
+            "optimizer": choice.fine_tune_optimizer,
+            "lr": choice.fine_tune_lr,
+            "schedule": choice.fine_tune_schedule,
+            "batch_size": choice.fine_tune_batch,
+            "distill": choice.fine_tune_distill,
+            "mixed_precision": choice.fine_tune_precision,
+        }
+        given = {name: value for name, value in asked.items() if value is not None}
+        if choice.fine_tune is None and given:
+            raise OptionError("--fine-tune-lr and its like are of --fine-tune EPOCHS; add it")
+        return None if choice.fine_tune is None else cbs_opt.FineTune(choice.fine_tune, **given)
+
     @property
     def allocation(self) -> str | tuple[str, ...] | None:
         """The rule, or those of which the best is taken."""
@@ -313,12 +337,10 @@ class RunOptions:
 
     def setup(self, seed: int) -> cbs_opt.Setup:
         """The model side of the rows of a seed; no more is measured than one of them needs."""
-        curvature = self.measured
-        if curvature == "fisher" and self.need is Extent.WEIGHTS:
-            curvature = "none"
+        weights = self.measured == "fisher" and self.need is Extent.WEIGHTS
         return cbs_opt.Setup(
             fisher=None if self.layerwise else self.fisher,
-            curvature=curvature,
+            curvature="none" if weights else self.measured,
             layer_inputs=self.layer_inputs if self.layerwise else None,
             include=self.network.include or self.experiment.include or ("*",),
             exclude=self.network.exclude or self.experiment.exclude,
@@ -347,6 +369,7 @@ class RunOptions:
             min_kept=self.choice.min_kept,
             batch_norm=self.choice.batch_norm,
             distill=self.distill,
+            finetune=self.finetune,
         )
         if n is None or choice.budget is not None:
             return choice

@@ -149,6 +149,8 @@ class Sweep:
             extra["batch_norm"] = choice.batch_norm
         if choice.distill is not None:
             extra["distill"] = asdict(choice.distill)
+        if choice.finetune is not None:
+            extra["finetune"] = {**asdict(choice.finetune)}
         solver = task.solver
         if o.sweep.masks:
             solver = Path(task.solver).stem
