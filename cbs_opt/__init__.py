@@ -20,6 +20,7 @@ from cbs_opt.engine.layerwise import sensitivity as sensitivity
 from cbs_opt.engine.plan import Plan as Plan
 from cbs_opt.engine.plan import Polish as Polish
 from cbs_opt.engine.plan import Prune as Prune
+from cbs_opt.engine.plan import Train as Train
 from cbs_opt.engine.run import estimate as estimate
 from cbs_opt.engine.setup import Setup as Setup
 from cbs_opt.engine.setup import resolve_device as resolve_device

@@ -31,6 +31,7 @@ def show(found: Outline, setup: Setup, console: Console) -> None:
         f"memory on {setup.place}: at least {memory.total / 1e6:,.1f} MB of {memory.available / 1e6:,.0f} MB: "
         + ", ".join(f"{what} {size / 1e6:,.1f} MB" for what, size in memory.memory.items()),
         f"time: about {memory.seconds:,.1f} s for {found.measuring}" if memory.seconds else "time: nothing is measured",
+        *([f"fine-tuning: {found.training}, whose time is not counted"] if found.training else []),
         *(f"skipped: {skip.name} {skip.shape}: {skip.reason}" for skip in layers.skipped),
     ]
     for line in lines:

@@ -42,6 +42,8 @@ class Outline:
     estimate : Estimate
     measuring : str
         What its seconds are of.
+    training : str
+        What fine-tuning would do, of which no time is estimated; empty without one.
     """
 
     layers: PrunableLayers
@@ -50,6 +52,7 @@ class Outline:
     blocks: tuple[int, ...]
     estimate: Estimate
     measuring: str
+    training: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -70,6 +73,7 @@ class Outline:
             "memory_available": self.estimate.available,
             "seconds": self.estimate.seconds,
             "measuring": self.measuring,
+            "training": self.training or None,
         }
 
 
@@ -101,7 +105,15 @@ def outline(
         blocks = contiguous_partition(layers, setup.options.spec).sizes if contiguous else ()
         measuring = "gradients" if found.seconds else "nothing"
     budget = "" if choice.budget is None else str(choice.budget)
-    return Outline(layers, choice.kept(layers.n), budget, tuple(blocks), found, measuring)
+    return Outline(layers, choice.kept(layers.n), budget, tuple(blocks), found, measuring, _training(choice))
+
+
+def _training(choice: Choice) -> str:
+    options = choice.finetune
+    if options is None:
+        return ""
+    length = f"{options.steps:,} steps" if options.steps is not None else f"{options.epochs:g} epochs"
+    return f"{length} of {options.optimizer_name}"
 
 
 def _per_group(layer: Any) -> list[int]:

@@ -107,6 +107,8 @@ def test_fine_tuning_by_a_number_a_table_and_flags_of_either_spelling(folder, ca
     assert (weights[0] == weights[1]).all() and (weights[0] == weights[2]).all()
     capsys.readouterr()
     assert "one of epochs and steps" in refused(capsys, *flags, "no", "--fine-tune", "1", "--fine-tune-steps", "3")
+    assert run(*flags, "no", "--fine-tune", "2", "--dry-run") == 0
+    assert "fine-tuning: 2 epochs of sgd" in capsys.readouterr().out and not Path("no").exists()
     assert "takes float" in refused(capsys, *flags, "no", "--fine-tune", "long")
     assert "Did you mean 'finetune'" in _of_file(capsys, "fine_tune = 3\n")
     # Both are gone with the folder's journal, and the run starts anew.
