@@ -37,6 +37,7 @@ from cbs_opt.formats.record import ExportReport as ExportReport
 from cbs_opt.measure.blocks import BlockSpec as BlockSpec
 from cbs_opt.measure.blocks import Partition as Partition
 from cbs_opt.measure.blocks import Structure as Structure
+from cbs_opt.measure.costs import Both as Both
 from cbs_opt.measure.costs import Bytes as Bytes
 from cbs_opt.measure.costs import CostBudget as CostBudget
 from cbs_opt.measure.costs import Flops as Flops

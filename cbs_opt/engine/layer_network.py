@@ -242,7 +242,8 @@ class LayerPruner:
     def prune(self, layer: Layer, blocks: list[QuadraticBlock], n_prune: int) -> PrunedLayer:
         """Choose and update the weights of a layer, in the network."""
         choice, network = self.choice, self.network
-        budget = choice.pattern or self.floors.inside(layer.start, layer.stop).budget(n_prune)
+        inside = self.floors.inside(layer.start, layer.stop)
+        budget = inside.budget(n_prune) if choice.pattern is None else layer.fitted(choice.pattern)
         problem = SelectionProblem(blocks, budget, choice.goal())
         refits = choice.update in (Update.COMBINATORIAL, Update.SINGLE)
         shares = len(problem.blocks) > 1 and Capability.GLOBAL_BUDGET not in choice.solver.capabilities

@@ -36,7 +36,7 @@ from cbs_opt.engine.tuned import fine_tuned
 from cbs_opt.engine.tuning import check_fine_tune
 from cbs_opt.engine.update import Update
 from cbs_opt.engine.workspace import own_copy
-from cbs_opt.measure.costs import Costs
+from cbs_opt.measure.costs import Both, Costs
 from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import InputMoment
 from cbs_opt.measure.segments import Chain, PathError
@@ -212,6 +212,8 @@ def check_layerwise(layers: PrunableLayers, choice: Choice) -> None:
                 f"budget={str(choice.pattern)!r} says what each layer loses; leave allocation={choice.allocation!r} out"
             )
         layers.resolve(choice.pattern)
+    if isinstance(choice.costs, Both):
+        raise OptionError(f"budget={str(choice.costs)!r} sets two limits, which takes one shot; give one of them")
     if choice.costs is not None and choice.costs.groups is not None:
         raise OptionError(
             f"budget={str(choice.costs)!r} weighs {choice.costs.groups} of all layers against one another, which takes "

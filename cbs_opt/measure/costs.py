@@ -113,11 +113,48 @@ class Bytes(CostBudget):
         return np.repeat(sizes, [layer.n for layer in layers])
 
 
+@dataclass(frozen=True, init=False, kw_only=True)
+class Both(CostBudget):
+    """Two limits at once: ``Both(Flops(0.5), Bytes(0.4))``, of the same groups. In one shot.
+
+    Attributes
+    ----------
+    first, second : CostBudget
+        Of different costs.
+    """
+
+    first: CostBudget
+    second: CostBudget
+    name = "two costs"
+    kinds = ("channels",)
+
+    def __init__(self, first: CostBudget, second: CostBudget) -> None:
+        for budget in (first, second):
+            if isinstance(budget, Both) or not isinstance(budget, CostBudget):
+                raise OptionError(f"two limits at once are of costs such as Flops and Bytes, not {budget!r}")
+        if first.name == second.name or first.groups != second.groups:
+            raise OptionError(
+                f"two limits at once are of different costs and the same groups, not {first} and {second}"
+            )
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "second", second)
+        object.__setattr__(self, "share", min(first.share, second.share))
+        object.__setattr__(self, "groups", first.groups)
+        self.__post_init__()
+
+    def __str__(self) -> str:
+        return f"{self.first}+{self.second}"
+
+    def per_weight(self, layers: PrunableLayers, model: nn.Module, uses: Mapping[str, Array]) -> Array:
+        """Of the first; `TwoCosts` asks both."""
+        return self.first.per_weight(layers, model, uses)
+
+
 _KINDS: dict[str, type[CostBudget]] = {kind.name: kind for kind in (Flops, Bytes)}
 
 
 def budget_of(value: Any) -> CostBudget | Pattern:
-    """A budget, or its text form: ``"flops:0.5"``, ``"2:4"``; raises OptionError."""
+    """A budget, or its text form: ``"flops:0.5"``, ``"flops:0.5+bytes:0.4"``, ``"2:4"``; raises OptionError."""
     if isinstance(value, (CostBudget, Pattern)):
         return value
     if not isinstance(value, str):
@@ -125,6 +162,11 @@ def budget_of(value: Any) -> CostBudget | Pattern:
             f"budget={value!r} must be a text such as 'flops:0.5' or '2:4', Flops(0.5), or a pattern of solvers.budget "
             f"(NM, Tiles), not a {type(value).__name__}; for a number of weights use n_kept"
         )
+    if "+" in value:
+        first, second = (budget_of(part.strip()) for part in value.split("+", 1))
+        if isinstance(first, Pattern) or isinstance(second, Pattern):
+            raise OptionError(f"budget={value!r}: two limits at once are of costs, such as 'flops:0.5+bytes:0.4'")
+        return Both(first, second)
     name, _, rest = value.partition(":")
     share, _, groups = rest.partition(":")
     if name.strip() in _KINDS:
@@ -212,6 +254,8 @@ class Costs:
         ModelError
             For a layer that the network does not call.
         """
+        if isinstance(budget, Both):
+            return TwoCosts.joined(budget, cls.of(budget.first, network, batch), cls.of(budget.second, network, batch))
         uses = count_uses(network, batch) if budget.counts else {}
         each = budget.per_weight(network.layers, network.model, uses)
         fixed = budget.fixed(network.layers)
@@ -222,6 +266,34 @@ class Costs:
                 f"{least:.4g} of the {budget.name} stay whatever is removed; the share is {budget.share!r}"
             )
         return cls(budget, each, limit, channels_of(network.layers) if budget.groups == "channels" else None, fixed)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TwoCosts(Costs):
+    """Costs under two limits: those of the first, and the second beside them."""
+
+    second: Costs
+
+    @classmethod
+    def joined(cls, budget: Both, first: Costs, second: Costs) -> TwoCosts:
+        """Of each alone."""
+        return cls(
+            budget=budget, each=first.each, limit=first.limit, labels=first.labels, fixed=first.fixed, second=second
+        )
+
+    def knapsack(self, sizes: Index, least: Index) -> Knapsack:
+        """Both limits at once."""
+        one, other = super().knapsack(sizes, least), self.second.knapsack(sizes, least)
+        limits = [float(np.asarray(knapsack.limit)[0]) for knapsack in (one, other)]
+        return replace(one, costs=np.concatenate([one.table, other.table]), limit=limits)
+
+    def summary(self, pruned: Mask, split: Split | None = None) -> dict[str, float]:
+        """Of both."""
+        assert isinstance(self.budget, Both)
+        return {**replace(self, budget=self.budget.first)._first(pruned, split), **self.second.summary(pruned)}
+
+    def _first(self, pruned: Mask, split: Split | None) -> dict[str, float]:
+        return super().summary(pruned, split)
 
 
 def channels_of(layers: PrunableLayers) -> Index:

@@ -7,8 +7,9 @@ weight that several modules share is one layer with several places.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from cbs_opt.network.adapters import MatrixView
 from solvers.arguments import instance, sparsity_of
-from solvers.budget import Budget, Pattern
+from solvers.budget import Budget, Groups, Pattern, Tiles
 from solvers.errors import ModelError, OptionError, ProblemError, UnknownNameError
 
 
@@ -75,6 +76,15 @@ class Layer:
     def parameter(self) -> str:
         """Qualified name of the weight, e.g. ``"fc1.weight"``."""
         return self.places[0]
+
+    def fitted(self, pattern: Pattern) -> Pattern:
+        """A pattern as it is meant for this layer: an input channel of a convolution is all places of its kernel."""
+        if not isinstance(pattern, Tiles) or (pattern.height, pattern.width) != (None, 1):
+            return pattern
+        places = math.prod(self.shape[2:])
+        if self.view.groups > 1:
+            raise ProblemError("a grouped convolution has no input channel that all its filters take")
+        return replace(pattern, width=places)
 
     def held(self, model: nn.Module) -> tuple[nn.Module, str]:
         """The module and attribute that hold the weight in a network; raises AttributeError if there is none."""
@@ -134,10 +144,10 @@ class PrunableLayers:
 
     def resolve(self, pattern: Pattern) -> Budget:
         """The budget of all weights that a pattern asks for; raises OptionError naming the layers it does not fit."""
-        wrong = []
+        wrong, found = [], []
         for layer in self.layers:
             try:
-                pattern.resolve([(layer.n_rows, layer.view.inputs)])
+                found.append(layer.fitted(pattern).resolve([(layer.n_rows, layer.view.inputs)]))
             except ProblemError as error:
                 wrong.append((layer, str(error)))
         if wrong:
@@ -147,6 +157,12 @@ class PrunableLayers:
                 f"{wrong[0][0].n_rows} x {wrong[0][0].view.inputs} weights: {wrong[0][1]}; or leave them out, "
                 f"exclude={names}"
             )
+        if isinstance(pattern, Tiles):
+            # Shares are of the tiles of all layers, whose widths may differ.
+            groups = [budget for budget in found if isinstance(budget, Groups)]
+            starts = np.cumsum([0, *(budget.n_groups for budget in groups)]).tolist()
+            labels = [np.asarray(budget.labels) + start for budget, start in zip(groups, starts[:-1], strict=True)]
+            return Groups(np.concatenate(labels), starts[-1] - int(starts[-1] * pattern.kept))
         return pattern.resolve([(layer.n_rows, layer.view.inputs) for layer in self.layers])
 
     @property

@@ -4,7 +4,7 @@
 ``"2:4"``           2 kept of every 4 consecutive weights of a row (`solvers.budget.nm`)
 ``"sparsity:0.5"``  a share of all weights goes
 ``"channels:0.5"``  a share of the rows of layers goes whole: neurons, filters (`solvers.budget.groups`)
-``"columns:0.5"``   of the columns: input channels
+``"columns:0.5"``   of the columns: input channels; in layers of networks whole, all places of a kernel
 ``"4x4:0.5"``       of the tiles of 4 rows × 4 inputs
 ==================  ========================================================================
 """

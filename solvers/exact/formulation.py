@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
+import scipy
 
 from solvers.errors import BackendError
 from solvers.exact.completion import Completed, complete_square, hessian_root

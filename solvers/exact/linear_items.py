@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.linalg
+import scipy
 
 from solvers.arrays import Array, Index, Mask
 from solvers.bounds.shift import best_shift, safe_shift

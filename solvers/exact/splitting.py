@@ -21,7 +21,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import numpy as np
-import scipy.linalg
+import scipy
 
 from solvers.problem import Array
 from solvers.solver import Deadline

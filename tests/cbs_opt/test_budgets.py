@@ -345,3 +345,51 @@ def test_tables_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ModelError, match="cannot be timed with fewer rows"):
         cbs_opt.latency_table(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), data())
+
+
+@pytest.mark.parametrize(
+    "text", ["flops:0.5+bytes:0.3", "bytes:0.9+flops:0.2", "flops:0.4:channels+bytes:0.5:channels"]
+)
+@pytest.mark.parametrize("solver", ["magnitude", "obd", "greedy_ls"])
+def test_two_limits_hold_at_once(text: str, solver: str) -> None:
+    first, second = (budget_of(part) for part in text.split("+"))
+    assert isinstance(first, cbs_opt.CostBudget)
+    assert isinstance(second, cbs_opt.CostBudget)
+    budget = cbs_opt.Both(first, second)
+    assert budget == budget_of(text)
+    assert str(budget) == text
+    result = cbs_opt.prune(net(), data(), F.cross_entropy, budget=text, solver=solver, **ONE_SHOT)
+    for part in (first, second):
+        spent, limit = cost_of(result.masks, part)
+        assert spent <= limit * (1 + 1e-9)
+        assert result.report.costs[f"{part.name}_kept"] == pytest.approx(spent / limit * part.share)
+
+
+@pytest.mark.parametrize("text", ["flops:0.5+flops:0.3", "flops:0.5+2:4", "flops:0.5:channels+bytes:0.5", "flops:0.5+"])
+def test_two_limits_that_do_not_go_together_are_refused(text: str) -> None:
+    with pytest.raises(OptionError):
+        budget_of(text)
+
+
+def test_layer_by_layer_there_is_one_limit() -> None:
+    with pytest.raises(OptionError, match="two limits"):
+        cbs_opt.prune(
+            net(), data(), F.cross_entropy, budget="flops:0.5+bytes:0.3", solver="admm", curvature="layer_inputs"
+        )
+
+
+@pytest.mark.parametrize("way", [{"solver": "obs", "curvature": "layer_inputs"}, {"solver": "obd", **ONE_SHOT}])
+def test_columns_of_convolutions_are_input_channels(way: dict[str, Any]) -> None:
+    result = cbs_opt.prune(net(), data(), F.cross_entropy, budget="columns:0.5", **way)
+    for name in ("0", "2"):
+        stays = result.masks[name].permute(1, 0, 2, 3).flatten(1)
+        assert torch.equal(stays.all(1), stays.any(1))
+    assert torch.equal(result.masks["5"].all(0), result.masks["5"].any(0))
+    kept = sum(int(result.masks[name].flatten(2).any(2).any(0).sum()) for name in ("0", "2"))
+    assert kept + int(result.masks["5"].any(0).sum()) == (4 + 8 + 128) // 2
+
+
+def test_columns_of_a_grouped_convolution_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8 * 36, 12)).eval()
+    with pytest.raises(OptionError, match="grouped convolution"):
+        cbs_opt.prune(model, data(), F.cross_entropy, budget="columns:0.5", solver="obd", **ONE_SHOT)
