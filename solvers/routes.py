@@ -18,11 +18,12 @@ import numpy as np
 from solvers.aggregate import Aggregate, aggregate
 from solvers.allocation import split
 from solvers.baselines.obd import diagonal_saliency
-from solvers.budget import Budget, Groups, Knapsack, Partitioned
+from solvers.budget import Groups, Knapsack, Partitioned
 from solvers.curvature import Diagonal
 from solvers.errors import CapabilityError, CBSError
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.registry import available_solvers, solver_class
+from solvers.separate import parts_for
 from solvers.solution import Proposal
 from solvers.solver import PROVING, Capability, Context, Solver
 
@@ -88,14 +89,14 @@ def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
     # Of more weights than a solver takes there may be few groups.
     many = solver.as_items or (solver.max_weights is not None and given.n > solver.max_weights)
     many = many and grouped and given.objective is Objective.SELECTION and _finds(solver, given)
-    if many or not _takes(solver, budget):
+    if many or not _takes(solver, given):
         if grouped:
             groups = aggregate(given)
             costed = problem = groups.problem
             start = None if start is None else groups.narrow(start)
             if given.objective is Objective.JOINT:
                 notes.append("groups: chosen by the selection objective, the kept weights as they are")
-        if isinstance(problem.budget, Knapsack) and not _takes(solver, problem.budget):
+        if isinstance(problem.budget, Knapsack) and not _takes(solver, problem):
             problem = split(problem, None, start)
             assert isinstance(problem.budget, Partitioned)
             notes.append(f"costs: turned into counts for {len(problem.budget.sizes)} ranges of weights that cost alike")
@@ -104,18 +105,20 @@ def route(solver: Solver, given: SelectionProblem, start: Mask | None) -> Route:
 
 def check_budget(solver: Solver, problem: SelectionProblem) -> None:
     """Raise CapabilityError, naming solvers that do, if a solver neither takes the budget nor has a way to it."""
-    if not _takes(solver, problem.budget) and not _finds(solver, problem):
+    if not _takes(solver, problem) and not _finds(solver, problem):
         raise _refusal(solver, problem)
+    cut = isinstance(problem.budget, Partitioned) and not isinstance(problem.budget, solver.budgets)
+    if cut and Capability(problem.objective.value) in solver.capabilities and parts_for(solver, problem) == [problem]:
+        raise _refusal(solver, problem, " (its groups cut blocks, or rows of layers: they cannot be solved one by one)")
 
 
-def _takes(solver: Solver | type[Solver], budget: Budget) -> bool:
+def _takes(solver: Solver | type[Solver], problem: SelectionProblem) -> bool:
     """Whether a solver takes a budget itself, or is left to `solvers.running` to refuse it."""
-    if isinstance(budget, Groups):
-        return isinstance(budget, solver.budgets)
-    if isinstance(budget, Knapsack):
-        whole = budget.labels is None or any(issubclass(Groups, kind) for kind in solver.budgets)
-        return whole and isinstance(budget, solver.budgets)
-    return True
+    budget = problem.budget
+    if not isinstance(budget, (Groups, Knapsack)):
+        return True
+    whole = getattr(budget, "labels", None) is None or any(issubclass(Groups, kind) for kind in solver.budgets)
+    return whole and isinstance(budget, solver.budgets) and problem.n <= solver.most_items.get(type(budget), problem.n)
 
 
 def _finds(solver: Solver | type[Solver], problem: SelectionProblem) -> bool:
@@ -133,17 +136,18 @@ def _finds(solver: Solver | type[Solver], problem: SelectionProblem) -> bool:
     return Capability.SELECTION in can and not can & (PROVING | {Capability.WARM_START})
 
 
-def _refusal(solver: Solver, problem: SelectionProblem) -> CapabilityError:
+def _refusal(solver: Solver, problem: SelectionProblem, why: str = "") -> CapabilityError:
     kind, names = type(problem.budget), []
     for name in available_solvers():
         with contextlib.suppress(CBSError, ImportError):
             cls = solver_class(name)
             objective = Capability(problem.objective.value) in cls.capabilities
-            if objective and (_takes(cls, problem.budget) or _finds(cls, problem)):
+            whole = not isinstance(problem.budget, Partitioned) or isinstance(problem.budget, cls.budgets)
+            if objective and whole and (_takes(cls, problem) or _finds(cls, problem)):
                 names.append(name)
     return CapabilityError(
-        f"solver {solver.name!r} does not keep a {kind.__name__} budget under the {problem.objective.value} objective; "
-        f"these do: {', '.join(names)}"
+        f"solver {solver.name!r} does not keep a {kind.__name__} budget under the {problem.objective.value} "
+        f"objective{why}; these do: {', '.join(names)}"
     )
 
 

@@ -26,7 +26,7 @@ import time
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -192,6 +192,8 @@ class Solver(ABC):
     """Kinds of curvature it runs on; all by default, since problems answer the same questions whatever the kind."""
     budgets: ClassVar[tuple[type[Budget], ...]] = (Cardinality,)
     """Kinds of budget it keeps."""
+    most_items: ClassVar[Mapping[type[Budget], int]] = {}
+    """Of these kinds of budget it takes problems of at most so many weights."""
     as_items: ClassVar[bool] = False
     """Whether a selection among groups comes to it as one among the items of a smaller problem, though it takes groups
     as they are."""

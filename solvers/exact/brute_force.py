@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from solvers.budget import Groups, Knapsack
+from solvers.budget import Bounded, Groups, Knapsack
 from solvers.exact.enumeration import MOST_WEIGHTS, best_mask
 from solvers.problem import SelectionProblem
 from solvers.solution import Proposal
@@ -23,7 +23,7 @@ class BruteForceSolver(Solver):
     summary = "look at every mask (at most 20 weights): the oracle"
     reference = ""
     capabilities = ANY_PROBLEM | PROVING
-    budgets = (*RANKED, Groups, Knapsack)
+    budgets = (*RANKED, Bounded, Groups, Knapsack)
     apart = True
     max_weights = MOST_WEIGHTS
 

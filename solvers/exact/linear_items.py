@@ -16,7 +16,7 @@ rows (`solvers.exact.linear_kernels.least`).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from solvers.exact.best_first import Fate, Fates
 from solvers.exact.joint_nodes import mask_value, reduce_node
 from solvers.exact.joint_square import Square
 from solvers.exact.splitting import optimal_diagonal
+from solvers.moves.item_moves import ItemMoves, JointMoves, SelectionMoves
 
 _EPS = float(np.finfo(np.float64).eps)
 #: A new shift, or diagonal, when the open items have become fewer than this fraction of those the old one was made for.
@@ -61,23 +62,8 @@ class OpenRows(NamedTuple):
     prices: Array
 
 
-class ItemObjective(ABC):
-    """An objective over items."""
-
-    items: int
-    #: No mask has a value below this.
-    floor: float
-
-    @abstractmethod
-    def value(self, gone: Mask) -> float:
-        """Of a mask of items (G,)."""
-
-    @abstractmethod
-    def moves(self, gone: Mask, exchanges: bool = True) -> tuple[Array, Array]:
-        """(what flipping each item changes (G,), what exchanging a gone item and a kept one changes (|P|, |S|)).
-
-        Without `exchanges` the second means nothing.
-        """
+class ItemObjective(ItemMoves):
+    """Moves, and what bounds a node."""
 
     @abstractmethod
     def plane(self, fates: Fates, rows: OpenRows, state: Any, point: Array) -> Plane:
@@ -88,28 +74,8 @@ class ItemObjective(ABC):
         """What rounding may change about a bound, where items (G,) may still go."""
 
 
-@dataclass(eq=False)
-class SelectionItems(ItemObjective):
+class SelectionItems(SelectionMoves, ItemObjective):
     """½ zᵀQz − cᵀz, Q (G, G) positive semidefinite."""
-
-    quadratic: Array
-    linear: Array
-
-    def __post_init__(self) -> None:
-        self.items = self.linear.size
-        self.floor = -np.inf if self.linear.any() else 0.0
-
-    def value(self, gone: Mask) -> float:
-        """½ zᵀQz − cᵀz."""
-        return 0.5 * float(self.quadratic[np.ix_(gone, gone)].sum()) - float(self.linear[gone].sum())
-
-    def moves(self, gone: Mask, exchanges: bool = True) -> tuple[Array, Array]:
-        """By F = Qz − c: a flip changes ±F_i + ½ Q_ii, an exchange the sum of two less Q_ij."""
-        sign = np.where(gone, -1.0, 1.0)
-        flips = sign * (self.quadratic @ gone - self.linear) + 0.5 * np.diag(self.quadratic)
-        if not exchanges:
-            return flips, flips[:0, None]
-        return flips, flips[gone][:, None] + flips[~gone] - self.quadratic[np.ix_(gone, ~gone)]
 
     def rounding(self, candidates: Mask) -> float:
         """A few units in the last place of √Q_gg √Q_hh for each pair."""
@@ -167,21 +133,15 @@ class _Reduced:
     items: int
 
 
-@dataclass(eq=False)
-class JointItems(ItemObjective):
-    """The joint objective in the units of a `Square`, whose weights are grouped into items by `labels` (n,)."""
+class JointItems(JointMoves, ItemObjective):
+    """The joint objective in the units of a `Square`, whose weights are grouped into items by `labels` (n,).
 
-    square: Square
-    labels: Index
-    kept: int
-    """About how many weights stay, for the choice of a diagonal."""
+    `kept` is about how many weights stay, for the choice of a diagonal.
+    """
 
-    def __post_init__(self) -> None:
-        self.items = int(self.labels.max()) + 1
-        self.floor = 0.0
-        order = np.argsort(self.labels, kind="stable")
-        self.members = np.split(order, np.cumsum(np.bincount(self.labels))[:-1])
-        self.single = bool((np.bincount(self.labels) == 1).all())
+    def __init__(self, square: Square, labels: Index, kept: int) -> None:
+        super().__init__(square.hessian, square.linear, 0.5 * float(square.centre @ square.linear), labels)
+        self.square, self.kept, self.floor = square, kept, 0.0
 
     def value(self, gone: Mask) -> float:
         """By least squares, exact to rounding."""
@@ -191,59 +151,6 @@ class JointItems(ItemObjective):
     def rounding(self, candidates: Mask) -> float:
         """Nothing: `Square.safe` sees to it."""
         return 0.0
-
-    def moves(self, gone: Mask, exchanges: bool = True) -> tuple[Array, Array]:
-        """With all kept weights refitted; the inverse of H_SS gives the one and the other."""
-        kept = np.flatnonzero(~gone[self.labels])
-        inverse = np.asarray(np.linalg.inv(self.square.hessian[np.ix_(kept, kept)]), dtype=np.float64)
-        solution: Array = inverse @ self.square.linear[kept]
-        if self.single:
-            return self._single_moves(gone, kept, inverse, solution)
-        flips = np.zeros(self.items)
-        place = np.full(self.labels.size, -1)
-        place[kept] = np.arange(kept.size)
-        outside, inside = np.flatnonzero(gone), np.flatnonzero(~gone)
-        flips[outside] = self._gains(outside, kept, inverse, solution)
-        swaps = np.empty((outside.size, inside.size))
-        for column, item in enumerate(inside.tolist()):
-            own = place[self.members[item]]
-            solved = np.linalg.solve(inverse[np.ix_(own, own)], inverse[own])
-            flips[item] = 0.5 * float(solution[own] @ np.linalg.solve(inverse[np.ix_(own, own)], solution[own]))
-            if not exchanges:
-                continue
-            rest = np.setdiff1d(np.arange(kept.size), own)
-            less = inverse[np.ix_(rest, rest)] - inverse[np.ix_(rest, own)] @ solved[:, rest]
-            moved = solution[rest] - solution[own] @ solved[:, rest]
-            swaps[:, column] = flips[item] + self._gains(outside, kept[rest], less, moved)
-        return flips, swaps
-
-    def _single_moves(self, gone: Mask, kept: Index, inverse: Array, solution: Array) -> tuple[Array, Array]:
-        out = np.flatnonzero(gone[self.labels])
-        cross = self.square.hessian[np.ix_(out, kept)]
-        mixed = cross @ inverse
-        bend = np.diag(self.square.hessian)[out] - (mixed * cross).sum(1)
-        force = self.square.linear[out] - cross @ solution
-        diagonal = np.diag(inverse)
-        drops = 0.5 * solution**2 / diagonal
-        after = (force[:, None] + mixed * (solution / diagonal)) ** 2
-        swaps = drops - 0.5 * after / np.maximum(bend[:, None] + mixed**2 / diagonal, 1e-14)
-        flips = np.zeros(self.items)
-        flips[self.labels[kept]] = drops
-        flips[self.labels[out]] = -0.5 * force**2 / np.maximum(bend, 1e-14)
-        # Items in rising order, as their weights need not be.
-        rows, columns = np.argsort(self.labels[out]), np.argsort(self.labels[kept])
-        return flips, swaps[np.ix_(rows, columns)]
-
-    def _gains(self, items: Index, kept: Index, inverse: Array, solution: Array) -> Array:
-        """What taking each of `items` back changes, none of it positive."""
-        found = np.empty(items.size)
-        for at, item in enumerate(items.tolist()):
-            own = self.members[item]
-            cross = self.square.hessian[np.ix_(own, kept)]
-            bend = self.square.hessian[np.ix_(own, own)] - cross @ inverse @ cross.T
-            force = self.square.linear[own] - cross @ solution
-            found[at] = -0.5 * float(force @ np.linalg.lstsq(bend, force, rcond=1e-12)[0])
-        return found
 
     def plane(self, fates: Fates, rows: OpenRows, state: Any, point: Array) -> Plane:
         """The perspective relaxation at shares that the rows leave."""

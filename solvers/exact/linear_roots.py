@@ -11,13 +11,15 @@ import numpy as np
 
 from solvers.arrays import Array, Mask, ProblemArrays
 from solvers.budget import Groups, LinearRows
+from solvers.exact.best_first import Incumbent
 from solvers.exact.completion import complete_square, hessian_root
 from solvers.exact.joint_square import Square, prepare
 from solvers.exact.linear_items import ItemObjective, JointItems, SelectionItems
-from solvers.exact.linear_start import find_incumbent
 from solvers.exact.linear_tree import LinearTreeResult, solve_linear_tree
 from solvers.exact.selection_start import unit_of
 from solvers.exact.selection_tree import solve_selection_tree
+from solvers.moves.item_problem import item_form
+from solvers.moves.item_search import find
 from solvers.problem import Objective, SelectionProblem
 from solvers.solution import Proposal
 from solvers.solver import Context
@@ -69,21 +71,7 @@ def local_optimum(problem: SelectionProblem, arrays: ProblemArrays, context: Con
         square = prepare(arrays.weights, arrays.factor, arrays.damping, arrays.gradient)
         items = joint_items(square, rows)
     budget = problem.budget.over_items
-    return rows.widen(find_incumbent(items, rows, budget, start, context.seed, context.deadline).pruned)
-
-
-def item_form(arrays: ProblemArrays, rows: LinearRows) -> tuple[Array, Array]:
-    """(Q, c) over the items."""
-    if not rows.grouped:
-        return arrays.selection_form
-    starts = np.argsort(rows.labels, kind="stable")
-    cuts = np.concatenate([[0], np.cumsum(np.bincount(rows.labels))[:-1]])
-    columns = (arrays.factor * arrays.weights)[:, starts]
-    summed = np.add.reduceat(columns, cuts, axis=1)
-    quadratic = summed.T @ summed
-    quadratic[np.diag_indices(rows.items)] += np.bincount(rows.labels, weights=arrays.damping * arrays.weights**2)
-    linear = np.bincount(rows.labels, weights=arrays.gradient * arrays.weights)
-    return quadratic, np.asarray(linear, dtype=np.float64)
+    return rows.widen(find(items, rows, budget, start, context.seed, context.deadline).gone)
 
 
 def joint_items(square: Square, rows: LinearRows) -> JointItems:
@@ -129,9 +117,9 @@ def _grown(
 ) -> LinearTreeResult:
     budget = problem.budget.over_items
     start = None if context.start is None else rows.narrow(context.start)
-    incumbent = find_incumbent(items, rows, budget, start, context.seed, context.deadline)
+    incumbent = find(items, rows, budget, start, context.seed, context.deadline)
     found = solve_linear_tree(
-        items, rows, lambda gone: not budget.violation(gone), incumbent, stays.above(incumbent.value),
+        items, rows, lambda gone: not budget.violation(gone), Incumbent(*incumbent), stays.above(incumbent.value),
         deadline=context.deadline, n_threads=n_threads, node_limit=node_limit,
     )  # fmt: skip
     return found._replace(bound=min(found.bound, items.value(found.gone)))

@@ -3,7 +3,7 @@
 A node decides what rows leave no choice about, is bounded by a plane (`solvers.exact.linear_items`) over the rows' dual
 (`solvers.exact.linear_kernels`), decides by reduced costs what would exceed the incumbent, and branches on the open
 item whose relaxed value and slope say least. Prices are handed down and bettered at every node. The search is
-`solvers.exact.best_first`, started from `solvers.exact.linear_start`.
+`solvers.exact.best_first`, started from `solvers.moves.item_search`.
 """
 
 from __future__ import annotations

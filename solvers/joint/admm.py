@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from solvers.budget import Groups, Knapsack
 from solvers.curvature import Kronecker
 from solvers.joint.support import METRICS, metric_of, search_problem
 from solvers.linalg import Apply, named
@@ -41,7 +43,8 @@ class AdmmSolver(Solver):
     summary = "alternating direction method with a growing penalty, then refit (ALPS family)"
     reference = "Meng et al., ALPS, NeurIPS 2024"
     capabilities = JOINT_PROBLEM | ANYTIME
-    budgets = RANKED
+    budgets = (*RANKED, Groups, Knapsack)
+    most_items = {Knapsack: 20_000}
 
     iterations: int = option(300, "iterations at most", minimum=1)
     penalty: float = option(0.1, "first ρ, in units of the metric", minimum=1e-12)
@@ -62,7 +65,7 @@ class AdmmSolver(Solver):
         search = _Alternation(problem, vectors, metric.to(dtype), linear)
         sparse = (metric * vectors.weights).to(dtype)
         if context.start is None:
-            pruned = problem.budget.cheapest(sparse.abs())
+            pruned = search.cheapest(sparse)
         else:
             pruned = vectors.of(context.start)
             sparse = sparse * ~pruned
@@ -91,6 +94,18 @@ class _Alternation:
             with named(block.name):
                 self._penalised.append(block.curvature.penalised(part))
 
+    def cheapest(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """What goes so that the least of ‖x‖² does: of groups, and where costs count, sums of squares are compared."""
+        budget = self.problem.budget
+        if isinstance(budget, RANKED):
+            return budget.cheapest(torch.abs(x, out=out))
+        squares = x.double().square()
+        if getattr(budget, "labels", None) is None:
+            return budget.cheapest(squares)
+        labels = torch.from_numpy(np.asarray(budget.labels)).to(x.device)  # type: ignore[attr-defined]
+        sums = squares.new_zeros(int(labels.max()) + 1).index_add_(0, labels, squares)
+        return budget.over_items.cheapest(sums)[labels]
+
     def smooth(self, penalty: float) -> Apply:
         """x ↦ (H̃ + ρI)⁻¹x."""
         inverses = []
@@ -108,14 +123,14 @@ class _Alternation:
         # Vectors are written where others were: fresh memory would cost as much as a tenth of the product.
         dual, signed, size = torch.zeros_like(sparse), sparse.clone(), torch.empty_like(sparse)
         settled, reason, used = pruned, Reason.ITERATION_LIMIT, 0
-        n_kept, cheapest = self.problem.n_kept, self.problem.budget.cheapest
+        n_kept = int((~pruned).sum())
         smooth = self.smooth(penalty)
         for used in range(1, iterations + 1):
             if deadline.expired():
                 reason = Reason.TIME_LIMIT
                 break
             target = smooth(torch.add(self.linear, signed, alpha=penalty, out=signed)).add_(dual)
-            pruned = cheapest(torch.abs(target, out=size))
+            pruned = self.cheapest(target, size)
             torch.mul(target, pruned, out=dual)
             sparse, growth = target, 1.0
             if used % STRIDE == 0:

@@ -9,7 +9,8 @@ and a swap changes the objective by cost − gain corrected for the interaction 
 (`solvers.moves.joint_swaps`, `solvers.joint.pool_search`). Small problems are held as a dense tableau, searched by
 descent from several starts and then by a tabu walk with kicks; layers row by row (`solvers.layer_rows`); other large
 ones by rounds of exact searches over pools of promising weights. Either way the result cannot be bettered by one swap,
-unless a limit stopped it earlier.
+unless a limit stopped it earlier. Groups that go whole, and weights that cost differently, are searched by items
+(`solvers.moves.item_search`): flips and exchanges that the budget allows, a tabu walk of them.
 
 Source: this package. In- and out-scores: Hassibi and Stork (NeurIPS 1993), Miller (*Subset Selection in
 Regression*); swaps for pruning: Yu et al. (*The Combinatorial Brain Surgeon*, ICML 2022), there for CBS-S.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import block_diag
 
-from solvers.budget import as_partition
+from solvers.budget import Groups, Knapsack, as_partition
 from solvers.errors import CapabilityError, SingularHessianError
 from solvers.joint.admm import AdmmSolver
 from solvers.joint.dense_search import DenseJoint, search
@@ -33,6 +34,7 @@ from solvers.joint.pool_search import pool_search
 from solvers.joint.row_search import settle_row
 from solvers.joint.support import search_problem
 from solvers.layer_rows import LayerRows, settle
+from solvers.moves.item_problem import MOST_ITEMS, search_items, tabu_walk
 from solvers.problem import Mask, Objective, SelectionProblem
 from solvers.registry import make_solver
 from solvers.running import run_backend, with_remaining_time
@@ -62,7 +64,8 @@ class JointLocalSearchSolver(Solver):
     capabilities = JOINT_PROBLEM | ANYTIME | {Capability.RANDOMISED}
 
     curvatures = KEPT_SYSTEMS
-    budgets = RANKED
+    budgets = (*RANKED, Groups, Knapsack)
+    most_items = {Groups: MOST_ITEMS, Knapsack: MOST_ITEMS}
     apart = True
     rows_beyond = 20_000
 
@@ -76,6 +79,8 @@ class JointLocalSearchSolver(Solver):
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
         """A one-swap local optimum of the joint objective, or the best mask when the time is up."""
+        if not isinstance(problem.budget, RANKED):
+            return search_items(problem, context, tabu_walk(self.iterations))
         first, notes = self._first_mask(problem, context)
         vectors, repairs = search_problem(problem)
         notes.extend(repair for repair in repairs if repair not in notes)

@@ -15,17 +15,28 @@ Compression*, NeurIPS 2022; Yu et al., *The Combinatorial Brain Surgeon*, ICML 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from solvers.budget import Groups
+from solvers.budget import Groups, Knapsack, LinearRows
 from solvers.joint.elimination import EliminationPlan, eliminate
 from solvers.joint.group_elimination import eliminate_groups
 from solvers.joint.kept import KEPT_SYSTEMS
 from solvers.joint.row_elimination import eliminate_rows
 from solvers.layer_rows import LayerRows
-from solvers.problem import SelectionProblem
+from solvers.moves.item_moves import ItemMoves
+from solvers.moves.item_problem import MOST_ITEMS, search_items
+from solvers.moves.item_search import Found, greedy
+from solvers.problem import Mask, SelectionProblem
 from solvers.solution import Proposal, Reason
 from solvers.solver import JOINT_PROBLEM, RANKED, Capability, Context, Solver, option
+
+
+def _cheapest_first(moves: ItemMoves, rows: LinearRows, starts: Sequence[Mask], context: Context) -> Found:
+    """Items go one by one, the cheapest for what it brings nearer to the limit; else by what they cost alone."""
+    gone = greedy(moves, rows)
+    gone = starts[0] if gone is None else gone
+    return Found(gone, moves.value(gone))
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class OptimalBrainSurgeonSolver(Solver):
     capabilities = JOINT_PROBLEM | {Capability.TIME_LIMIT}
 
     curvatures = KEPT_SYSTEMS
-    budgets = (*RANKED, Groups)
+    budgets = (*RANKED, Groups, Knapsack)
+    most_items = {Knapsack: MOST_ITEMS}
     apart = True
     rows_beyond = 0
 
@@ -55,6 +67,8 @@ class OptimalBrainSurgeonSolver(Solver):
         if isinstance(problem.budget, Groups):
             pruned, completed = eliminate_groups(problem, context.deadline)
             return Proposal(pruned, reason=Reason.COMPLETED if completed else Reason.TIME_LIMIT)
+        if isinstance(problem.budget, Knapsack):
+            return search_items(problem, context, _cheapest_first)
         layers = None if self.frozen_zeros else LayerRows.of(problem, invertible=True)
         if layers is not None:
             pruned, completed = eliminate_rows(layers, context.deadline)

@@ -8,15 +8,19 @@ not depend on the scale of the loss. (Kirkpatrick, Gelatt and Vecchi, Science 19
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+from solvers.budget import LinearRows
 from solvers.local_search.state import SwapState
 from solvers.local_search.swap_search import TableSearch
 from solvers.local_search.working_set import WorkingSet
-from solvers.moves import selection_swaps
+from solvers.moves import item_search, selection_swaps
+from solvers.moves.item_moves import ItemMoves, SelectionMoves
+from solvers.moves.item_search import Found
 from solvers.problem import Mask
 from solvers.solver import Context, option
 
@@ -42,6 +46,13 @@ class AnnealingSolver(TableSearch):
     def rounds(self, whole: bool) -> int:
         """One schedule on the whole problem, or a few on parts."""
         return 1 if whole else _ROUNDS
+
+    def walk(self, moves: ItemMoves, rows: LinearRows, starts: Sequence[Mask], context: Context) -> Found:
+        """The same schedule by items."""
+        assert isinstance(moves, SelectionMoves)
+        return item_search.anneal(
+            moves, rows, starts, self.sweeps, self.hot, self.cooling, context.rng(), context.deadline
+        )
 
     def explore(
         self, piece: WorkingSet, state: SwapState, number: int, rng: np.random.Generator, context: Context

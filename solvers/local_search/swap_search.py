@@ -7,16 +7,21 @@ the smallest β of the current mask, searches their table, and carries the best 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
 from solvers.arrays import Index
+from solvers.budget import Knapsack, LinearRows
 from solvers.local_search.descent import descend
 from solvers.local_search.state import SwapState
 from solvers.local_search.working_set import DENSE_LIMIT, WorkingSet, promising
-from solvers.moves import selection_swaps
+from solvers.moves import item_search, selection_swaps
+from solvers.moves.item_moves import ItemMoves
+from solvers.moves.item_problem import MOST_ITEMS, search_items
+from solvers.moves.item_search import Found
 from solvers.problem import Array, Mask, SelectionProblem
 from solvers.registry import make_solver
 from solvers.solution import Proposal, Reason
@@ -39,16 +44,23 @@ class SwapSearch(Solver):
     """A search from one mask; the same seed gives the same mask unless the time limit cuts it short."""
 
     capabilities = SELECTION_PROBLEM | ANYTIME | {Capability.RANDOMISED, Capability.CALIBRATION}
-    budgets = RANKED
+    budgets = (*RANKED, Knapsack)
+    most_items = {Knapsack: MOST_ITEMS}
     apart = True
 
     start: Start = start_option("obd")
 
     def run(self, problem: SelectionProblem, context: Context) -> Proposal:
-        """Start, search."""
+        """Start, search; by items where weights cost differently."""
+        if isinstance(problem.budget, Knapsack):
+            return search_items(problem, context, self.walk)
         state = SwapState(problem, self.first_mask(problem, context))
         context.record(state.value)
         return self.search(state, context)
+
+    def walk(self, moves: ItemMoves, rows: LinearRows, starts: Sequence[Mask], context: Context) -> Found:
+        """The search by items."""
+        return item_search.search(moves, rows, starts, 0, context.rng(), context.deadline)
 
     def first_mask(self, problem: SelectionProblem, context: Context) -> Mask:
         """The mask to start from."""

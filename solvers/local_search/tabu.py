@@ -9,15 +9,19 @@ constrained binary quadratic problems Palubeckis 2007 and Wu and Hao 2013.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from solvers.arrays import Index
+from solvers.budget import LinearRows
 from solvers.local_search.state import SwapState
 from solvers.local_search.swap_search import TableSearch
 from solvers.local_search.working_set import WorkingSet, promising
-from solvers.moves import kicks, selection_swaps
+from solvers.moves import item_search, kicks, selection_swaps
+from solvers.moves.item_moves import ItemMoves
+from solvers.moves.item_search import Found
 from solvers.problem import Array, Mask
 from solvers.solver import Context, option
 
@@ -50,6 +54,10 @@ class TabuSolver(TableSearch):
         """The most promising part; where that gave nothing, a random part of a wider choice."""
         wide = promising(state, forces, size * (1 + idle))
         return wide if idle == 0 else np.sort(rng.permutation(wide)[:size])
+
+    def walk(self, moves: ItemMoves, rows: LinearRows, starts: Sequence[Mask], context: Context) -> Found:
+        """Tabu moves by items."""
+        return item_search.search(moves, rows, starts, self.iterations, context.rng(), context.deadline)
 
     def explore(
         self, piece: WorkingSet, state: SwapState, number: int, rng: np.random.Generator, context: Context

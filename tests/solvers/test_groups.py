@@ -152,8 +152,10 @@ def test_starts_and_calibration_losses_speak_of_weights() -> None:
 
 
 def test_what_cannot_take_groups_names_what_can() -> None:
-    for name in ("admm", "best_swap"):
-        with pytest.raises(CapabilityError, match=r"these do: branch_bound, brute_force, .*\bobs\b"):
+    for name in ("sweep", "best_swap"):
+        with pytest.raises(
+            CapabilityError, match=r"these do: admm, branch_bound, brute_force, .*\bjoint_ls\b.*\bobs\b"
+        ):
             solvers.solve(labelled(0, "joint", CURVATURES[0]), name)
     notes = solvers.solve(labelled(0, "joint", CURVATURES[0]), "obd").repairs
     assert any("chosen by the selection objective" in note for note in notes)

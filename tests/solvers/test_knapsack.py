@@ -141,7 +141,7 @@ def test_other_solvers_get_counts_of_weights_that_cost_alike() -> None:
         solvers.solve(problem, "best_swap", allocation="rows")
     uneven = problem.with_budget(Knapsack(np.arange(30.0), 200.0))
     with pytest.raises(CapabilityError, match="takes costs itself"):
-        solvers.solve(uneven, "best_swap")
+        solvers.solve(uneven, "rmp")
     with pytest.raises(CapabilityError, match=r"these do: .*branch_bound.*brute_force.*magnitude.*obd"):
         solvers.solve(problem.with_objective("joint"), "iht")
 
