@@ -11,7 +11,7 @@ import typer
 from cbs_opt.cli.shell import wide_console
 from experiments.commands.grouping import grouped
 from experiments.networks.load import Source
-from experiments.reports.instances import instances_table
+from experiments.reports.instances import instances_markdown, instances_table
 from experiments.runs.instances import FAMILIES, ProofOptions, cut_instances, export_instances, improve, matching
 from solvers import load_instance
 from solvers.instances import FOLDER, read_instances
@@ -65,9 +65,13 @@ def export(
 @app.command("list")
 def listing(
     pattern: Annotated[str, typer.Argument(help="Names, as file names match: 'mlpnet-*-joint-*'.")] = "*",
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/measured/instances.md has it.")] = False,
     folder: Folder = FOLDER,
 ) -> None:
     """Show instances with the best value known, the gap, and who proved it."""
     some = [one for one in read_instances(folder).values() if fnmatchcase(one.name, pattern)]
+    if markdown:
+        _say(instances_markdown(some).rstrip())
+        return
     console.print(instances_table(some))
     _say(f"{len(some)} instances, {sum(one.proven for one in some)} of them proven")

@@ -36,7 +36,19 @@ def instances_table(instances: Iterable[Instance]) -> Table:
 
 
 def instances_markdown(instances: Iterable[Instance]) -> str:
-    """The same as a Markdown table."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(cell(one) for cell in _COLUMNS.values()) + " |" for one in instances]
+    """A Markdown table of them, a line for each block and objective."""
+    shares: dict[tuple[str, str], list[Instance]] = {}
+    for one in instances:
+        shares.setdefault((one.block, one.objective), []).append(one)
+    most = max(map(len, shares.values()), default=0)
+    lines = ["| block | objective |" + " removed: best value, proof |" * most, "|" + " --- |" * (2 + most)]
+    for (block, objective), some in shares.items():
+        cells = [f"{one.n_prune}: {one.best:.10g}, {_proof(one)}" for one in some]
+        lines.append(f"| {' | '.join([block, objective, *cells])} |")
     return "\n".join(lines) + "\n"
+
+
+def _proof(one: Instance) -> str:
+    if one.bounded is None:
+        return "no bound"
+    return f"{one.bounded.seconds:.3g} s" if one.proven else f"**gap {percent(one.gap)}**"

@@ -52,7 +52,7 @@ FAMILIES = {
     "mlpnet": ("mlpnet-mnist", 2000),
     "cifarnet": ("cifarnet-cifar10", 1000),
     "resnet20": ("resnet20-cifar10", 1000),
-    "smollm2": ("smollm2-wikitext2", 32),
+    "smollm2": ("smollm2-wikitext2", 8),
 }
 
 

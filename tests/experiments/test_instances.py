@@ -12,7 +12,7 @@ from cbs_opt.cli.shell import run_app
 from experiments.commands.instances import app
 from experiments.runs import instances as runs
 from experiments.runs.instances import scale_of
-from solvers import Instance, load_block, load_instance
+from solvers import Instance, available_instances, load_block, load_instance
 from solvers.instances import BLOCKS, read_instances
 from solvers.storage import block_digest
 
@@ -79,6 +79,13 @@ def test_instances_are_exported_with_what_is_known(tmp_path: Path, suffix: str) 
         assert float(row["best"]) == one.best and 500.0 <= float(row["best_in_file"]) <= 1024.0
         assert float(row["scale"]) * one.best == float(row["best_in_file"]) and row["proven"] == str(one.proven)
         assert f"times {float(row['scale'])!r}" in (out / row["file"]).read_text()
+
+
+def test_the_table_of_the_documents_is_that_of_the_records(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "measured" / "instances.md").read_text()
+    assert run("list", "--markdown") == 0
+    assert text[text.index("| block") :] == capsys.readouterr().out
+    assert text.count("\n| ") == 2 + len(available_instances()) // 3
 
 
 def test_scales_are_powers_of_two() -> None:
