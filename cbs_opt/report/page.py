@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Most pixels of a side of a picture of a mask, and most layers that get one.
 _PIXELS, _PICTURES = 96, 60
+#: Most lines of a plot that are named below it.
+_NAMED = 16
 _STYLE = """
 .cbs{--ink:#1b1f24;--soft:#59636e;--line:#d5dbe1;--back:#fff;--fill:#2f6fb2;--pale:#dce8f4;--warn:#9a5b00;
 font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:76rem;margin:0 auto;padding:1rem}
@@ -39,8 +41,13 @@ font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-w
 .cbs svg{width:100%;max-width:44rem;height:auto;color:var(--ink)}.cbs svg text{fill:var(--soft);font-size:11px}
 .cbs .masks{display:flex;flex-wrap:wrap;gap:.8rem}.cbs figure{margin:0;max-width:9rem}
 .cbs figcaption{font-size:.8rem;overflow-wrap:anywhere;color:var(--soft)}
-.cbs img{image-rendering:pixelated;width:8rem;border:1px solid var(--line)}
-.cbs pre{overflow-x:auto;background:var(--pale);padding:.6rem;border-radius:.4rem}
+.cbs img{image-rendering:pixelated;border:1px solid var(--line)}
+.cbs .key span{display:inline-block;margin-right:1.2rem;font-size:.85rem;color:var(--soft)}
+.cbs .key i{display:inline-block;width:1.2rem;height:.2rem;margin-right:.4rem;vertical-align:middle}
+.cbs summary{cursor:pointer}
+.cbs pre{overflow-x:auto;background:var(--pale);padding:.6rem;border-radius:.4rem;font-size:.85rem}
+@media (max-width:40rem){.cbs .kind{display:none}.cbs .bar{width:2.5rem}.cbs svg text{font-size:19px}
+.cbs th,.cbs td{padding:.2rem .35rem}.cbs th{white-space:normal}}
 """
 
 
@@ -95,7 +102,7 @@ def fragment(
     parts += ["<h2>In full</h2>", *(f'<p class="soft">{escape(line)}</p>' for line in report.lines())]
     if settings:
         text = json.dumps({key: value for key, value in settings.items() if value is not None}, indent=1)
-        parts += ["<h2>Settings</h2>", f"<pre>{escape(text)}</pre>"]
+        parts += ["<h2>Settings</h2>", f"<details><summary>As JSON</summary><pre>{escape(text)}</pre></details>"]
         parts.append("<p class='soft'>By the names of cbs_opt.prune's arguments; where cbs-opt wrote this folder, "
                      "<code>cbs-opt prune --config prune.toml --output-dir DIR</code> repeats it.</p>")  # fmt: skip
     return f'<div class="cbs">{"".join(parts)}</div>'
@@ -137,14 +144,15 @@ def _layers(report: PruneReport) -> str:
     headings = ["layer", "kind", "shape", "weights", "kept", "norm kept"]
     headings += ["predicted loss change"] if any(math.isfinite(row.share) for row in report.layers) else []
     headings += [f"{report.sensitivity.measure} of it alone"] if report.sensitivity is not None else []
-    head = "".join(f"<th{' class=text' if i in (1, 2) else ''}>{escape(name)}</th>" for i, name in enumerate(headings))
+    kinds = [' class="text kind"' if name in ("kind", "shape") else "" for name in headings]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, headings, strict=True))
     largest = max((abs(row.share) for row in report.layers if math.isfinite(row.share)), default=0.0)
     most = max(alone.values(), default=0.0)
     rows = []
     for row in report.layers:
         cells = [
-            f"<td>{escape(row.name)}</td><td class=text>{escape(row.kind)}</td>",
-            f"<td class=text>{' × '.join(map(str, row.shape))}</td><td>{row.n:,}</td>",
+            f'<td>{escape(row.name)}</td><td class="text kind">{escape(row.kind)}</td>',
+            f'<td class="text kind">{" × ".join(map(str, row.shape))}</td><td>{row.n:,}</td>',
             f"<td>{row.n_kept / row.n:.1%}{_bar(row.n_kept / row.n)}</td>",
             _norm_cell(row),
         ]
@@ -202,28 +210,30 @@ def _path(stages: Sequence[StageRecord]) -> str:
 
 
 def _plot(lines: Iterable[tuple[str, Sequence[float], Sequence[float]]], across: str, up: str) -> str:
-    """Lines over one another; each names itself when pointed at."""
+    """Lines over one another, the first of them named below; each names itself when pointed at."""
     drawn = [(n, [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]) for n, xs, ys in lines]
     points = [point for _, line in drawn for point in line]
     if not points:
         return "<p>No finite value.</p>"
     (x0, x1), (y0, y1) = ((min(side), max(side)) for side in zip(*points, strict=True))
     dx, dy = (x1 - x0) or 1.0, (y1 - y0) or 1.0
-    paths = []
+    paths, names = [], []
     for number, (name, line) in enumerate(drawn):
         where = " ".join(f"{60 + 560 * (x - x0) / dx:.1f},{230 - 210 * (y - y0) / dy:.1f}" for x, y in line)
-        hue = 205 + 137 * number
+        colour = f"hsl({(205 + 137 * number) % 360} 55% 52%)"
         paths.append(
-            f'<polyline points="{where}" fill="none" stroke="hsl({hue % 360} 55% 52%)" stroke-width="1.6">'
+            f'<polyline points="{where}" fill="none" stroke="{colour}" stroke-width="1.6">'
             f"<title>{escape(name)}</title></polyline>"
         )
+        names.append(f'<span><i style="background:{colour}"></i>{escape(name)}</span>')
+    more = f"<span>and {len(names) - _NAMED} more</span>" if len(names) > _NAMED else ""
     return (
         f'<svg viewBox="0 0 640 270" role="img" aria-label="{escape(up)} by {escape(across)}">'
         '<path d="M60 15V230H625" fill="none" stroke="currentColor" stroke-width="1"/>'
         f'<text x="54" y="24" text-anchor="end">{y1:.3g}</text><text x="54" y="232" text-anchor="end">{y0:.3g}</text>'
         f'<text x="60" y="246">{x0:.3g}</text><text x="620" y="246" text-anchor="end">{x1:.3g}</text>'
         f'<text x="340" y="262" text-anchor="middle">{escape(across)}</text><text x="66" y="12">{escape(up)}</text>'
-        f"{''.join(paths)}</svg>"
+        f'{"".join(paths)}</svg><p class="key">{"".join(names[:_NAMED])}{more}</p>'
     )
 
 
@@ -238,9 +248,11 @@ def _pictures(masks: Mapping[str, Tensor]) -> str:
         buffer = io.BytesIO()
         Image.fromarray((255 * _thinned(_thinned(flat.astype(np.float64)).T).T).astype(np.uint8)).save(buffer, "PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
-        size = " × ".join(map(str, flat.shape))
+        size, (down, across) = " × ".join(map(str, flat.shape)), flat.shape
+        width = max(1.0, 9.0 * min(1.0, across / down))
         figures.append(
-            f'<figure><img alt="mask of {escape(name)}" src="data:image/png;base64,{data}">'
+            f'<figure><img alt="mask of {escape(name)}" style="width:{width:.1f}rem" '
+            f'src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(name)}, {size}</figcaption></figure>"
         )
     more = f"<p class=soft>The first {_PICTURES} of {len(masks)}.</p>" if len(masks) > len(shown) else ""

@@ -86,7 +86,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def select(self, index: torch.Tensor) -> Curvature:
-        """The curvature of the weights `index` (m,) alone, H[index][:, index], of a kind that is cheap for it."""
+        """The curvature of the weights `index` (m,) alone, ``H[index][:, index]``, of a kind that is cheap for it."""
 
     @abstractmethod
     def digest_arrays(self) -> tuple[torch.Tensor, ...]:
@@ -132,7 +132,7 @@ class Curvature(ABC):
         return self.multiply(unit)
 
     def submatrix(self, rows: Index, columns: Index) -> torch.Tensor:
-        """H[rows][:, columns], float64 (m, k)."""
+        """``H[rows][:, columns]``, float64 (m, k)."""
         first, second = self.index_of(rows), self.index_of(columns)
         left = self.factor_columns(first).double()
         product = left.T @ (left if columns is rows else self.factor_columns(second).double())

@@ -97,3 +97,5 @@ def test_sensitivity_is_drawn_and_set_beside_the_layers() -> None:
     report = cbs_opt.prune(model, data, F.cross_entropy, sparsity=0.5, **options).report
     text = report._repr_html_()
     assert text.count("<polyline") == 3 and "of it alone" in read(text)
+    key = read(text.split('<p class="key">')[1].split("</p>")[0])
+    assert key.split() == [row.name for row in report.layers]
