@@ -89,8 +89,13 @@ def _check_one_shot(choice: Choice, fisher: FisherOptions, need: Extent) -> None
 
 def _check_stages(choice: Choice, fisher: FisherOptions, stages: StageOptions) -> None:
     """What stages decide themselves or do not support."""
-    if choice.budget is not None:
-        raise OptionError(f"stages remove numbers of weights, not {str(choice.budget)!r}; use sparsity, or one stage")
+    if choice.costs is not None and choice.costs.groups not in (None, "channels"):
+        raise OptionError(
+            f"budget={str(choice.budget)!r} prices {choice.costs.groups} by what a smaller network lacks, which "
+            "changes with every one that goes; use one stage, or groups='channels'"
+        )
+    if choice.shared is not None and choice.budget is not None:
+        raise OptionError(f"stages share out budget={str(choice.budget)!r} themselves; leave allocation out")
     if choice.update is not Update.COMBINATORIAL:
         raise OptionError(f"stages refit the kept weights: update must be 'combinatorial', not {choice.update.value!r}")
     if choice.update_scale != 1.0:

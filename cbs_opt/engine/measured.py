@@ -12,17 +12,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cbs_opt.data.stream import BatchStream
 from cbs_opt.engine.choice import Choice, Extent
 from cbs_opt.engine.floors import Floors
+from cbs_opt.engine.limits import costs_of
 from cbs_opt.engine.outcome import ModelFigures, Outcome, conclude
 from cbs_opt.engine.tuned import fine_tuned
 from cbs_opt.engine.update import Update, Updated, own_update, scaled, update_weights
 from cbs_opt.engine.workspace import Workspace
-from cbs_opt.measure.costs import SAMPLES, CostBudget, Costs, Split
+from cbs_opt.measure.costs import CostBudget, Costs, Split
 from cbs_opt.measure.fisher import FisherBlocks, FisherOptions, build_blocks, weight_blocks
 from cbs_opt.measure.gradients import GradientSample, Progress
-from cbs_opt.measure.layer_inputs import Streamed
 from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.norms import contributions
 from cbs_opt.report.records import StageRecord
@@ -32,7 +31,6 @@ from cbs_opt.report.warnings import (
     gradient_warnings,
 )
 from cbs_opt.structured.coupled import CoupledCosts, settled
-from cbs_opt.structured.head_costs import HeadCosts
 from solvers import Budget, Capability, Knapsack, Objective, SelectionProblem, Solution, solve
 from solvers.arrays import Array, Mask
 from solvers.baselines.obd import diagonal_saliency
@@ -186,18 +184,7 @@ class Measured:
         if choice.costs is None:
             return None
         if choice.costs not in self._costs:
-            workspace, place = self.workspace, self.workspace.setup.place
-            size = min(SAMPLES, workspace.data.n)
-            inputs, targets = workspace.data.batch(slice(0, size), place)
-            stream = BatchStream(workspace.data)
-            streamed = Streamed(workspace.model.to(place), self.layers, stream, workspace.forward, place)
-            batch = (inputs, targets, size)
-            costs = Costs.of(choice.costs, streamed, batch)
-            if choice.costs.groups == "coupled":
-                costs = CoupledCosts.priced(costs, streamed, batch)
-            elif choice.costs.groups == "heads":
-                costs = HeadCosts.priced(costs, streamed.model, self.layers)
-            self._costs[choice.costs] = costs
+            self._costs[choice.costs] = costs_of(self.workspace, choice.costs)
         return self._costs[choice.costs]
 
     @in_plain_state

@@ -133,7 +133,9 @@ def carry_out(
     weights = np.where(state.pruned, 0.0, state.weights.cpu().numpy())
     n_blocks = len(contiguous_partition(workspace.layers, fisher.spec).sizes)
     model = ModelFigures.of(Extent.CURVATURE, fisher, workspace.data, n_blocks)
-    outcome = Outcome(state.pruned, weights, records, model, stages=plan.stages, finetune=found.finetune)
+    outcome = Outcome(
+        state.pruned, weights, records, model, stages=plan.stages, costs=found.costs, finetune=found.finetune
+    )
     return conclude(workspace, choice, outcome, own=True, progress=progress)
 
 

@@ -20,6 +20,8 @@ Far from w the quadratic model is wrong, so the way to a high sparsity is cut in
 
 The loss is the one given, or that mixed with the distance from the dense network's outputs (`data.distillation`).
 
+A budget of costs, of groups or of n:m is tightened from stage to stage (`limits`); its masks only grow.
+
 Where the plan says so a stage is followed by training under its mask (`tuning`), which ends in the best state it saw.
 
 A polishing stage is the same at the final sparsity: it refits, and swaps where it pays, and is undone if the loss does
@@ -33,10 +35,9 @@ Alistarh, NeurIPS 2020 (gradual Fisher pruning); Marquardt, 1963 (damping).
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,9 +49,11 @@ from cbs_opt.engine.choice import Choice
 from cbs_opt.engine.damped_refits import DampedRefits
 from cbs_opt.engine.floors import Floors
 from cbs_opt.engine.journal import Journal, StageState
-from cbs_opt.engine.plan import Plan, Prune, Train
+from cbs_opt.engine.limits import Limits
+from cbs_opt.engine.plan import Plan, Polish, Prune, Train
 from cbs_opt.engine.stage_model import StageModel
 from cbs_opt.engine.stage_options import LEAST_BATCH
+from cbs_opt.engine.stage_parts import Chosen, Clock, Step
 from cbs_opt.engine.stage_samples import SOLVER, StageSamples, derived_seed
 from cbs_opt.engine.step_search import DAMPING_RATIO, search_step
 from cbs_opt.engine.trained_stage import record_of, rest_of, train_stage
@@ -62,7 +65,7 @@ from cbs_opt.measure.gradients import Progress
 from cbs_opt.network.batch_norm import reestimate, restore_statistics, statistics_of
 from cbs_opt.report.records import FineTuneRecord, StageRecord
 from cbs_opt.report.warnings import gradient_warnings
-from solvers import Capability, Solution, solve
+from solvers import Budget, Capability, solve
 from solvers.arrays import Array, Mask
 from solvers.files import holding
 
@@ -83,12 +86,15 @@ class StagedRun:
         Stages that were read and not run.
     finetune : FineTuneRecord, optional
         Of all training between them.
+    costs : mapping of str to float
+        Under a budget of costs, what stays.
     """
 
     state: StageState
     records: tuple[StageRecord, ...]
     n_resumed: int
     finetune: FineTuneRecord | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 def run_stages(
@@ -136,7 +142,8 @@ def run_stages(
     with holding(journal) if journal is not None else nullcontext():
         tuning = None if plan.finetune is None else Tuning(workspace, plan.finetune)
         held = None if tuning is None else tuning.batches.held_index
-        stager = _Stager(choice, StageSamples(workspace, plan.stages, teacher, held), tuning is not None)
+        samples, limits = StageSamples(workspace, plan.stages, teacher, held), Limits.of(choice, workspace)
+        stager = _Stager(choice, samples, tuning is not None, limits)
         state = start if start is not None else stager.initial_state()
         book = None if journal is None else Journal(journal, stager.fingerprint(plan, state))
         records: list[StageRecord] = []
@@ -155,7 +162,10 @@ def run_stages(
             else:
                 n_kept = step.n_kept if isinstance(step, Prune) else state.n_kept
                 left = sum(not isinstance(other, Train) for other in plan.steps[position + 1 :])
-                state, record = stager.stage(state, n_kept, may_swap=left >= plan.stages.settle)
+                budget = None
+                if limits is not None:
+                    budget = limits.among(~state.pruned, limits.n_kept if isinstance(step, Polish) else n_kept)
+                state, record = stager.stage(state, n_kept, may_swap=left >= plan.stages.settle, budget=budget)
             records.append(record)
             if book is not None:
                 book.append(state, record)
@@ -163,19 +173,21 @@ def run_stages(
             if progress is not None:
                 progress(record, state)
         trained = None if tuning is None else record_of(tuning, records)
-        return StagedRun(state, tuple(records), resumed, trained)
+        costs = {} if limits is None else limits.summary(state.pruned)
+        return StagedRun(state, tuple(records), resumed, trained, costs)
 
 
 class _Stager:
     """The parts of a stage; see the module's docstring."""
 
-    def __init__(self, choice: Choice, samples: StageSamples, trains: bool) -> None:
+    def __init__(self, choice: Choice, samples: StageSamples, trains: bool, limits: Limits | None) -> None:
         self.samples, self.choice, self.solver = samples, choice, choice.solver
         self.model, self.layers = samples.model, samples.layers
         self.options, self.fisher = samples.options, samples.fisher
         self.seed = samples.seed if choice.seed is None else choice.seed
         self.objective = choice.goal(staged=True)
         self.floors = Floors.of(choice, self.layers)
+        self.limits = limits
         self.partition = contiguous_partition(self.layers, self.fisher.spec)
         # What of the network changes beside the prunable weights.
         self._rest = partial(rest_of, self.layers) if trains else statistics_of
@@ -206,6 +218,7 @@ class _Stager:
         trained = {} if plan.finetune is None else {"finetune": plan.finetune.describe()}
         return {
             **trained,
+            **({} if self.limits is None else {"budget": str(self.choice.budget)}),
             "n_kept": str(counts[-1] if counts else state.n_kept),
             "solver": self.solver.spec,
             "objective": self.objective.value,
@@ -220,19 +233,24 @@ class _Stager:
 
     # -- a stage ------------------------------------------------------------------------------------------------------
 
-    def stage(self, state: StageState, n_kept: int, *, may_swap: bool) -> tuple[StageState, StageRecord]:
-        """Advance a state, which the network holds."""
+    def stage(
+        self, state: StageState, n_kept: int, *, may_swap: bool, budget: Budget | None = None
+    ) -> tuple[StageState, StageRecord]:
+        """Advance a state, which the network holds; `budget` is asked of the weights still there, if not a number."""
         number = state.number + 1
         self.samples.evaluations = 0
-        clock = _Clock()
+        clock = Clock()
         sample = self.samples.gradients(number)
         seconds_gradients = clock.lap()
         pruning = n_kept < state.n_kept
+        if budget is not None:
+            # Masks grow: what is gone stays gone, and nothing is swapped.
+            may_swap, pruning = False, bool(budget.violation(np.zeros(state.n_kept, dtype=bool)))
         model = StageModel(self.partition, sample, state.weights.numpy())
-        chosen = [_Chosen(state.pruned)]
+        chosen = [Chosen(state.pruned)]
         seconds_solve = 0.0
         if pruning or (self.options.regrow > 0 and may_swap and state.pruned.any()):
-            chosen = [self._choose(model, state, n_kept, may_swap, way) for way in self._ways(pruning)]
+            chosen = [self._choose(model, state, n_kept, may_swap, way, budget) for way in self._ways(pruning)]
             seconds_solve = clock.lap()
         loss_before = self.samples.loss(model.weights)
         best, outcome = self._update(model, state, chosen, None if pruning else loss_before)
@@ -247,8 +265,8 @@ class _Stager:
         record = StageRecord(
             stage=number,
             kind="prune" if pruning else "polish",
-            n_kept=n_kept,
-            sparsity=1.0 - n_kept / self.layers.n,
+            n_kept=new.n_kept,
+            sparsity=1.0 - new.n_kept / self.layers.n,
             loss_gradients=sample.loss,
             loss_before=loss_before,
             loss_masked=outcome.masked,
@@ -289,18 +307,27 @@ class _Stager:
         # Without the gradient no weight that is gone would come back.
         return (True, False) if pruning and not self.fisher.first_order else (True,)
 
-    def _choose(self, model: StageModel, state: StageState, n_kept: int, regrow: bool, first_order: bool) -> _Chosen:
+    def _choose(
+        self,
+        model: StageModel,
+        state: StageState,
+        n_kept: int,
+        regrow: bool,
+        first_order: bool,
+        asked: Budget | None = None,
+    ) -> Chosen:
         """Which weights go."""
         active = ~state.pruned
         if regrow and self.options.regrow > 0:
             active |= model.most_wanted(state.pruned, int(self.options.regrow * n_kept))
-        problem, index = model.problem(active, int(active.sum()) - n_kept, self.fisher.ridge)
-        budget = self.floors.among(active).budget(problem.n_prune)
+        n_prune = int(active.sum()) - n_kept if asked is None else 0
+        problem, index = model.problem(active, n_prune, self.fisher.ridge)
+        budget = self.floors.among(active).budget(n_prune) if asked is None else asked
         problem = problem.with_objective(self.objective).with_budget(budget)
         if not first_order:
             problem = problem.without_gradient()
         start = None
-        if n_kept == state.n_kept and Capability.WARM_START in self.solver.capabilities:
+        if asked is None and n_kept == state.n_kept and Capability.WARM_START in self.solver.capabilities:
             # A state of another run may know no floors.
             start = None if budget.violation(state.pruned[index]) else state.pruned[index]
 
@@ -320,11 +347,11 @@ class _Stager:
         )
         pruned = np.ones(self.layers.n, dtype=bool)
         pruned[index[~solution.pruned]] = False
-        return _Chosen(pruned, solution, first_order)
+        return Chosen(pruned, solution, first_order)
 
     def _update(
-        self, model: StageModel, state: StageState, chosen: list[_Chosen], bar: float | None
-    ) -> tuple[_Chosen, _Step]:
+        self, model: StageModel, state: StageState, chosen: list[Chosen], bar: float | None
+    ) -> tuple[Chosen, Step]:
         """The best refit of any of the masks; `bar` is the loss that a polishing step must beat."""
         tried = [(choice, self._step(model, choice.pruned, bar, state)) for choice in chosen]
         best, outcome = min(tried, key=lambda pair: pair[1].loss)
@@ -334,7 +361,7 @@ class _Stager:
             outcome = self._step(model, best.pruned, bar, state)
         return best, outcome
 
-    def _step(self, model: StageModel, pruned: Mask, loss_now: float | None, state: StageState) -> _Step:
+    def _step(self, model: StageModel, pruned: Mask, loss_now: float | None, state: StageState) -> Step:
         """The refit of a mask, searched; `loss_now` is the loss that a polishing step must beat."""
         damping = state.damping
         # Removed weights that are not zero yet still push the kept ones; all others play no role.
@@ -354,42 +381,9 @@ class _Stager:
         found = search_step(start, step, self.samples.loss, self.options, previous)
         searched = self.options.search_damping or self.options.search_step
         if found.loss < (masked if loss_now is None else loss_now) or not searched:
-            return _Step(found.weights, damping * found.ratio, found.length, found.loss, masked, found.momentum)
+            return Step(found.weights, damping * found.ratio, found.length, found.loss, masked, found.momentum)
         if loss_now is None:
             # The damage just done leaves the next stage more to gain, so its search starts where this one did.
-            return _Step(start, damping, 0.0, masked, masked)
+            return Step(start, damping, 0.0, masked, masked)
         raised = damping * (DAMPING_RATIO if self.options.search_damping else 1.0)
-        return _Step(model.weights, raised, 0.0, loss_now, masked)
-
-
-@dataclass(frozen=True, eq=False)
-class _Chosen:
-    """Removed weights (n,), what the solver found where it was asked, whether it saw the gradient."""
-
-    pruned: Mask
-    solution: Solution | None = None
-    first_order: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """New weights, λ for the next stage, length (0 = rejected), loss, loss under the mask alone, momentum."""
-
-    weights: Array
-    damping: float
-    length: float
-    loss: float
-    masked: float
-    momentum: float = 0.0
-
-
-class _Clock:
-    """Wall time since the last lap."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
+        return Step(model.weights, raised, 0.0, loss_now, masked)

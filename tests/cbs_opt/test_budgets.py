@@ -219,7 +219,7 @@ class Unused(nn.Module):
         ({"budget": "flops:0.5:layers"}, OptionError, "are 'channels', 'coupled', 'heads', or left out, not 'layers'"),
         ({"budget": "flops:0.5:channels", "min_kept": 2}, OptionError, "floors are of single weights"),
         ({"budget": "flops:0.5:channels", "curvature": "kfac"}, OptionError, "takes curvature='fisher'"),
-        ({"budget": "flops:0.5:channels", "solver": "admm"}, CapabilityError, "these do: .*obd"),
+        ({"budget": "flops:0.5:channels", "solver": "iht"}, CapabilityError, "these do: .*obd"),
         ({"budget": 0.5}, OptionError, "must be a text such as 'flops:0.5' or '2:4'"),
         ({"budget": "5:4"}, OptionError, "n of n:m"),
         ({"budget": "2:4", "sparsity": 0.5}, OptionError, "give one of sparsity, n_kept and budget"),
@@ -227,8 +227,7 @@ class Unused(nn.Module):
         ({"budget": "2:5"}, OptionError, "does not fit 3 of 3 layers: '0', of 8 x 36 weights.*exclude="),
         ({"budget": "2:16"}, OptionError, r"does not fit 2 of 3 layers.*exclude=\['0', '2'\]"),
         ({"budget": "3x3:0.5", "include": "5"}, OptionError, "does not fit 1 of 1 layers"),
-        ({"budget": "2:4", "stages": 3}, OptionError, "stages remove numbers of weights, not '2:4'"),
-        ({"budget": "flops:0.5", "stages": 3}, OptionError, "stages remove numbers of weights, not 'flops:0.5'"),
+        ({"budget": "flops:0.5:coupled", "stages": 3}, OptionError, "by what a smaller network lacks"),
         (
             {"budget": "2:4", "curvature": "kfac", "allocation": "uniform"},
             OptionError,
@@ -240,7 +239,7 @@ class Unused(nn.Module):
             "consecutive",
         ),
         ({"budget": "flops:0.5", "solver": "brute_force"}, CapabilityError, "at most|do not keep|does not keep"),
-        ({"budget": "channels:0.5", "solver": "admm", "objective": "joint"}, CapabilityError, "these do: .*obd"),
+        ({"budget": "channels:0.5", "solver": "iht", "objective": "joint"}, CapabilityError, "these do: .*obd"),
         ({"budget": "flops:0.01", "min_kept": 0.5}, ProblemError, "what has to stay costs"),
         (
             {"budget": "flops:0.01", "min_kept": 0.5, "curvature": "layer_inputs"},
