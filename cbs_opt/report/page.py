@@ -115,9 +115,13 @@ def sentence(report: PruneReport) -> str:
     if report.loss_samples and math.isfinite(report.loss_pruned):
         loss = f"; the calibration loss went from {report.loss_dense:.4g} to {report.loss_pruned:.4g}"
     stages = f" in {report.stages} stages" if report.stages > 1 else ""
+    after = [
+        word for word, done in (("distilled", report.distill), ("fine-tuned", report.finetune)) if done is not None
+    ]
+    later = f", then {' and '.join(after)}" if after else ""
     return (
         f"{report.n - report.n_kept:,} of {report.n:,} weights in {len(report.layers)} layers "
-        f"({report.sparsity:.1%}) were removed by {how}{stages}, by the curvature {report.curvature}{loss}."
+        f"({report.sparsity:.1%}) were removed by {how}{stages}, by the curvature {report.curvature}{later}{loss}."
     )
 
 

@@ -99,3 +99,10 @@ def test_sensitivity_is_drawn_and_set_beside_the_layers() -> None:
     assert text.count("<polyline") == 3 and "of it alone" in read(text)
     key = read(text.split('<p class="key">')[1].split("</p>")[0])
     assert key.split() == [row.name for row in report.layers]
+
+
+def test_what_came_after_pruning_is_in_the_sentence() -> None:
+    data = inputs_for(Mlp, 40, dtype=torch.float32)
+    options = {"solver": "magnitude", "update": "none", "finetune": cbs_opt.FineTune(steps=2, batch_size=8)}
+    report = cbs_opt.prune(build(Mlp, dtype=torch.float32), data, F.cross_entropy, sparsity=0.5, **options).report
+    assert "then fine-tuned; the calibration loss" in read(page(report))
