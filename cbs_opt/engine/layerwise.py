@@ -41,6 +41,7 @@ from cbs_opt.measure.gradients import Progress
 from cbs_opt.measure.layer_inputs import InputMoment
 from cbs_opt.measure.segments import Chain, PathError
 from cbs_opt.network.layers import Layer, PrunableLayers
+from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import StageRecord
 from cbs_opt.report.result import PruneResult
 from cbs_opt.report.sensitivity import Sensitivity
@@ -51,6 +52,7 @@ from solvers.errors import DataError, OptionError
 from solvers.running import check_capabilities
 
 
+@in_plain_state
 def prune_layerwise(
     model: nn.Module,
     data: object,

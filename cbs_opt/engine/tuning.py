@@ -44,6 +44,7 @@ from cbs_opt.engine.training import Descent, looks
 from cbs_opt.engine.training_file import TrainingFile
 from cbs_opt.engine.workspace import OpenNetwork
 from cbs_opt.measure.gradients import Progress
+from cbs_opt.network.modes import in_plain_state
 from cbs_opt.report.records import FineTuneRecord
 from solvers.arrays import Mask
 from solvers.errors import ModelError, OptionError
@@ -122,6 +123,7 @@ class Tuning:
         """The steps of a part, from one share of the whole to another."""
         return range(round(begin * self.steps), round(end * self.steps))
 
+    @in_plain_state
     def train(
         self,
         model: nn.Module,

@@ -265,6 +265,17 @@ def test_augmentation_sees_each_step_once_and_keeps_shapes() -> None:
         tuned(None, FineTune(steps=2, augment=lambda inputs, generator: inputs.no_such))
 
 
+@pytest.mark.parametrize("way", ["none", "layer_inputs"])
+def test_what_a_caller_has_switched_on_does_not_count(way: str) -> None:
+    expected = tuned(None, FineTune(steps=6, batch_size=16), **WAYS[way])
+    state = torch.random.get_rng_state()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = tuned(None, FineTune(steps=6, batch_size=16), **WAYS[way])
+        assert torch.equal(torch.random.get_rng_state(), state) or way == "layer_inputs"
+    assert np.array_equal(found.weights, expected.weights)
+    assert expected.report.finetune is not None and expected.report.finetune.steps_kept > 0
+
+
 def test_schedules_go_from_the_first_length_to_nothing() -> None:
     for name, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
         options = FineTune(steps=10, schedule=name)
