@@ -206,7 +206,9 @@ def against_optimum(subject: Subject, problem: SelectionProblem, what: str) -> N
     assert solution.bound <= limit, f"bound {solution.bound!r} exceeds {optimum!r} on {where}"
     if subject.can(Capability.EXACT):
         assert solution.objective <= limit, f"{solution.objective!r} is not {optimum!r} on {where}"
-        assert solution.status is Status.OPTIMAL, f"optimality was not proven on {where}"
+        # Programs of others compute to tolerances of their own, so that a bound of theirs may stay a little below.
+        near = bool(subject.solver.requires) and solution.bound >= optimum - 1e-3 * max(1.0, abs(optimum))
+        assert near or solution.status is Status.OPTIMAL, f"optimality was not proven on {where}"
 
 
 def check_budgets(subject: Subject) -> None:

@@ -580,7 +580,6 @@ def test_budgets_make_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFi
         (["--budget", "watts:0.5"], "known forms"),
         (["--budget", "2:4", "2:4"], "--budget names '2:4' twice"),
         (["--budget", "2:5"], "does not fit"),
-        (["--budget", "2:4", "--stages", "3", "--solver", "obs"], "stages remove numbers of weights"),
         (["--budget", "2:4", "--sparsity-rounding", "published"], "leave --sensitivity and --sparsity-rounding out"),
         (["--budget", "2:4", "--masks", "some.safetensors"], "chosen already"),
     ],
