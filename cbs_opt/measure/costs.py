@@ -278,7 +278,12 @@ class TwoCosts(Costs):
     def joined(cls, budget: Both, first: Costs, second: Costs) -> TwoCosts:
         """Of each alone."""
         return cls(
-            budget=budget, each=first.each, limit=first.limit, labels=first.labels, fixed=first.fixed, second=second
+            budget=budget.first,
+            each=first.each,
+            limit=first.limit,
+            labels=first.labels,
+            fixed=first.fixed,
+            second=second,
         )
 
     def knapsack(self, sizes: Index, least: Index) -> Knapsack:
@@ -289,11 +294,7 @@ class TwoCosts(Costs):
 
     def summary(self, pruned: Mask, split: Split | None = None) -> dict[str, float]:
         """Of both."""
-        assert isinstance(self.budget, Both)
-        return {**replace(self, budget=self.budget.first)._first(pruned, split), **self.second.summary(pruned)}
-
-    def _first(self, pruned: Mask, split: Split | None) -> dict[str, float]:
-        return super().summary(pruned, split)
+        return {**super().summary(pruned, split), **self.second.summary(pruned)}
 
 
 def channels_of(layers: PrunableLayers) -> Index:

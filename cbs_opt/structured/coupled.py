@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -133,8 +134,13 @@ def _numbered(group: ChannelGroup, at: Mapping[nn.Module, int], first: int) -> I
             channels, entries = np.array(pairs).T
             weight = module.weight.detach().flatten(1).double().cpu()  # type: ignore[operator]
             np.add.at(size, channels, weight.square().sum(1).numpy()[entries])
-    number = np.full(group.n, -1)
-    number[np.arange(group.n) != int(size.argmax())] = first + np.arange(group.n - 1)
+    return but_the_largest(size, first)
+
+
+def but_the_largest(size: Array, first: int) -> Index:
+    """Numbers from `first` on for all of some sizes (n,), −1 for the largest, which stays."""
+    number = np.full(size.size, -1)
+    number[np.arange(size.size) != int(size.argmax())] = first + np.arange(size.size - 1)
     return number
 
 
@@ -213,6 +219,7 @@ class CoupledCosts(Costs):
         """With prices that never promise more than is saved."""
         return replace(self, factors=np.full(len(self.layers), 0.5))
 
+    @cached_property
     def _of_layers(self) -> Array:
         return np.array([self.each[layer.slice].sum() for layer in self.layers])
 
@@ -223,7 +230,7 @@ class CoupledCosts(Costs):
 
     def _left(self, gone: Array | Mask) -> float:
         a, b = self._shares(gone)
-        return float(self._of_layers() @ ((1.0 - a) * (1.0 - b)))
+        return float(self._of_layers @ ((1.0 - a) * (1.0 - b)))
 
     def _factors(self, gone: Array | Mask) -> Array:
         a, b = self._shares(gone)
@@ -234,7 +241,7 @@ class CoupledCosts(Costs):
         """What each channel saves, (n + 1,), the last one for what stays."""
         prices = np.zeros(self.coupling.n + 1)
         for share, rows, columns in zip(
-            self.factors * self._of_layers(), self.coupling.rows, self.coupling.columns, strict=True
+            self.factors * self._of_layers, self.coupling.rows, self.coupling.columns, strict=True
         ):
             for ids in (rows, columns):
                 np.add.at(prices, ids, share / ids.size)

@@ -16,6 +16,7 @@ from torch import nn
 
 from cbs_opt.measure.costs import Costs
 from cbs_opt.network.layers import PrunableLayers
+from cbs_opt.structured.coupled import but_the_largest
 from cbs_opt.structured.heads import Attention, attentions
 from solvers import Knapsack
 from solvers.arrays import Array, Index
@@ -85,8 +86,7 @@ def head_labels(model: nn.Module, layers: PrunableLayers) -> Index:
         for part, rows in zip(parts[:3], of_rows, strict=True):
             np.add.at(size, rows, _squares(weights[part], 1))
         np.add.at(size, of_columns, _squares(weights[parts[3]], 0))
-        number = np.full(size.size, -1)
-        number[np.arange(size.size) != int(size.argmax())] = n + np.arange(size.size - 1)
+        number = but_the_largest(size, n)
         for part, rows, layer in zip(parts, of_rows, attention.layers, strict=False):
             labels[ranges[part]] = np.repeat(number[rows], layer.in_features)
         labels[ranges[parts[3]]] = np.tile(number[of_columns], attention.output.out_features)

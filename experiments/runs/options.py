@@ -5,7 +5,7 @@ Each group is a dataclass whose fields carry their help; the command line shows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -50,6 +50,11 @@ def published_kept(n_weights: int, sparsity: float) -> int:
     # The subtraction is exact to 1e-16; a product which should be whole must not be rounded up.
     per_chunk = -int(-(chunk * (1.0 - sparsity) - 1e-9) // 1)
     return min(n_weights, (n_weights // chunk) * per_chunk)
+
+
+def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for of it."""
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -280,8 +285,7 @@ class RunOptions:
             "blocks": self.curvature.blocks,
             "first_order": self.curvature.first_order,
         }
-        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return replace(usual, **{"n_rows": usual.n_rows or DEFAULT_ROWS, **given})
+        return replace(usual, **{"n_rows": usual.n_rows or DEFAULT_ROWS, **_given(asked)})
 
     @cached_property
     def distill(self) -> cbs_opt.Distill | None:
@@ -293,7 +297,7 @@ class RunOptions:
             "parameters": choice.distill_parameters,
             "loss": choice.distill_loss,
         }
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = _given(asked)
         if choice.distill is None and given:
             raise OptionError("--distill-lr, -batch, -parameters and -loss are of --distill STEPS; add it")
         return None if choice.distill is None else cbs_opt.Distill(choice.distill, **given)
@@ -310,7 +314,7 @@ class RunOptions:
             "distill": choice.fine_tune_distill,
             "mixed_precision": choice.fine_tune_precision,
         }
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = _given(asked)
         if choice.fine_tune is None and given:
             raise OptionError("--fine-tune-lr and its like are of --fine-tune EPOCHS; add it")
         return None if choice.fine_tune is None else cbs_opt.FineTune(choice.fine_tune, **given)
